@@ -1,0 +1,247 @@
+"""Batches on the run's device: small sets live there and are augmented a whole batch at a time, large ones stream.
+
+The order of the images and every crop and flip are functions of the seed, the epoch and the position in it, so an epoch
+can be entered at any batch, and neither the device nor the number of workers or processes changes what a batch holds.
+"""
+
+import signal
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from utils.datasets import Dataset, ImageFiles, SmallImages, read_image
+from utils.distributed import World
+from utils.errors import UserError
+from utils.seed import derived_seed, generator
+
+CROP_PADDING_PIXELS = 4
+STREAMED_SIDE_PIXELS = 224
+RESIZED_SIDE_PIXELS = 256
+
+
+class Batch(NamedTuple):
+    """This process's part of a batch: `images` (b, 3, H, W) normalised float32, `labels` (b,) int64, both on the device.
+
+    `weight` makes a mean over processes the mean over the whole batch: b * processes / B, 1 in a single process.
+    """
+
+    images: Tensor
+    labels: Tensor
+    weight: float
+
+
+class ImageData:
+    """Training and test batches of one dataset for one process of `world`.
+
+    `batch_size` counts the images of all processes together; at most `limit_batches` batches are given an epoch, in
+    training and in testing. A last training batch too small to give every process two images (batch normalisation needs
+    two) is left out; every test image is given exactly once.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        world: World | None = None,
+        workers: int = 0,
+        limit_batches: int | None = None,
+    ):
+        self.dataset, self.device, self.world = dataset, device, world or World()
+        self.batch_size, self.seed, self.workers, self.limit_batches = batch_size, seed, workers, limit_batches
+        train_length, test_length = len(dataset.train.labels), len(dataset.test.labels)
+        last_is_usable = train_length % batch_size >= 2 * self.world.size
+        self.train_steps = train_length // batch_size + last_is_usable
+        self.test_steps = -(-test_length // batch_size)
+        if limit_batches is not None:
+            self.train_steps, self.test_steps = min(self.train_steps, limit_batches), min(self.test_steps, limit_batches)
+        source = _StreamedSplit if dataset.streamed else _DeviceSplit
+        self._train = source(dataset.train, dataset, device=device, augment=True, workers=workers)
+        self._test = source(dataset.test, dataset, device=device, augment=False, workers=workers)
+
+    def alone(self) -> "ImageData":
+        """The same data for a process that works without the others."""
+        if self.world.size == 1:
+            return self
+        return ImageData(
+            self.dataset,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            device=self.device,
+            workers=self.workers,
+            limit_batches=self.limit_batches,
+        )
+
+    @cached_property
+    def example(self) -> Tensor:
+        """The first test images, at most 8 of them, on the device."""
+        return next(self.test_batches()).images[:8]
+
+    @property
+    def train_images(self) -> int:
+        """How many images one epoch of training shows, over all processes."""
+        return min(self.train_steps * self.batch_size, len(self.dataset.train.labels))
+
+    def train_batches(self, epoch: int | str, *, start: int = 0) -> Iterator[Batch]:
+        """The augmented batches of an epoch from number `start` on; a word as `epoch` names a pass outside the training."""
+        order = torch.randperm(len(self.dataset.train.labels), generator=generator(self.seed, "order", epoch))
+        rows = [order[step * self.batch_size : (step + 1) * self.batch_size] for step in range(start, self.train_steps)]
+        first_image = start * self.batch_size
+        yield from self._batches(self._train, rows, seed=derived_seed(self.seed, "augmentation", epoch), first_image=first_image)
+
+    def test_batches(self) -> Iterator[Batch]:
+        """The test images in their own order, without augmentation."""
+        order = torch.arange(len(self.dataset.test.labels))
+        yield from self._batches(self._test, order.split(self.batch_size)[: self.test_steps], seed=0, first_image=0)
+
+    def _batches(
+        self, split: "_DeviceSplit | _StreamedSplit", rows: Sequence[Tensor], *, seed: int, first_image: int
+    ) -> Iterator[Batch]:
+        parts, positions, weights = [], [], []
+        for index, batch in enumerate(rows):
+            share = self.world.share(len(batch))
+            part = batch[share]
+            if len(part):  # a last test batch may be smaller than the number of processes
+                parts.append(part)
+                # the position of an image in the epoch says which random numbers are its own
+                positions.append(first_image + index * self.batch_size + share.start)
+                weights.append(len(part) * self.world.size / len(batch))
+        for (images, labels), weight in zip(split.batches(parts, positions, seed), weights, strict=True):
+            yield Batch(images, labels, weight)
+
+
+class _Normaliser:
+    """uint8 images to float32 with mean 0 and deviation 1 a channel, on the device."""
+
+    def __init__(self, dataset: Dataset, device: torch.device):
+        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (dataset.mean, dataset.std))
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, images.float(), self.scale)
+
+
+class _DeviceSplit:
+    """A set of small images, wholly on the device as (N, H, W, 3) uint8, so that a crop is a copy of contiguous rows."""
+
+    def __init__(self, split: SmallImages, dataset: Dataset, *, device: torch.device, augment: bool, workers: int):
+        self.augment, self.flip, self.device = augment, dataset.flip, device
+        self.normalise = _Normaliser(dataset, device)
+        pixels = split.images.to(device)
+        self.height, self.width = pixels.shape[2:]
+        if augment:
+            pixels = F.pad(pixels, (CROP_PADDING_PIXELS,) * 4)
+        self.pixels = pixels.permute(0, 2, 3, 1).contiguous()
+        self.labels = split.labels.to(device)
+
+    def batches(self, parts: list[Tensor], positions: list[int], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every random number of the epoch is drawn and sent to the device at once: no transfer within a step."""
+        draws = self._draw(len(self.labels), seed) if self.augment else None
+        rows_on_device = torch.cat(parts).to(self.device) if parts else torch.empty(0)
+        begin = 0
+        for part, position in zip(parts, positions, strict=True):
+            rows = rows_on_device[begin : begin + len(part)]
+            begin += len(part)
+            images = self.pixels[rows] if draws is None else self._augmented(rows, draws[:, position : position + len(part)])
+            yield self.normalise(images.permute(0, 3, 1, 2)), self.labels[rows]
+
+    def _draw(self, length: int, seed: int) -> Tensor:
+        """(3, N): vertical and horizontal offset of the crop, and whether to flip, for each position of the epoch."""
+        stream = torch.Generator().manual_seed(seed)
+        offsets = torch.randint(2 * CROP_PADDING_PIXELS + 1, (2, length), generator=stream)
+        flips = torch.randint(2, (1, length), generator=stream)
+        return torch.cat([offsets, flips]).to(self.device)
+
+    def _augmented(self, rows: Tensor, draws: Tensor) -> Tensor:
+        """(b, H, W, 3): random crops of the padded images, half of them mirrored where the set allows it."""
+        offset_y, offset_x, flip = draws
+        images = self._windows()[rows, offset_y, offset_x].view(-1, self.height, self.width, 3)
+        if not self.flip:
+            return images
+        return torch.where(flip.bool().view(-1, 1, 1, 1), images.flip(2), images)
+
+    def _windows(self) -> Tensor:
+        """A view (N, 9, 9, H, W * 3) over every crop of every padded image; nothing is copied."""
+        count, side = len(self.pixels), 2 * CROP_PADDING_PIXELS + 1
+        image, row, column, _ = self.pixels.stride()
+        return self.pixels.as_strided((count, side, side, self.height, self.width * 3), (image, row, column, row, 1))
+
+
+class _StreamedSplit:
+    """Files that workers decode and augment with torchvision; normalised on the device."""
+
+    def __init__(self, split: ImageFiles, dataset: Dataset, *, device: torch.device, augment: bool, workers: int):
+        self.device, self.normalise = device, _Normaliser(dataset, device)
+        self.plan = _Plan()
+        self.loader = DataLoader(
+            _Files(split, _transform(augment, flip=dataset.flip)),
+            batch_sampler=self.plan,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=_ignore_stop_signals,
+            generator=torch.Generator(),  # its own: a pass over the data must not move the stream that dropout draws from
+        )
+
+    def batches(self, parts: list[Tensor], positions: list[int], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self.plan.steps = [
+            [(row, derived_seed(seed, position + index)) for index, row in enumerate(part.tolist())]
+            for part, position in zip(parts, positions, strict=True)
+        ]
+        for images, labels in self._loaded():
+            images = self.normalise(images.to(self.device, non_blocking=True))
+            yield images, labels.to(self.device, non_blocking=True)
+
+    def _loaded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        try:
+            yield from self.loader
+        except UserError as error:  # from a worker it comes with that worker's traceback as its message
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+
+
+class _Plan:
+    """A batch sampler that gives the steps it was told: lists of (row, seed of its augmentation)."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+class _Files(torch.utils.data.Dataset):
+    """Decoded and transformed images, each from a random stream of its own."""
+
+    def __init__(self, split: ImageFiles, transform: v2.Transform):
+        self.split, self.transform = split, transform
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        row, seed = item
+        image = read_image(self.split.paths[row])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image), self.split.labels[row]
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A signal to the whole process group, as Ctrl-C is, leaves the end to the main process, which finishes its step first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _transform(augment: bool, *, flip: bool) -> v2.Transform:
+    if not augment:
+        return v2.Compose([v2.Resize(RESIZED_SIDE_PIXELS), v2.CenterCrop(STREAMED_SIDE_PIXELS), v2.PILToTensor()])
+    steps = [v2.RandomResizedCrop(STREAMED_SIDE_PIXELS), *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()]
+    return v2.Compose(steps)
