@@ -1,0 +1,389 @@
+"""A network with only some of its channels: kept channels in, a physically smaller module out.
+
+`narrow(model, kept)` cuts filters, input channels, batch norm entries and linear columns of any network that torch.fx can
+trace, and puts steps between the layers where they store different channels. Each residual sum adds the side with fewer
+channels into its places in the other, so that both convolutions of a block shrink.
+
+The layers that are cut keep their names, so the keys of `state_dict()` are the dense network's. The steps in between hold
+nothing but indices, which follow from `kept`: a network is rebuilt from the dense architecture, `kept` and a state dict.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from models.channel_flow import (
+    Channels,
+    LayerCut,
+    Plan,
+    Step,
+    Trace,
+    missing_carriers,
+    output_channels,
+    plan_channels,
+    trace_network,
+)
+from models.outputs import Outputs
+from utils.errors import UserError
+
+RELAYOUTS = "relayouts"  # the submodule that holds the steps between layers
+
+
+def narrow(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> "NarrowNetwork":
+    """The network that is left of `model` when each layer in `kept` has only the output channels listed for it.
+
+    `kept` maps names of convolutions, batch norms and linear layers to ascending output channels, possibly none; a layer that
+    is not listed keeps all. The result carries the dense weights that are left, buffers, device, dtype and mode, shares no
+    tensor with `model`, and computes in training and evaluation what `model` computes with every other output of the listed
+    layers (a batch norm's, where one follows) at zero. Raises UserError for names or channels that the network does not
+    have, and where torch.fx cannot trace it.
+    """
+    kept = {name: _checked_channels(model, name, channels) for name, channels in kept.items()}
+    traces = {method: trace_network(model, method) for method in ("forward", "outputs") if hasattr(model, method)}
+    plans = _plan_all(model, traces, kept)
+    return NarrowNetwork(model, kept, plans, trainable=all(trace.both_modes for trace in traces.values()))
+
+
+def _checked_channels(model: nn.Module, name: str, channels: Sequence[int]) -> tuple[int, ...]:
+    layers = dict(model.named_modules())
+    full = output_channels(layers[name]) if name in layers else None
+    if full is None:
+        raise UserError(f"kept channels: {type(model).__name__} has no convolution, batch norm or linear layer named {name!r}")
+    channels = tuple(int(channel) for channel in channels)
+    if list(channels) != sorted(set(channels)) or any(not 0 <= channel < full for channel in channels):
+        raise UserError(f"kept channels of {name!r}: ascending numbers from 0 to {full - 1} expected, not {list(channels)}")
+    return channels
+
+
+def _plan_all(model: nn.Module, traces: Mapping[str, Trace], kept: Mapping[str, tuple[int, ...]]) -> dict[str, Plan]:
+    """One plan a method, with the same cuts: a layer that must exist for one method exists for all."""
+
+    def live_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
+        return kept[name] if name in kept else range(output_channels(layer))
+
+    carriers: frozenset[str] = frozenset()
+    while True:
+        plans = {
+            method: plan_channels(trace.graph, model, live_outputs=live_outputs, carriers=carriers)
+            for method, trace in traces.items()
+        }
+        missing = frozenset().union(*(missing_carriers(plan) for plan in plans.values()))
+        if missing <= carriers:
+            return plans
+        carriers |= missing
+
+
+class NarrowNetwork(nn.Module):
+    """What `narrow` returns. `kept` is what it was made from."""
+
+    def __init__(self, model: nn.Module, kept: Mapping[str, Sequence[int]], plans: Mapping[str, Plan], *, trainable: bool):
+        super().__init__()
+        self.kept = {name: list(channels) for name, channels in kept.items()}
+        self._dense_name = type(model).__name__
+        self._dense_state = {key: value.detach().to("meta") for key, value in model.state_dict().items()}
+        cuts = {name: cut for plan in plans.values() for name, cut in plan.cuts().items()}
+        self._entries = _take_layers(model, self, cuts, _needed_names(plans.values()))
+        self.training = model.training
+        relayouts = Relayouts(self.training)
+        graphs = {method: _GraphWriter(plan, relayouts).write() for method, plan in plans.items()}
+        self.add_module(RELAYOUTS, relayouts)
+        self._functions = {method: _compiled(self, graph) for method, graph in graphs.items()}
+        self._trainable = trainable
+        if not trainable:
+            self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._functions["forward"](self, x)
+
+    def outputs(self, x: Tensor) -> Outputs:
+        """What the dense network's `outputs` returns, its feature maps at full width."""
+        if "outputs" not in self._functions:
+            raise UserError(f"{self._dense_name} has no feature maps: a network with outputs(x) is needed")
+        return self._functions["outputs"](self, x)
+
+    def train(self, mode: bool = True) -> "NarrowNetwork":
+        if mode and not self._trainable:
+            raise UserError(f"{self._dense_name} runs other operations in training: its narrow form can only be evaluated")
+        return super().train(mode)
+
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """A state dict for the dense network with which it computes the same function.
+
+        What was cut is 0, but for a batch norm's running variance, which is 1: with weight and bias 0 its output is 0.
+        """
+        state = self.state_dict()
+        device = next((value.device for value in state.values()), torch.device("cpu"))
+        return {key: self._dense_entry(key, state.get(key), device) for key in self._dense_state}
+
+    def _dense_entry(self, key: str, value: Tensor | None, device: torch.device) -> Tensor:
+        if value is not None and key not in self._entries:
+            return value
+        dtype = value.dtype if value is not None else self._dense_state[key].dtype
+        blank = 1 if key.endswith("running_var") else 0
+        dense = torch.full(self._dense_state[key].shape, blank, dtype=dtype, device=device)
+        if value is not None:
+            dense[self._entries[key]] = value
+        return dense
+
+    def load_dense_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what this network keeps out of a dense network's state dict. Raises UserError for one of another network."""
+        own = self.state_dict()
+        for key in own:
+            if key not in state or state[key].shape != self._dense_state[key].shape:
+                found = f"shape {tuple(state[key].shape)}" if key in state else "nothing"
+                raise UserError(f"{key}: {self._dense_name} needs shape {tuple(self._dense_state[key].shape)}, found {found}")
+        self.load_state_dict({key: state[key][self._entries[key]] if key in self._entries else state[key] for key in own})
+
+
+# ---- layers ------------------------------------------------------------------------------------------------------------
+
+Entries = tuple[Tensor, ...]  # an index into a dense tensor that gives what is left of it
+
+
+def _needed_names(plans: Iterable[Plan]) -> set[str]:
+    """Names of the modules, parameters and buffers that the narrow graphs use."""
+    steps = [step for plan in plans for step in plan.steps.values() if step.exists]
+    return {step.node.target for step in steps if step.node.op in ("call_module", "get_attr")} - {"training"}
+
+
+def _take_layers(model: nn.Module, network: nn.Module, cuts: Mapping[str, LayerCut], names: set[str]) -> dict[str, Entries]:
+    """Copies the named modules and tensors into `network`, cut; returns what was taken of each tensor that was cut."""
+    entries: dict[str, Entries] = {}
+    copies: dict[int, Any] = {}  # keeps parameters that two modules share one parameter
+    for name, module in model.named_modules():
+        if name in names:
+            layer = copy.deepcopy(module, copies)
+            if getattr(layer, "inplace", False):
+                layer.inplace = False
+            if name in cuts:
+                own = _cut_layer(layer, cuts[name])
+                entries |= {f"{name}.{key}": index for key, index in own.items()}
+            _place(network, name, layer)
+    for name in sorted(names - dict(model.named_modules()).keys()):
+        _place_tensor(model, network, name, copies)
+    for name, module in network.named_modules():
+        if name:
+            module.training = model.get_submodule(name).training
+    return entries
+
+
+def _place(network: nn.Module, name: str, layer: nn.Module) -> None:
+    path, _, last = name.rpartition(".")
+    _container(network, path).add_module(last, layer)
+
+
+def _container(network: nn.Module, path: str) -> nn.Module:
+    for part in filter(None, path.split(".")):
+        if part not in network._modules:
+            network.add_module(part, nn.Module())
+        network = network._modules[part]
+    return network
+
+
+def _place_tensor(model: nn.Module, network: nn.Module, name: str, copies: dict[int, Any]) -> None:
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    value, target = copy.deepcopy(getattr(owner, last), copies), _container(network, path)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        target.register_buffer(last, value, persistent=last in owner.state_dict(keep_vars=True))
+    else:
+        setattr(target, last, value)
+
+
+def _cut_layer(layer: nn.Module, cut: LayerCut) -> dict[str, Entries]:
+    """Cuts the tensors of a layer and the sizes that it states; returns what was taken of each that became smaller."""
+    rows, entries = torch.tensor(cut.rows), {}
+    weight_entries = (rows,)
+    if cut.columns is not None:
+        columns = torch.tensor(cut.columns)  # (groups, inputs)
+        weight_entries = (rows[:, None], columns.repeat_interleave(len(rows) // len(columns), 0) if len(columns) > 1 else columns)
+        _state(layer, in_channels=columns.numel(), in_features=columns.numel(), groups=len(columns))
+    for key, value in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+        taken = value.detach()[weight_entries if key == "weight" else (rows,)] if value.dim() else value  # or a count of batches
+        if taken.shape != value.shape:
+            entries[key] = weight_entries if key == "weight" else (rows,)
+            setattr(layer, key, nn.Parameter(taken, value.requires_grad) if isinstance(value, nn.Parameter) else taken)
+    _state(layer, out_channels=len(rows), num_features=len(rows), out_features=len(rows), num_parameters=len(rows))
+    return entries
+
+
+def _state(layer: nn.Module, **sizes: int) -> None:
+    """Corrects those of the sizes that a layer of this kind states."""
+    for name, size in sizes.items():
+        if hasattr(layer, name):
+            setattr(layer, name, size)
+
+
+# ---- steps between layers ----------------------------------------------------------------------------------------------
+
+
+class Relayout(nn.Module):
+    """Turns a tensor that stores the channels `source` into one that stores `target`; what it did not have is zero."""
+
+    def __init__(self, source: Channels, target: Channels):
+        super().__init__()
+        self.axis, self.flat, self.count, self.width = source.axis, source.flat, len(source.stored), len(target.stored)
+        self.selects = set(target.stored) <= set(source.stored)
+        self.fills = set(source.stored) <= set(target.stored)
+        place = {channel: place for place, channel in enumerate(source.stored)}
+        origins = [place.get(channel, self.count) for channel in target.stored]  # self.count stands for a zero channel
+        self.register_buffer("origins", torch.tensor(origins), persistent=False)
+        place = {channel: place for place, channel in enumerate(target.stored)}
+        places = [place[channel] for channel in source.stored if channel in place]
+        self.register_buffer("places", torch.tensor(places, dtype=torch.long), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.flat:  # (B, C * pixels): the pixels of a channel move with it
+            return self._lay_out(x.unflatten(self.axis, (self.count, -1))).flatten(self.axis, self.axis + 1)
+        return self._lay_out(x)
+
+    def _lay_out(self, x: Tensor) -> Tensor:
+        if self.selects:
+            return x.index_select(self.axis, self.origins)
+        if self.fills and not torch.compiler.is_compiling():
+            shape = list(x.shape)
+            shape[self.axis] = self.width
+            return x.new_zeros(shape).index_copy(self.axis, self.places, x)
+        zero = torch.zeros_like(x.narrow(self.axis, 0, 1))  # a compiler fuses this gather with its neighbours
+        return torch.cat([x, zero], self.axis).index_select(self.axis, self.origins)
+
+
+class AddInto(nn.Module):
+    """A sum whose sides store different channels: `part` is added into its places in `whole`, which is widened first if need be.
+
+    On a CPU that is the fastest of the forms tried (docs/compaction.md); compilers and ONNX get a sum of gathers instead,
+    which they fuse, and which has a plain kernel everywhere.
+    """
+
+    def __init__(self, whole: Channels, part: Channels, total: Channels):
+        super().__init__()
+        self.axis = total.axis if total.axis > 0 and not total.flat else None  # where channels are added by their place
+        self.widen_whole = Relayout(whole, total) if whole.stored != total.stored else nn.Identity()
+        self.widen_part = Relayout(part, total)
+
+    def forward(self, whole: Tensor, part: Tensor) -> Tensor:
+        base = self.widen_whole(whole)
+        if self.axis is None or torch.compiler.is_compiling() or not _aligned(whole, part, self.axis):
+            return base + self.widen_part(part)
+        if base is whole:
+            return whole.index_add(self.axis, self.widen_part.places, part)
+        return base.index_add_(self.axis, self.widen_part.places, part)  # base is ours: no copy
+
+
+def _aligned(whole: Tensor, part: Tensor, axis: int) -> bool:
+    """Whether the tensors differ in nothing but their channels: a sum may also broadcast over pixels, or promote."""
+    return whole.dtype == part.dtype and whole.shape[axis + 1 :] == part.shape[axis + 1 :]
+
+
+class Relayouts(nn.Module):
+    """All steps of a network; those between the same channels are one."""
+
+    def __init__(self, training: bool):
+        super().__init__()
+        self._names: dict[Any, str] = {}
+        self.training = training
+
+    def name_of(self, kind: type[nn.Module], *layouts: Channels) -> str:
+        """The name, within the network, of the step of this kind between these channels."""
+        key = (kind, layouts[0].axis, layouts[0].flat, *(layout.stored for layout in layouts))
+        if key not in self._names:
+            self._names[key] = str(len(self._names))
+            self.add_module(self._names[key], kind(*layouts).train(self.training))
+        return f"{RELAYOUTS}.{self._names[key]}"
+
+
+# ---- graphs ------------------------------------------------------------------------------------------------------------
+
+
+class _GraphWriter:
+    """Writes the graph of a plan: the dense graph's nodes, without those whose result is gone, and the steps between."""
+
+    def __init__(self, plan: Plan, relayouts: Relayouts):
+        self.plan, self.relayouts = plan, relayouts
+        self.graph = fx.Graph()
+        self.written: dict[fx.Node, fx.Node] = {}
+        self.laid_out: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
+
+    def write(self) -> fx.Graph:
+        for node, step in self.plan.steps.items():
+            if step.exists:
+                self.written[node] = _FORMS[step.form](self, step)
+        return self.graph
+
+    def given(self, step: Step, source: fx.Node) -> fx.Node:
+        """The new node that holds `source` as the step wants it."""
+        written, out, want = self.written[source], self.plan.steps[source].out, step.wants.get(source)
+        if want is None or out.stored == want.stored:
+            return written
+        key = (source, want.stored)
+        if key not in self.laid_out:
+            name = self.relayouts.name_of(Relayout, out, want)
+            self.laid_out[key] = self.graph.call_module(name, (written,))
+        return self.laid_out[key]
+
+
+def _copy(writer: _GraphWriter, step: Step) -> fx.Node:
+    return writer.graph.node_copy(step.node, lambda source: writer.given(step, source))
+
+
+def _through(writer: _GraphWriter, step: Step) -> fx.Node:
+    return writer.given(step, step.node.all_input_nodes[0])
+
+
+def _sum(writer: _GraphWriter, step: Step) -> fx.Node:
+    part, whole = sorted(step.wants, key=lambda source: len(step.wants[source].stored))
+    if not step.wants[part].stored:
+        return writer.given(step, whole)
+    if step.wants[part].stored == step.out.stored:
+        return _copy(writer, step)
+    name = writer.relayouts.name_of(AddInto, step.wants[whole], step.wants[part], step.out)
+    return writer.graph.call_module(name, (writer.given(step, whole), writer.given(step, part)))
+
+
+def _cat(writer: _GraphWriter, step: Step) -> fx.Node:
+    parts = step.node.args[0] if step.node.args else step.node.kwargs["tensors"]
+    existing = [writer.given(step, part) for part in parts if writer.plan.steps[part].exists]
+    return writer.graph.call_function(torch.cat, (existing, step.out.axis))
+
+
+def _pad(writer: _GraphWriter, step: Step) -> fx.Node:
+    """Zero channels need no padding: they are not stored."""
+    source, widths, *rest = step.node.args
+    position = 2 * (step.out.rank - 1 - step.out.axis)
+    widths = (*widths[:position], 0, 0, *widths[position + 2 :])
+    if not any(widths):
+        return writer.given(step, source)
+    return writer.graph.call_function(F.pad, (writer.given(step, source), widths, *rest), dict(step.node.kwargs))
+
+
+def _piece(writer: _GraphWriter, step: Step) -> fx.Node:
+    """A piece of a chunk: the stored channels of one follow those of the piece before it."""
+    chunk, index = step.node.args
+    split = writer.plan.steps[chunk]
+    start = sum(len(piece.stored) for piece in split.out[: index % len(split.out)])
+    whole = writer.given(split, chunk.args[0])
+    return writer.graph.call_method("narrow", (whole, step.out.axis, start, len(step.out.stored)))
+
+
+def _nothing(writer: _GraphWriter, step: Step) -> None:
+    return None
+
+
+_FORMS: dict[str, Callable[[_GraphWriter, Step], fx.Node | None]] = {
+    "copy": _copy,
+    "through": _through,
+    "sum": _sum,
+    "cat": _cat,
+    "pad": _pad,
+    "piece": _piece,
+    "nothing": _nothing,
+}
+
+
+def _compiled(network: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a function of the network and an image batch; the network stays the only owner of its modules."""
+    return type(fx.GraphModule(network, graph)).forward

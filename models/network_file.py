@@ -1,0 +1,144 @@
+"""Checkpoint files to networks and back: dense, pruned or compact, ours or a bare state_dict that people already have.
+
+A checkpoint is a dict of tensors and plain values: `format`, `model`, `num_classes`, `state_dict`, `epoch`, `metrics`,
+`config`; `kept` (live output channels by layer) where filters are pruned, and `compact: True` where they are physically
+gone. Nothing in it can run code, and the network is built from its name and channel lists alone.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import MODELS, build_model
+from models.narrow import narrow
+from utils.errors import UserError
+from utils.files import FORMAT, load_checkpoint
+
+SHOWN_DIFFERENCES = 3
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """A network that was read from `path`; `kept` is empty for an unpruned one."""
+
+    network: nn.Module
+    model: str
+    num_classes: int
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    compact: bool = False
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def describe_network(
+    state_dict: Mapping[str, Tensor],
+    *,
+    model: str,
+    num_classes: int,
+    config: Mapping[str, Any],
+    kept: Mapping[str, Sequence[int]] | None = None,
+    compact: bool = False,
+) -> dict[str, Any]:
+    """What a checkpoint says of a network, without epoch and metrics; tensors are copied, on the CPU, in plain layout."""
+    description = {
+        "format": FORMAT,
+        "model": model,
+        "num_classes": num_classes,
+        "state_dict": {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state_dict.items()
+        },
+        "config": dict(config),
+    }
+    if kept:
+        description["kept"] = {name: [int(channel) for channel in channels] for name, channels in kept.items()}
+    if compact:
+        description["compact"] = True
+    return description
+
+
+def load_network(path: str | os.PathLike, *, flag: str, model: str | None = None, model_flag: str = "--model") -> NetworkFile:
+    """Reads `path`, named by `flag`, and builds its network on the CPU, in eval mode.
+
+    A file that does not say which network it holds, such as a bare state_dict, needs `model`. Raises UserError for a file
+    that cannot be read, has a newer format, or whose network, names or shapes are not those of `model` or of its own name.
+    """
+    checkpoint = load_checkpoint(path, flag=flag)
+    origin = f"{flag} {path}"
+    if "format" not in checkpoint:
+        return _load_bare(checkpoint, origin, model, model_flag)
+    name, num_classes, state, kept = _checked_fields(checkpoint, origin)
+    if model is not None and model != name:
+        raise UserError(f"{origin}: holds a {name}, not the {model} of {model_flag}")
+    compact = bool(checkpoint.get("compact"))
+    network = build_model(name, num_classes=num_classes)
+    if compact:
+        network = _narrowed(network, kept, origin)
+    _load_state(network, state, origin, name)
+    metrics = checkpoint.get("metrics") or {}
+    return NetworkFile(network.eval(), name, num_classes, kept, compact, metrics)
+
+
+def _checked_fields(checkpoint: Mapping[str, Any], origin: str) -> tuple[str, int, dict[str, Tensor], dict[str, list[int]]]:
+    version = checkpoint["format"]
+    if version != FORMAT:
+        raise UserError(f"{origin}: checkpoint format {version!r} is none that this version reads ({FORMAT})")
+    name, num_classes = checkpoint.get("model"), checkpoint.get("num_classes")
+    if name not in MODELS:
+        raise UserError(f"{origin}: holds a network {name!r}, known are {', '.join(MODELS)}")
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise UserError(f"{origin}: num_classes is {num_classes!r}, expected a positive number")
+    kept = checkpoint.get("kept") or {}
+    if not isinstance(kept, dict) or not all(isinstance(channels, list) for channels in kept.values()):
+        raise UserError(f"{origin}: kept is no mapping from layers to lists of channels")
+    return name, num_classes, _checked_state(checkpoint.get("state_dict"), origin), kept
+
+
+def _checked_state(state: Any, origin: str) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{origin}: holds no state_dict, a mapping from parameter names to tensors")
+    return dict(state)
+
+
+def _narrowed(network: nn.Module, kept: Mapping[str, Sequence[int]], origin: str) -> nn.Module:
+    try:
+        return narrow(network, kept)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+
+
+def _load_bare(checkpoint: Mapping[str, Any], origin: str, model: str | None, model_flag: str) -> NetworkFile:
+    """A state_dict of other people's: as it is or under `state_dict`, with or without DataParallel's `module.`."""
+    state = _checked_state(checkpoint.get("state_dict", checkpoint), origin)
+    if model is None:
+        raise UserError(f"{origin}: does not say which network it holds; name it with {model_flag}")
+    if model not in MODELS:
+        raise UserError(f"{model_flag} {model}: unknown, choose from {', '.join(MODELS)}")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    classifiers = [value for value in state.values() if value.ndim == 2]
+    if not classifiers:
+        raise UserError(f"{origin}: holds no linear layer, so it is no {model}")
+    num_classes = len(classifiers[-1])
+    network = build_model(model, num_classes=num_classes)
+    _load_state(network, state, origin, model)
+    return NetworkFile(network.eval(), model, num_classes)
+
+
+def _load_state(network: nn.Module, state: Mapping[str, Tensor], origin: str, model: str) -> None:
+    expected = network.state_dict()
+    # counters that files written by old versions of torch have not got, and that nothing reads
+    state = {**{name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}, **state}
+    differences = [f"{name} is missing" for name in expected if name not in state]
+    differences += [f"{name} is unknown" for name in state if name not in expected]
+    differences += [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if differences:
+        shown = "; ".join(differences[:SHOWN_DIFFERENCES])
+        more = f" and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
+        raise UserError(f"{origin}: does not fit {model}: {shown}{more}")
+    network.load_state_dict(state)
