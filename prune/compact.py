@@ -1,0 +1,143 @@
+"""What is zero goes: the smaller network that computes the same function.
+
+A filter can go when its weights and bias are zero, or when it only feeds a batch norm entry with weight and bias zero; a
+channel that only reads zeros goes with it. `compact` finds such channels from the values of the weights, follows the zeros
+through the network (`models.channel_flow`), has it built without them (`models.narrow`), and proves that both agree.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from models.channel_flow import Channels, Plan, output_channels, plan_channels, trace_network
+from models.narrow import NarrowNetwork, narrow
+from utils.errors import UserError
+
+TOLERANCE = 1e-4  # of the largest logit, in float32
+
+
+def compact(model: nn.Module, example_input: Tensor, *, tolerance: float = TOLERANCE) -> NarrowNetwork:
+    """A smaller network with the function of `model`: all channels that are identically zero are gone.
+
+    `example_input` is a batch of images; both networks must agree on it to `tolerance` of the largest logit, in evaluation
+    mode. Raises UserError if they do not, and where torch.fx cannot trace the network.
+    """
+    smaller = narrow(model, live_channels(model))
+    difference = relative_difference(model, smaller, [example_input])
+    if not difference <= tolerance:  # a NaN is no agreement either
+        raise UserError(
+            f"the compact network differs from the dense one by {difference:.1e} of the largest logit (limit {tolerance})"
+        )
+    return smaller
+
+
+def live_channels(model: nn.Module) -> dict[str, list[int]]:
+    """The output channels that are not identically zero, of each layer that has others; in the form that `narrow` takes."""
+    trace = trace_network(model, "outputs" if hasattr(model, "outputs") else "forward")
+    live: dict[str, list[int]] = {}
+
+    def find_live(name: str, layer: nn.Module, given: Channels | None) -> list[int]:
+        live[name] = _LIVE[type(layer)](layer, given).nonzero().flatten().tolist()
+        return live[name]
+
+    plan = plan_channels(trace.graph, model, live_outputs=find_live, carriers=frozenset())
+    _drop_unread(model, plan, live)
+    return {name: channels for name, channels in live.items() if len(channels) < output_channels(model.get_submodule(name))}
+
+
+def _drop_unread(model: nn.Module, plan: Plan, live: dict[str, list[int]]) -> None:
+    """A layer's output that only a batch norm reads is not needed where that batch norm gives zero."""
+    for step in plan.steps.values():
+        if step.cut is None or step.node.target not in live:
+            continue
+        source = step.node.all_input_nodes[0]
+        feeds_norm = isinstance(model.get_submodule(step.node.target), BATCH_NORMS)
+        if feeds_norm and len(source.users) == 1 and source.op == "call_module" and source.target in live:
+            read = set(live[step.node.target])
+            live[source.target] = [channel for channel in live[source.target] if channel in read]
+
+
+def _live_filters(conv: nn.Module, given: Channels | None) -> Tensor:
+    """(F,) bool: filters that can give something else than zero for an input with only the `given` channels."""
+    reads = _stored(given, conv.in_channels, conv.weight).view(conv.groups, 1, -1, 1)
+    weight = conv.weight.detach().reshape(conv.groups, conv.out_channels // conv.groups, reads.shape[2], -1)
+    live = (weight * reads).ne(0).any(3).any(2).flatten()
+    return live if conv.bias is None else live | conv.bias.ne(0)
+
+
+def _live_units(linear: nn.Linear, given: Channels | None) -> Tensor:
+    full = given.full if given is not None else linear.in_features
+    reads = _stored(given, full, linear.weight).repeat_interleave(linear.in_features // full)
+    live = (linear.weight.detach() * reads).ne(0).any(1)
+    return live if linear.bias is None else live | linear.bias.ne(0)
+
+
+def _live_entries(norm: nn.Module, given: Channels | None) -> Tensor:
+    """(C,) bool: entries that give something else than zero, in training or in evaluation."""
+    zero_input = _stored(given, norm.num_features, norm.running_mean).eq(0)
+    unmoved = zero_input if norm.running_mean is None else zero_input & norm.running_mean.eq(0)
+    if norm.weight is None:
+        return ~unmoved
+    return norm.bias.ne(0) | (norm.weight.ne(0) & ~unmoved)
+
+
+def _stored(given: Channels | None, full: int, like: Tensor | None) -> Tensor:
+    """(full,) ones and zeros: the channels that the input stores."""
+    stored = range(full) if given is None else given.stored
+    reads = torch.zeros(full) if like is None else torch.zeros(full, dtype=like.dtype, device=like.device)
+    reads[list(stored)] = 1
+    return reads
+
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_LIVE = {
+    nn.Conv1d: _live_filters,
+    nn.Conv2d: _live_filters,
+    nn.Conv3d: _live_filters,
+    nn.Linear: _live_units,
+    **dict.fromkeys(BATCH_NORMS, _live_entries),
+}
+
+
+def relative_difference(dense: nn.Module, smaller: nn.Module, images: Iterable[Tensor]) -> float:
+    """The largest difference of any logit of the two networks, in evaluation, over the largest logit of `dense`.
+
+    `images` are batches on the networks' device. The networks' modes are left as they were.
+    """
+    difference = largest = 0.0
+    with evaluating(dense, smaller), torch.no_grad():
+        for batch in images:
+            expected, found = dense(batch), smaller(batch)
+            difference = max(difference, float((expected - found).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+    return difference / largest if largest else difference
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """The networks in evaluation mode, and afterwards every module in the mode that it had."""
+    modes = {module: module.training for network in networks for module in network.modules()}
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def check_pruned_zeros(state: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> None:
+    """Raises UserError where a layer has a weight or bias that is not exactly zero outside of its `kept` channels."""
+    for name, channels in kept.items():
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key not in state:
+                continue
+            pruned = torch.ones(len(state[key]), dtype=torch.bool, device=state[key].device)
+            pruned[list(channels)] = False
+            left = state[key][pruned].abs()
+            if left.numel() and not float(left.max()) == 0:
+                raise UserError(
+                    f"{key}: pruned channels must be exactly 0, the largest entry left there is {float(left.max()):.3g}"
+                )

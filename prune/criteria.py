@@ -1,0 +1,128 @@
+"""Filter criteria: a conv weight in, one score a filter out; the filters with the lowest scores are pruned.
+
+A new criterion is one function under `@criterion("filter-...")`; nothing else changes. It takes the weight and, by name, what it
+needs of `grad`, `gamma`, `generator` and `gm_distance`, and returns (F,) scores. It is called without autograd and in float64:
+its scores are rounded to float32 afterwards, so that the same weights rank alike on every device.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+GM_DISTANCES = ("euclidean", "sqeuclidean")
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A registered score function, called with the same arguments whichever it is."""
+
+    name: str
+    score: Callable[..., Tensor]
+    inputs: frozenset[str]
+
+    @property
+    def needs_gradient(self) -> bool:
+        return "grad" in self.inputs
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        weight: Tensor,
+        grad: Tensor | None = None,
+        *,
+        gamma: float = 0.5,
+        generator: torch.Generator | None = None,
+        gm_distance: str = "euclidean",
+    ) -> Tensor:
+        """Scores (F,) of the filters of `weight` (F, C, kH, kW), on its device, in its dtype but at least float32.
+
+        `grad` has the shape of `weight`. Raises UserError where it is needed and not given.
+        """
+        if self.needs_gradient and (grad is None or grad.shape != weight.shape):
+            given = "none" if grad is None else f"one of shape {tuple(grad.shape)}"
+            raise UserError(f"{self.name} needs a gradient of the weight's shape {tuple(weight.shape)}, and got {given}")
+        available = {
+            "grad": None if grad is None else grad.double(),
+            "gamma": gamma,
+            "generator": generator,
+            "gm_distance": gm_distance,
+        }
+        scores = self.score(weight.double(), **{name: available[name] for name in self.inputs})
+        return scores.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+
+
+CRITERIA: dict[str, Criterion] = {}
+_INPUTS = frozenset(("grad", "gamma", "generator", "gm_distance"))
+
+
+def criterion(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Registers the decorated score function as `--prune-mode name`. Its parameters say what it needs beside the weight."""
+
+    def register(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        inputs = frozenset(list(inspect.signature(score).parameters)[1:])
+        if name in CRITERIA or not inputs <= _INPUTS:
+            raise ValueError(f"criterion {name!r} is registered already, or asks for more than {', '.join(sorted(_INPUTS))}")
+        CRITERIA[name] = Criterion(name, score, inputs)
+        return score
+
+    return register
+
+
+@criterion("filter-r")
+def random_scores(weight: Tensor, *, generator: torch.Generator | None) -> Tensor:
+    """The random baseline: uniform in [0, 1). Without a generator, from torch's default one of the CPU."""
+    # Drawn where the generator lives: one seed then means the same choice on the CPU, on a GPU and in every process.
+    device = "cpu" if generator is None else generator.device
+    return torch.rand(len(weight), generator=generator, device=device, dtype=weight.dtype)
+
+
+@criterion("filter-a")
+def l1_norm(weight: Tensor) -> Tensor:
+    """Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017: `sum |w_i|`."""
+    return weight.abs().flatten(1).sum(1)
+
+
+@criterion("filter-l2")
+def l2_norm(weight: Tensor) -> Tensor:
+    """The norm of the official code of He et al., "Soft Filter Pruning", IJCAI 2018: `sqrt(sum w_i^2)`."""
+    return weight.square().flatten(1).sum(1).sqrt()
+
+
+@criterion("filter-gm")
+def geometric_median(weight: Tensor, *, gm_distance: str) -> Tensor:
+    """He et al., "Filter Pruning via Geometric Median", CVPR 2019: `sum_j |w_i - w_j|`, distances not squared.
+
+    Squared distances ("sqeuclidean") rank filters by their distance to the mean, which is another method: it is there to
+    reproduce results of an implementation that used it.
+    """
+    if gm_distance not in GM_DISTANCES:
+        raise UserError(f"--gm-distance {gm_distance}: choose from {', '.join(GM_DISTANCES)}")
+    filters = weight.flatten(1)  # (F, C * kH * kW)
+    # By differences: the faster form |a|^2 + |b|^2 - 2ab leaves equal filters at a distance that is not quite 0.
+    distances = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist")  # (F, F)
+    return (distances if gm_distance == "euclidean" else distances.square()).sum(1)
+
+
+@criterion("filter-nggm")
+def norm_of_gradient_and_geometric_median(weight: Tensor, *, grad: Tensor, gamma: float, gm_distance: str) -> Tensor:
+    """`gamma * minmax(GM_i) + (1 - gamma) * minmax(sum |g_i|)`, g the gradient of the mean cross-entropy.
+
+    Both terms are brought to [0, 1] within their layer, so `gamma` in [0, 1] weighs them whatever their units are.
+    """
+    if not 0 <= gamma <= 1:
+        raise UserError(f"--gamma {gamma}: must be from 0 (gradient alone) to 1 (geometric median alone)")
+    median = geometric_median(weight, gm_distance=gm_distance)
+    return gamma * _minmax(median) + (1 - gamma) * _minmax(l1_norm(grad))
+
+
+def _minmax(scores: Tensor) -> Tensor:
+    """`(x - min) / (max - min)`, and 0 where all are equal."""
+    shifted = scores - scores.min()
+    span = shifted.max()
+    # x / 1 where the span is 0, without asking the device which case it is.
+    return shifted / torch.where(span == 0, 1.0, span)

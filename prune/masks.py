@@ -1,0 +1,122 @@
+"""Which filters stay: the layers that can be pruned, the proportion that each retains, and the choice by a criterion."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.conv_norm import conv_norm_pairs
+from prune.criteria import CRITERIA
+from utils.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class PrunableLayer:
+    """A convolution and the batch norm that reads it: a pruned filter is cleared in both."""
+
+    name: str
+    conv: nn.Conv2d
+    bn_name: str | None = None
+    bn: nn.Module | None = None
+
+    @property
+    def filters(self) -> int:
+        return self.conv.out_channels
+
+
+def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
+    """Every `nn.Conv2d` of `model` in `named_modules()` order: the order of `--prune-rates`.
+
+    A batch norm belongs to a layer if it reads the convolution's output directly, and neither of them is used twice. Pass
+    the bare network, not one wrapped by `torch.compile` or DistributedDataParallel, whose names differ. Raises UserError
+    where torch.fx cannot trace it or it has no convolution.
+    """
+    bn_names = conv_norm_pairs(model)
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            bn_name = bn_names.get(name)
+            layers.append(PrunableLayer(name, module, bn_name, model.get_submodule(bn_name) if bn_name else None))
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no conv layer to prune")
+    return layers
+
+
+def keep_ratios(layers: Sequence[PrunableLayer], rates: Sequence[float], *, exclude: Sequence[str] = ()) -> dict[str, float]:
+    """The proportion of filters that each layer retains, by name: `--prune-rates` and `--exclude-layers`.
+
+    `rates` is one value for all layers or one a layer; excluded layers are counted there too, and retain everything.
+    Raises UserError for a value outside (0, 1], a wrong number of values, or a name that is not among the layers.
+    """
+    names = [layer.name for layer in layers]
+    for rate in rates:
+        _check_keep_ratio(rate)
+    if len(rates) not in (1, len(names)):
+        raise UserError(f"--prune-rates: {len(rates)} values for {len(names)} conv layers: give 1 or {len(names)}")
+    unknown = [name for name in exclude if name not in names]
+    if unknown:
+        raise UserError(f"--exclude-layers {' '.join(unknown)}: no such conv layer: choose from {', '.join(names)}")
+    each = rates if len(rates) == len(names) else [rates[0]] * len(names)
+    return {name: 1.0 if name in exclude else ratio for name, ratio in zip(names, each, strict=True)}
+
+
+def _check_keep_ratio(keep_ratio: float) -> None:
+    if not 0 < keep_ratio <= 1:
+        raise UserError(f"--prune-rates {keep_ratio}: the proportion retained must be above 0 and at most 1")
+
+
+def keep_count(filters: int, keep_ratio: float, *, multiple: int = 1) -> int:
+    """How many of `filters` stay: the multiple of `multiple` nearest to `filters * keep_ratio`, at least one multiple.
+
+    Halves go to the even side, as Python rounds (2.5 to 2, 3.5 to 4). Never more than `filters`, and all of them at a ratio
+    of 1, whether that is a multiple or not. Raises UserError for a ratio outside (0, 1] or a multiple below 1.
+    """
+    _check_keep_ratio(keep_ratio)
+    if multiple < 1:
+        raise UserError(f"--channel-multiple {multiple}: must be 1 or more")
+    if keep_ratio == 1:
+        return filters
+    return min(filters, multiple * max(1, round(filters * keep_ratio / multiple)))
+
+
+def choose_filters(
+    layers: Sequence[PrunableLayer],
+    ratios: Mapping[str, float],
+    *,
+    criterion: str,
+    gradients: Mapping[str, Tensor] | None = None,
+    multiple: int = 1,
+    gamma: float = 0.5,
+    gm_distance: str = "euclidean",
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """The filters that stay, by layer: sorted indices, int64, on the CPU.
+
+    The lowest scores go; of equal scores the lower index goes first. A grouped convolution loses the same number in every
+    group, or it would be no grouped convolution any more; so a depthwise one, with one filter a group, keeps all. Raises
+    UserError for an unknown criterion, one that lacks its `gradients`, or weights that are not finite.
+    """
+    if criterion not in CRITERIA:
+        raise UserError(f"--prune-mode {criterion}: choose from {', '.join(CRITERIA)}")
+    score = CRITERIA[criterion]
+    kept = {}
+    for layer in layers:
+        gradient = gradients.get(layer.name) if gradients else None
+        scores = score(layer.conv.weight, gradient, gamma=gamma, generator=generator, gm_distance=gm_distance).cpu()
+        if not scores.isfinite().all():
+            raise UserError(f"{layer.name}: {criterion} gives scores that are not finite: are the weights NaN or infinite?")
+        kept[layer.name] = _highest(scores, ratios[layer.name], groups=layer.conv.groups, multiple=multiple)
+    return kept
+
+
+def _highest(scores: Tensor, keep_ratio: float, *, groups: int, multiple: int) -> Tensor:
+    """Indices of the highest of `scores` (F,), equally many in each of `groups`, sorted."""
+    scores = scores.view(groups, -1)
+    filters = scores.shape[1]
+    # The smallest step a group that makes the whole layer a multiple.
+    keep = keep_count(filters, keep_ratio, multiple=multiple // math.gcd(multiple, groups))
+    highest = scores.argsort(dim=1, stable=True)[:, filters - keep :]  # (groups, keep)
+    offsets = torch.arange(groups).unsqueeze(1) * filters
+    return (highest + offsets).flatten().sort().values

@@ -1,0 +1,185 @@
+"""When filters are cleared: once and for good (hard pruning), or again and again with regrowth in between (SFP).
+
+A pruned filter is one whose weights, bias, and batch-norm weight and bias are all exactly 0: only then is its output map 0
+whatever the input, and the filter can be removed without changing the function.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.narrow import NarrowNetwork, narrow
+from prune.masks import PrunableLayer, prunable_layers
+from utils.engine import Hooks
+from utils.errors import UserError
+
+
+class PruningSchedule(Hooks):
+    """What a trainer calls. `model` is the bare network, on its device; `kept` maps layers to the filters that stay.
+
+    `kept` holds sorted int64 indices on the CPU, and is empty as long as nothing has been chosen.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers = {layer.name: layer for layer in prunable_layers(model)}
+        self.kept: dict[str, Tensor] = {}
+
+    def trained_network(self) -> nn.Module:
+        """The network to train in place of `model`."""
+        return self.model
+
+    @contextmanager
+    def shipped(self) -> Iterator[dict[str, Tensor]]:
+        """Within it the model is the pruned network as it is evaluated and saved; gives that network's `kept`."""
+        yield self.kept
+
+    def live_channels(self, kept: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """`kept` for each pruned convolution and the batch norm that reads it: what a checkpoint says, and `narrow` takes."""
+        pruned = [layer for layer, _ in _losses(self.layers, kept)]
+        names = [(name, layer) for layer in pruned for name in (layer.name, layer.bn_name) if name is not None]
+        return {name: kept[layer.name].tolist() for name, layer in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": dict(self.kept)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError for layers or filters that the model has not got."""
+        self.kept = _checked_kept(self.layers, state["kept"])
+
+
+class HardPruning(PruningSchedule):
+    """One choice before training: pruned filters are exactly 0 from now on, after every step."""
+
+    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor]):
+        super().__init__(model)
+        self.load_state_dict({"kept": kept})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._parameters, self._masks = [], []
+        for layer, pruned in _losses(self.layers, self.kept):
+            for parameter in (*_conv_parameters(layer), *_bn_parameters(layer)):
+                self._parameters.append(parameter)
+                self._masks.append(torch.ones_like(parameter).index_fill_(0, pruned.to(parameter.device), 0))
+        self.after_step()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Clears what momentum, weight decay and the BN bias' gradient brought back, in a few launches and no sync."""
+        if self._parameters:
+            torch._foreach_mul_(self._parameters, self._masks)
+            torch._foreach_add_(self._parameters, 0.0)  # a negative weight times 0 is -0.0, which this turns into 0.0
+
+
+class PhysicalPruning(PruningSchedule):
+    """One choice before training, and the filters are gone from the network that is trained: nothing is left to be kept at 0.
+
+    It computes what the network of `HardPruning` computes, step by step, up to rounding.
+    """
+
+    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor]):
+        super().__init__(model)
+        self.kept = HardPruning(model, kept).kept
+
+    def trained_network(self) -> NarrowNetwork:
+        return narrow(self.model, self.live_channels(self.kept))
+
+
+class SoftPruning(PruningSchedule):
+    """He et al., "Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks", IJCAI 2018.
+
+    After every `interval`-th epoch and after `last_epoch` the filters are chosen anew; the weights and BN biases of the
+    others are set to 0 and go on training. Their BN weight is left alone meanwhile: with it at 0 as well every gradient
+    would be 0. Where a ReLU follows the batch norm at once, its own gradient at exactly 0 is 0, so there it is the
+    optimizer's momentum that takes a filter off 0, and gradients from then on.
+
+    `choose()` gives `kept` from the weights as they are. It must not change anything, random streams that training uses
+    included: it is also called for an evaluation between two prunings.
+    """
+
+    def __init__(self, model: nn.Module, choose: Callable[[], dict[str, Tensor]], *, interval: int, last_epoch: int):
+        if interval < 1:
+            raise UserError(f"--prune-interval {interval}: must be 1 epoch or more")
+        super().__init__(model)
+        self.choose = choose
+        self.interval = interval
+        self.last_epoch = last_epoch
+        self._just_pruned = False
+
+    def after_step(self) -> None:
+        self._just_pruned = False
+
+    def after_epoch(self, epoch: int) -> None:
+        if (epoch + 1) % self.interval and epoch != self.last_epoch:
+            return
+        self.kept = self.choose()
+        self._just_pruned = True
+        for layer, pruned in _losses(self.layers, self.kept):
+            _clear([*_conv_parameters(layer), *_bn_parameters(layer)[1:]], pruned)
+
+    @contextmanager
+    def shipped(self) -> Iterator[dict[str, Tensor]]:
+        """Within it the chosen filters are 0 with their BN weight; afterwards every bit is as before.
+
+        They are the filters that were just cleared, or, on an epoch without pruning, those that would be cleared now.
+        """
+        # Choosing again right after pruning could differ: FPGM ranks cleared filters as any others.
+        kept = self.kept if self._just_pruned else self.choose()
+        saved = []
+        try:
+            for layer, pruned in _losses(self.layers, kept):
+                parameters = [*_conv_parameters(layer), *_bn_parameters(layer)]
+                saved += [(parameter, parameter.detach().clone()) for parameter in parameters]
+                _clear(parameters, pruned)
+            yield kept
+        finally:
+            with torch.no_grad():
+                for parameter, before in saved:
+                    parameter.copy_(before)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"just_pruned": self._just_pruned}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._just_pruned = state["just_pruned"]
+
+
+def _conv_parameters(layer: PrunableLayer) -> list[Tensor]:
+    conv = layer.conv
+    return [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
+
+
+def _bn_parameters(layer: PrunableLayer) -> list[Tensor]:
+    """Weight and bias, in this order, or nothing."""
+    return [layer.bn.weight, layer.bn.bias] if layer.bn is not None and layer.bn.affine else []
+
+
+def _losses(layers: Mapping[str, PrunableLayer], kept: Mapping[str, Tensor]) -> Iterator[tuple[PrunableLayer, Tensor]]:
+    """The layers that lose filters, each with the indices of those that go."""
+    for name, indices in kept.items():
+        pruned = torch.ones(layers[name].filters, dtype=torch.bool).index_fill_(0, indices, False).nonzero().flatten()
+        if len(pruned):
+            yield layers[name], pruned
+
+
+@torch.no_grad()
+def _clear(parameters: list[Tensor], pruned: Tensor) -> None:
+    for parameter in parameters:
+        parameter.index_fill_(0, pruned.to(parameter.device), 0)
+
+
+def _checked_kept(layers: Mapping[str, PrunableLayer], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    checked = {}
+    for name, indices in kept.items():
+        if name not in layers:
+            raise UserError(f"kept filters of {name!r}: the network has no such conv layer: choose from {', '.join(layers)}")
+        filters = layers[name].filters
+        if any(not 0 <= index < filters for index in indices.tolist()):
+            raise UserError(f"kept filters of {name!r}: the network has filters 0 to {filters - 1} there, not {indices.tolist()}")
+        checked[name] = indices.to("cpu", torch.int64)
+    return checked

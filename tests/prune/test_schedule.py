@@ -1,0 +1,310 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.alexnet import AlexNet
+from models.cifar_resnet import CifarResNet
+from prune.masks import choose_filters, keep_ratios, prunable_layers
+from prune.schedule import HardPruning, PruningSchedule, SoftPruning
+from utils.errors import UserError
+
+
+def small_resnet():
+    torch.manual_seed(0)
+    return CifarResNet(depth=8, num_classes=4)
+
+
+def lowest_norm(model, keep_ratio=0.5):
+    layers = prunable_layers(model)
+    return choose_filters(layers, keep_ratios(layers, [keep_ratio]), criterion="filter-a")
+
+
+def soft_schedule(model, **options):
+    return SoftPruning(model, partial(lowest_norm, model), **{"interval": 1, "last_epoch": 9} | options)
+
+
+def sgd(model, momentum=0.9):
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=momentum, nesterov=momentum > 0, weight_decay=5e-3)
+
+
+def train(model, schedule, optimizer, *, steps=2, size=8):
+    """Real steps on random images."""
+    generator = torch.Generator().manual_seed(1)
+    model.train()
+    for _ in range(steps):
+        images = torch.randn(4, 3, size, size, generator=generator)
+        labels = torch.randint(4, (4,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        schedule.after_step()
+
+
+def pruned_parts(model, kept, *, parts=("weight", "bias", "bn_weight", "bn_bias")):
+    """The named tensors of every layer, with only the rows of pruned filters."""
+    rows = []
+    for layer in prunable_layers(model):
+        gone = [i for i in range(layer.filters) if i not in kept[layer.name].tolist()]
+        tensors = {"weight": layer.conv.weight, "bias": layer.conv.bias, "bn_weight": layer.bn.weight, "bn_bias": layer.bn.bias}
+        rows += [tensors[part].detach()[gone] for part in parts if tensors[part] is not None]
+    return rows
+
+
+def is_positive_zero(tensor):
+    return tensor.eq(0).all() and not tensor.signbit().any()
+
+
+def snapshot(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def same_state(model, state):
+    return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("build", [small_resnet, partial(AlexNet, num_classes=4)], ids=["resnet", "alexnet"])
+def test_hard_pruned_filters_are_exactly_zero_after_every_step(build):
+    model = build()
+    with torch.no_grad():  # batch norms as after training, so that there is something to clear
+        for layer in prunable_layers(model):
+            nn.init.uniform_(layer.bn.bias, -1, 1)
+    kept = lowest_norm(model)
+    schedule = HardPruning(model, kept)
+    assert all(is_positive_zero(part) for part in pruned_parts(model, kept))
+    optimizer = sgd(model)
+    for _ in range(3):
+        train(model, schedule, optimizer, steps=1, size=32 if isinstance(model, AlexNet) else 8)
+        assert all(is_positive_zero(part) for part in pruned_parts(model, kept))
+
+
+def test_hard_pruning_holds_against_momentum_from_before():
+    model = small_resnet()
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    schedule = HardPruning(model, lowest_norm(model))
+    optimizer.step()
+    assert not all(is_positive_zero(part) for part in pruned_parts(model, schedule.kept))
+    schedule.after_step()
+    assert all(is_positive_zero(part) for part in pruned_parts(model, schedule.kept))
+
+
+def test_hard_pruning_changes_nothing_else():
+    model = small_resnet()
+    state = snapshot(model)
+    kept = lowest_norm(model)
+    schedule = HardPruning(model, kept)
+    schedule.after_epoch(0)
+    for layer in prunable_layers(model):
+        stays = kept[layer.name]
+        assert torch.equal(layer.conv.weight[stays], state[f"{layer.name}.weight"][stays])
+        assert torch.equal(layer.bn.weight[stays], state[f"{layer.bn_name}.weight"][stays])
+    assert torch.equal(model.classifier.weight, state["classifier.weight"])
+    with schedule.shipped() as shipped:
+        assert shipped == kept
+
+
+def test_a_hard_pruned_network_does_not_see_what_stood_in_its_filters():
+    model = small_resnet()
+    other = copy.deepcopy(model)
+    kept = lowest_norm(model)
+    with torch.no_grad():
+        for part, layer in enumerate(prunable_layers(other)):
+            gone = [i for i in range(layer.filters) if i not in kept[layer.name].tolist()]
+            layer.conv.weight[gone] += part + 1.0
+            layer.bn.bias[gone] = 3.0
+    HardPruning(model, kept), HardPruning(other, kept)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(images), other(images))
+
+
+def test_layers_without_batch_norm_parameters_are_pruned_by_their_conv():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4, affine=False))
+    schedule = HardPruning(model, {"0": torch.tensor([1, 3])})
+    assert is_positive_zero(model[0].weight[[0, 2]]) and is_positive_zero(model[0].bias[[0, 2]])
+    assert model[0].weight[[1, 3]].ne(0).all() and model[1].weight.ne(0).all()
+    schedule.load_state_dict({"kept": {"1": torch.tensor([0])}})
+    assert is_positive_zero(model[1].weight[1:])
+
+
+def test_keeping_everything_is_no_error():
+    model = small_resnet()
+    state = snapshot(model)
+    schedule = HardPruning(model, lowest_norm(model, 1.0))
+    schedule.after_step()
+    assert same_state(model, state)
+
+
+def test_soft_pruning_clears_weights_and_bn_bias_and_leaves_the_bn_weight():
+    model = small_resnet()
+    with torch.no_grad():
+        for layer in prunable_layers(model):
+            layer.bn.bias.fill_(0.5)
+    expected = lowest_norm(model)
+    schedule = soft_schedule(model)
+    schedule.after_epoch(0)
+    assert {name: indices.tolist() for name, indices in schedule.kept.items()} == {
+        name: indices.tolist() for name, indices in expected.items()
+    }
+    assert all(is_positive_zero(part) for part in pruned_parts(model, expected, parts=("weight", "bn_bias")))
+    assert all(part.eq(1).all() for part in pruned_parts(model, expected, parts=("bn_weight",)))
+
+
+def test_soft_pruning_clears_the_bias_of_a_convolution():
+    model = AlexNet(num_classes=4)
+    schedule = soft_schedule(model)
+    schedule.after_epoch(0)
+    assert all(is_positive_zero(part) for part in pruned_parts(model, schedule.kept, parts=("weight", "bias", "bn_bias")))
+
+
+def regrown(model, schedule, optimizer):
+    """One flag a filter that is cleared after two steps: whether it is there again after two more."""
+    train(model, schedule, optimizer)
+    schedule.after_epoch(0)
+    assert all(is_positive_zero(part) for part in pruned_parts(model, schedule.kept, parts=("weight",)))
+    train(model, schedule, optimizer)
+    parts = pruned_parts(model, schedule.kept, parts=("weight",))
+    return torch.cat([part.flatten(1).ne(0).any(1) for part in parts])
+
+
+def test_soft_pruned_filters_come_back():
+    model = small_resnet()
+    assert regrown(model, soft_schedule(model), sgd(model)).all()
+
+
+def test_a_gradient_alone_brings_filters_back():
+    # Those that no ReLU follows at once: its gradient at exactly 0 is 0. With BN weights cleared as well there were none.
+    model = small_resnet()
+    assert regrown(model, soft_schedule(model), sgd(model, momentum=0)).any()
+
+
+def test_soft_pruning_chooses_anew():
+    model = small_resnet()
+    schedule = soft_schedule(model)
+    schedule.after_epoch(0)
+    before = schedule.kept["conv_1_3x3"].tolist()
+    with torch.no_grad():
+        model.conv_1_3x3.weight.index_fill_(0, schedule.kept["conv_1_3x3"], 0.001)
+        model.conv_1_3x3.weight[[i for i in range(16) if i not in before]] = 1.0
+    schedule.after_step()
+    schedule.after_epoch(1)
+    assert not set(before) & set(schedule.kept["conv_1_3x3"].tolist())
+
+
+@pytest.mark.parametrize(("interval", "pruned_epochs"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (3, [2, 4]), (9, [4])])
+def test_soft_pruning_after_every_interval_and_the_last_epoch(interval, pruned_epochs):
+    model = nn.Sequential(nn.Conv2d(1, 2, 1))
+    choices = []
+
+    def choose():
+        choices.append(epoch)
+        return {"0": torch.tensor([0])}
+
+    schedule = SoftPruning(model, choose, interval=interval, last_epoch=4)
+    for epoch in range(5):
+        schedule.after_step()
+        schedule.after_epoch(epoch)
+    assert choices == pruned_epochs
+
+
+def test_shipped_clears_the_chosen_filters_whole_and_restores_every_bit():
+    model = small_resnet()
+    schedule = soft_schedule(model, interval=5)
+    train(model, schedule, sgd(model))
+    schedule.after_epoch(0)  # no pruning on this one
+    state, expected = snapshot(model), lowest_norm(model)
+    with schedule.shipped() as kept:
+        assert [indices.tolist() for indices in kept.values()] == [indices.tolist() for indices in expected.values()]
+        assert all(is_positive_zero(part) for part in pruned_parts(model, kept))
+    assert same_state(model, state)
+    assert schedule.kept == {}
+
+
+def test_shipped_restores_when_the_evaluation_fails():
+    model = small_resnet()
+    state = snapshot(model)
+    with pytest.raises(KeyError), soft_schedule(model).shipped():
+        raise KeyError
+    assert same_state(model, state)
+
+
+def test_what_is_shipped_after_pruning_is_what_was_just_pruned():
+    # For FPGM a cleared filter is a point as any other: chosen again at once, other filters could go.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4))
+    answers = [torch.tensor([0, 1]), torch.tensor([2, 3])]
+    schedule = SoftPruning(model, lambda: {"0": answers.pop(0)}, interval=1, last_epoch=1)
+    schedule.after_epoch(0)
+    with schedule.shipped() as kept:
+        assert kept["0"].tolist() == [0, 1]
+        assert model[1].weight.tolist() == [1, 1, 0, 0]
+    assert model[1].weight.tolist() == [1, 1, 1, 1]
+    schedule.after_step()
+    with schedule.shipped() as kept:
+        assert kept["0"].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_state_round_trip(hard):
+    model = small_resnet()
+    full = lowest_norm(model, 1.0)
+    schedule, fresh = (HardPruning(model, full) if hard else soft_schedule(model) for _ in range(2))
+    if hard:
+        schedule = HardPruning(model, lowest_norm(model))
+    else:
+        schedule.after_epoch(0)
+    fresh.load_state_dict(schedule.state_dict())
+    with fresh.shipped() as loaded, schedule.shipped() as kept:
+        assert {name: indices.tolist() for name, indices in loaded.items()} == {
+            name: indices.tolist() for name, indices in kept.items()
+        }
+    if hard:
+        train(model, fresh, sgd(model))
+        assert all(is_positive_zero(part) for part in pruned_parts(model, schedule.kept))
+
+
+def test_without_pruning_nothing_happens():
+    model = small_resnet()
+    state, schedule = snapshot(model), PruningSchedule(model)
+    schedule.after_step()
+    schedule.after_epoch(0)
+    with schedule.shipped() as kept:
+        assert kept == {}
+    assert same_state(model, state)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"conv9": torch.tensor([0])}, "kept filters of 'conv9': the network has no such conv layer"),
+        ({"conv_1_3x3": torch.tensor([3, 16])}, r"filters 0 to 15 there, not \[3, 16\]"),
+        ({"conv_1_3x3": torch.tensor([-1])}, "filters 0 to 15"),
+    ],
+)
+def test_filters_that_the_network_has_not_got_are_named(kept, message):
+    with pytest.raises(UserError, match=message):
+        HardPruning(small_resnet(), kept)
+
+
+def test_an_interval_below_one_is_named():
+    with pytest.raises(UserError, match="--prune-interval 0"):
+        soft_schedule(small_resnet(), interval=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_does_not_wait_for_the_device():
+    model = small_resnet().cuda()
+    schedule = HardPruning(model, lowest_norm(model))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        schedule.after_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(is_positive_zero(part.cpu()) for part in pruned_parts(model, schedule.kept))
