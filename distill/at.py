@@ -1,0 +1,45 @@
+"""AT: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2 with activation maps of p = 2.
+
+    L = sum over stages of mean((A_s - A_t)^2),  A(f) = normalize(vec(mean_c f^2)) per image
+
+As in the official code this is the mean over images and positions, not the paper's norm. Where student and teacher maps
+differ in size, the larger one is average-pooled to the smaller.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.base import Distiller, attention_map, channel_energy, register_distiller
+from models.outputs import Outputs
+from utils.errors import UserError
+
+IMAGENET_STAGES = 4  # networks of four stages are the ImageNet ones, of which the last two are compared
+
+
+def at_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    """Maps (b, c, h, w) of each stage, pairwise; channels and sizes of a pair may differ -> 0-dim loss."""
+    return sum(_stage_loss(student, teacher) for student, teacher in zip(student_maps, teacher_maps, strict=True))
+
+
+def _stage_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    size = tuple(map(min, student.shape[2:], teacher.shape[2:]))
+    return F.mse_loss(attention_map(channel_energy(student), size), attention_map(channel_energy(teacher), size))
+
+
+@register_distiller("at", beta=1000.0)
+class AT(Distiller):
+    """Attention maps at the end of each stage; of ImageNet networks at the end of the last two."""
+
+    def __init__(self, student: Outputs, teacher: Outputs):
+        super().__init__()
+        if len(student.stages) != len(teacher.stages):
+            raise UserError(
+                f"--distill at: the student has {len(student.stages)} stages, the teacher {len(teacher.stages)}: "
+                "AT compares networks with the same number of stages"
+            )
+        self.first_stage = 2 if len(student.stages) == IMAGENET_STAGES else 0
+
+    def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
+        return at_loss(student.stages[self.first_stage :], teacher.stages[self.first_stage :])

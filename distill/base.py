@@ -1,0 +1,127 @@
+"""What the losses share: how one registers, what it is given, and the attention map that most of them compare."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from models.outputs import Outputs
+
+
+class Distiller(nn.Module, ABC):
+    """One distillation loss. A subclass defines `loss(student, teacher)` and registers with `@register_distiller`.
+
+    `__init__(student, teacher, *, option=default)` gets sample Outputs of both networks, of any batch size, for their
+    shapes, and raises UserError where they don't fit together. Keyword-only arguments are the loss's options.
+    """
+
+    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """The loss of one batch, 0-dim, not yet times beta; float32 whatever precision the networks ran in."""
+        # bfloat16 has 8 significant bits: too few for differences between normalised maps.
+        with torch.autocast(student.logits.device.type, enabled=False):
+            return self.loss(student, teacher)
+
+    @abstractmethod
+    def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """What `forward` returns, with autocast off; feature maps may still come in a reduced precision."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a loss: a keyword of `build_distiller`, and with dashes for underscores a flag."""
+
+    default: int | float
+    help: str
+
+
+@dataclass(frozen=True)
+class DistillerEntry:
+    """A registered loss: what builds it, its paper's usual beta (None: weighted by alpha alone), its options by keyword."""
+
+    build: Callable[..., Distiller]
+    beta: float | None
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+DISTILLERS: dict[str, DistillerEntry] = {}
+
+
+def register_distiller(name: str, *, beta: float | None, **option_help: str) -> Callable[[type[Distiller]], type[Distiller]]:
+    """Class decorator that enters a loss into `DISTILLERS`.
+
+    `option_help` describes each keyword-only argument of the class, by its name.
+    """
+
+    def register(cls: type[Distiller]) -> type[Distiller]:
+        defaults = {
+            parameter.name: parameter.default
+            for parameter in inspect.signature(cls).parameters.values()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        if defaults.keys() != option_help.keys():
+            raise TypeError(f"{cls.__name__} has options {sorted(defaults)}, described are {sorted(option_help)}")
+        if name in DISTILLERS:
+            raise ValueError(f"distiller {name!r} is registered already")
+        options = {key: Option(default, option_help[key]) for key, default in defaults.items()}
+        DISTILLERS[name] = DistillerEntry(cls, beta, options)
+        return cls
+
+    return register
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is in a wider type."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _ChannelEnergy(torch.autograd.Function):
+    """Autograd's own graph of this makes three passes over the map where one is needed, of each block in each step."""
+
+    @staticmethod
+    def forward(ctx, feature_map: Tensor) -> Tensor:
+        ctx.save_for_backward(feature_map)
+        feature_map = full_precision(feature_map)
+        return torch.linalg.vecdot(feature_map, feature_map, dim=1) / feature_map.shape[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (feature_map,) = ctx.saved_tensors
+        scale = gradient * (2 / feature_map.shape[1])  # (b, h, w)
+        return (feature_map * scale.unsqueeze(1)).to(feature_map.dtype)
+
+
+def channel_energy(feature_map: Tensor) -> Tensor:
+    """Mean over channels of the squares: (b, c, h, w) -> (b, h, w), in full precision."""
+    return _ChannelEnergy.apply(feature_map)
+
+
+def stacked_energies(feature_maps: Sequence[Tensor]) -> list[Tensor]:
+    """Channel energies in order of depth, neighbours of one size stacked: n maps (b, c_i, h, w) -> (n, b, h, w) a size.
+
+    A network has many blocks and few sizes, so that what follows is a handful of batched operations.
+    """
+    groups = groupby(feature_maps, key=lambda feature_map: tuple(feature_map.shape[2:]))
+    return [torch.stack([channel_energy(feature_map) for feature_map in group]) for _, group in groups]
+
+
+def attention_map(energy: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    """The attention map of AT, AFD and HAP, `normalize(vec(mean_c f^2))`: (..., b, h, w) -> (..., b, h * w).
+
+    `energy` is the mean over channels, average-pooled to `size` (height, width) first if given. An image whose map is
+    all zero stays zero, with finite gradients.
+    """
+    if size is not None and tuple(size) != tuple(energy.shape[-2:]):
+        energy = F.adaptive_avg_pool2d(energy, tuple(size))
+    return F.normalize(energy.flatten(-2), dim=-1)
+
+
+def row_similarity(rows: Tensor) -> Tensor:
+    """Similarity of the images of a batch, each row normalised: `rownorm(rows rows^T)`, (..., b, d) -> (..., b, b)."""
+    return F.normalize(rows @ rows.mT, dim=-1)

@@ -1,0 +1,176 @@
+"""Each loss against an independent computation: by hand, in NumPy, or as the paper's official code spells it out."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from distill.afd import AFD, BN_EPSILON, WIDTH, candidates, value_distances
+from distill.at import at_loss
+from distill.base import attention_map, channel_energy
+from distill.hap import hap_loss
+from distill.kd import kd_loss
+from distill.sp import sp_loss
+from models.outputs import Outputs
+
+
+def random_maps(shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def numpy_attention(feature_map):
+    squares = (feature_map.numpy() ** 2).mean(axis=1).reshape(len(feature_map), -1)
+    return squares / np.linalg.norm(squares, axis=1, keepdims=True)
+
+
+def numpy_similarity(rows):
+    similarity = rows @ rows.T
+    return similarity / np.linalg.norm(similarity, axis=1, keepdims=True)
+
+
+def test_kd_of_one_image_worked_by_hand():
+    # At T = 2: softmax(ln 9 / 2, 0) = (3/4, 1/4) for the teacher, (1/2, 1/2) for the student.
+    teacher, student = torch.tensor([[math.log(9), 0.0]]), torch.zeros(1, 2)
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert kd_loss(student, teacher, temperature=2.0).item() == pytest.approx(4 * divergence, rel=1e-6)
+
+
+def test_kd_is_a_mean_over_images_not_classes():
+    student, teacher = random_maps([(1, 5), (1, 5)])
+    once = kd_loss(student, teacher, temperature=4.0)
+    assert kd_loss(student.expand(7, 5), teacher.expand(7, 5), temperature=4.0).item() == pytest.approx(once.item())
+
+
+def test_attention_map_worked_by_hand():
+    feature_map = torch.tensor([[[[3.0, 0.0]], [[1.0, 2.0]]]])  # two channels of 1x2: mean squares (5, 2)
+    expected = torch.tensor([[5.0, 2.0]]) / math.sqrt(29)
+    torch.testing.assert_close(attention_map(channel_energy(feature_map)), expected)
+
+
+def test_attention_map_pools_the_squares():
+    feature_map = torch.tensor([[[[1.0, 3.0], [2.0, 4.0]]]])
+    pooled = attention_map(channel_energy(feature_map), (2, 1))  # row means of the squares: 5 and 10
+    torch.testing.assert_close(pooled, torch.tensor([[1.0, 2.0]]) / math.sqrt(5))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.tuples(*[st.integers(1, 4)] * 4), st.booleans())
+def test_gradient_of_the_channel_energy(shape, channels_last):
+    (feature_map,) = random_maps([shape])
+    if channels_last:
+        feature_map = feature_map.contiguous(memory_format=torch.channels_last)
+    assert torch.autograd.gradcheck(channel_energy, feature_map.requires_grad_())
+
+
+def test_at_against_numpy():
+    student, teacher = random_maps([(3, 4, 8, 8), (3, 6, 4, 4)]), random_maps([(3, 2, 8, 8), (3, 6, 4, 4)], seed=1)
+    expected = sum(((numpy_attention(s) - numpy_attention(t)) ** 2).mean() for s, t in zip(student, teacher, strict=True))
+    assert at_loss(student, teacher).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("larger", ["student", "teacher"])
+def test_at_pools_the_larger_map(larger):
+    large, small = random_maps([(2, 3, 4, 4), (2, 5, 2, 2)])
+    squares = (large.numpy() ** 2).mean(axis=1)
+    pooled = squares.reshape(2, 2, 2, 2, 2).mean(axis=(2, 4)).reshape(2, 4)
+    pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+    expected = ((pooled - numpy_attention(small)) ** 2).mean()
+    pair = ([large], [small]) if larger == "student" else ([small], [large])
+    assert at_loss(*pair).item() == pytest.approx(expected)
+
+
+def test_sp_against_numpy():
+    student, teacher = random_maps([(5, 2, 3, 3), (5, 4, 2, 2)])
+    difference = numpy_similarity(student.numpy().reshape(5, -1)) - numpy_similarity(teacher.numpy().reshape(5, -1))
+    expected = np.linalg.norm(difference, "fro") ** 2 / 25
+    assert sp_loss(student, teacher).item() == pytest.approx(expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
+def test_hap_equals_the_mean_over_all_pairs(student_blocks, teacher_blocks, batch, seed):
+    sizes = [(batch, 1 + i % 3, 4 - i % 2, 4) for i in range(student_blocks)]
+    student = random_maps(sizes, seed)
+    teacher = random_maps([(batch, 2, 3, 2)] * teacher_blocks, seed + 1)
+    similarities = [[numpy_similarity(numpy_attention(block)) for block in blocks] for blocks in (student, teacher)]
+    expected = np.mean([((s - t) ** 2).mean() for s in similarities[0] for t in similarities[1]])
+    assert hap_loss(student, teacher).item() == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+def test_hap_gradient_equals_that_of_the_mean_over_all_pairs():
+    student, teacher = random_maps([(4, 3, 4, 4), (4, 5, 2, 2)]), random_maps([(4, 2, 3, 3)] * 3, seed=1)
+    for block in student:
+        block.requires_grad_()
+
+    def similarity(block):
+        rows = F.normalize(block.pow(2).mean(1).flatten(1))
+        return F.normalize(rows @ rows.T)
+
+    pairs = [F.mse_loss(similarity(s), similarity(t)) for s in student for t in teacher]
+    expected = torch.autograd.grad(torch.stack(pairs).mean(), student)
+    torch.testing.assert_close(torch.autograd.grad(hap_loss(student, teacher), student), expected)
+
+
+def official_afd_loss(distiller, student, teacher):
+    """AFD as its official code computes it, batch norms and all, with the weights of `distiller`."""
+
+    def batch_norm(rows, gain, bias):
+        return F.batch_norm(rows, None, None, gain.flatten(), bias.flatten(), training=True, eps=BN_EPSILON)
+
+    def project(projection, block, i):
+        return batch_norm(F.linear(block.mean((2, 3)), projection.linears[i].weight), projection.gain[i], projection.bias[i])
+
+    batch, n_t = len(student[0]), len(teacher)
+    key = torch.stack([project(distiller.key, block, i).relu() for i, block in enumerate(student)], dim=1)
+    query = torch.stack([project(distiller.query, block, i) for i, block in enumerate(teacher)], dim=1)
+    bilinear = F.linear(key.flatten(0, 1), distiller.bilinear.flatten(0, 1))  # (b * s, t * q)
+    bilinear = batch_norm(bilinear, distiller.bilinear_gain, torch.full((n_t * WIDTH,), 0.7, dtype=torch.float64))
+    scores = torch.einsum("bstq,btq->bts", bilinear.view(batch, len(student), n_t, WIDTH), query)
+    positions = distiller.teacher_position @ distiller.student_position.T
+    attention = F.softmax((scores + positions) / math.sqrt(WIDTH), dim=2)
+
+    loss = 0.0
+    for t, block in enumerate(teacher):
+        value_t = F.normalize(block.pow(2).mean(1).flatten(1), dim=1)
+        pooled = [F.adaptive_avg_pool2d(s.pow(2).mean(1, keepdim=True), block.shape[2:]).flatten(1) for s in student]
+        value_s = torch.stack([F.normalize(squares, dim=1) for squares in pooled], dim=1)
+        loss += ((value_s - value_t.unsqueeze(1)).pow(2).mean(2) * attention[:, t]).sum(1).mean()
+    return loss
+
+
+def test_afd_equals_its_official_code():
+    torch.manual_seed(0)
+    student = random_maps([(6, 3, 8, 8), (6, 3, 8, 8), (6, 5, 4, 4)])
+    teacher = random_maps([(6, 4, 8, 8), (6, 7, 2, 2)], seed=1)
+    logits = torch.zeros(6, 2, dtype=torch.float64)
+    outputs = [Outputs(logits, tuple(blocks), tuple(blocks), logits) for blocks in (student, teacher)]
+    distiller = AFD(*outputs).double()
+    for name, parameter in distiller.named_parameters():
+        if "gain" in name or "bias" in name:
+            nn.init.normal_(parameter, mean=1.0)
+    for block in student:
+        block.requires_grad_()
+    assert distiller(*outputs).item() == pytest.approx(official_afd_loss(distiller, student, teacher).item(), rel=1e-9)
+    expected = torch.autograd.grad(official_afd_loss(distiller, student, teacher), [*student, *distiller.parameters()])
+    gradients = torch.autograd.grad(distiller(*outputs), [*student, *distiller.parameters()])
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_afd_distances_worked_by_hand():
+    student = [torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 2.0]]]])]
+    teacher = [torch.tensor([[[[3.0, 0.0]]]])]
+    expected = torch.tensor([[[0.0, 1.0]]])  # the same map; (0, 1) against (1, 0): mean of 1 and 1
+    torch.testing.assert_close(value_distances(student, teacher), expected)
+
+
+def test_afd_takes_every_second_block_of_very_deep_networks_with_the_last():
+    blocks = random_maps([(1, 1, 1, 1)] * 54)
+    assert len(candidates(blocks)) == 27
+    assert candidates(blocks)[-1] is blocks[-1]
+    assert len(candidates(blocks[:50])) == 50

@@ -1,0 +1,167 @@
+"""The objective of a distilled training step, and the teacher that no step changes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distill import DISTILLERS, build_distiller
+from distill.objective import DistillationObjective, FrozenTeacher, sample_outputs
+from models import build_model
+from models.cifar_resnet import CifarResNet
+from models.outputs import Outputs
+
+LOSSES = sorted(set(DISTILLERS) - {"kd"})
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+def small_network(seed):
+    torch.manual_seed(seed)
+    return CifarResNet(depth=8, num_classes=3)
+
+
+def make_objective(*names, alpha=0.9, beta=10.0):
+    student, teacher = small_network(0), small_network(1)
+    samples = {"student": sample_outputs(student, IMAGES), "teacher": sample_outputs(teacher, IMAGES)}
+    losses = [(name, build_distiller(name, **samples), beta) for name in names]
+    kd = build_distiller("kd", **samples)
+    return DistillationObjective(student, teacher=FrozenTeacher(teacher), losses=losses, kd=kd, alpha=alpha)
+
+
+def state_of(network):
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+def assert_same_state(network, state):
+    torch.testing.assert_close(network.state_dict(), state, rtol=0, atol=0)
+
+
+def test_loss_is_cross_entropy_and_the_weighted_terms():
+    objective = make_objective("at", "hap", alpha=0.5, beta=20.0)
+    loss, logits, terms = objective(IMAGES, LABELS)
+    assert list(terms) == ["ce", "kd", "at", "hap"]
+    expected = terms["ce"] + 0.5 * terms["kd"] + 20 * terms["at"] + 20 * terms["hap"]
+    torch.testing.assert_close(loss.detach(), expected)
+    torch.testing.assert_close(terms["ce"], F.cross_entropy(logits, LABELS))
+    assert not logits.requires_grad and not any(term.requires_grad for term in terms.values())
+
+
+def test_without_a_teacher_it_is_the_cross_entropy():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))  # has no `outputs`: none are needed
+    loss, logits, terms = DistillationObjective(network)(IMAGES, LABELS)
+    torch.testing.assert_close(loss, F.cross_entropy(network(IMAGES), LABELS))
+    torch.testing.assert_close(logits, network(IMAGES).detach())
+    assert list(terms) == ["ce"]
+
+
+def test_a_teacher_without_a_loss_and_a_loss_without_a_teacher_are_refused():
+    objective = make_objective()
+    with pytest.raises(ValueError, match="belong together"):
+        DistillationObjective(objective.student, teacher=objective.teacher)
+    with pytest.raises(ValueError, match="belong together"):
+        DistillationObjective(objective.student, kd=objective.distillers["kd"])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_trains_every_parameter_and_leaves_the_teacher(name):
+    objective = make_objective(name).train()
+    teacher_state, student_state = state_of(objective.teacher.network), state_of(objective.student)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    objective(IMAGES, LABELS)[0].backward()
+    assert all(parameter.grad is not None for parameter in objective.parameters())  # or DistributedDataParallel would wait
+    optimizer.step()
+    assert_same_state(objective.teacher.network, teacher_state)
+    assert not any(parameter.requires_grad for parameter in objective.teacher.network.parameters())
+    changed = [key for key, value in objective.student.state_dict().items() if not torch.equal(value, student_state[key])]
+    assert "stage_1.0.conv_a.weight" in changed and "bn_1.running_mean" in changed
+
+
+def test_the_teacher_is_no_part_of_the_objective():
+    objective = make_objective("afd").train()
+    assert {key.split(".")[0] for key in objective.state_dict()} == {"student", "distillers"}
+    assert any(key.startswith("distillers.afd.") for key in objective.state_dict())
+    assert not any(module.training for module in objective.teacher.network.modules())
+
+
+def test_the_teacher_builds_no_graph_and_is_a_copy():
+    network = small_network(0).train()
+    state = state_of(network)
+    outputs = FrozenTeacher(network)(IMAGES)
+    assert not any(tensor.requires_grad for tensor in (outputs.logits, *outputs.stages, *outputs.blocks))
+    assert network.training and all(parameter.requires_grad for parameter in network.parameters())
+    assert_same_state(network, state)
+    torch.testing.assert_close(outputs, copy.deepcopy(network).eval().outputs(IMAGES))
+
+
+def randomise_batch_norms(network):
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.uniform_(module.bias, -1, 1)
+    return network
+
+
+@pytest.mark.parametrize("name", ["resnet20", "alexnet", "resnet18", "resnet50"])
+def test_folding_batch_norms_keeps_the_function(name):
+    torch.manual_seed(0)
+    network = randomise_batch_norms(build_model(name, num_classes=3))
+    images = torch.randn(2, 3, 32, 32)
+    folded = FrozenTeacher(network, fold_batch_norm=True, channels_last=True)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.network.modules())
+    assert not any(parameter.requires_grad for parameter in folded.network.parameters())
+    expected = FrozenTeacher(network)(images)
+    for actual, exact in zip(folded(images).blocks, expected.blocks, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
+
+
+class SharedConvolution(nn.Module):
+    """Only `alone` may be folded: `shared` feeds a sum too, `twice` runs under two norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.alone, self.shared, self.twice = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.norm_alone, self.norm_shared, self.norm_first, self.norm_second = (nn.BatchNorm2d(3) for _ in range(4))
+
+    def forward(self, x):
+        return self.outputs(x).logits
+
+    def outputs(self, x):
+        x = self.norm_alone(self.alone(x))
+        shared = self.shared(x)
+        x = self.norm_shared(shared) + shared
+        x = self.norm_second(self.twice(self.norm_first(self.twice(x))))
+        return Outputs(x.mean((2, 3)), (x,), (x,), x.mean((2, 3)))
+
+
+def test_folding_leaves_convolutions_that_others_read_too():
+    torch.manual_seed(0)
+    network = randomise_batch_norms(SharedConvolution())
+    folded = FrozenTeacher(network, fold_batch_norm=True)
+    assert {name for name, module in folded.network.named_modules() if isinstance(module, nn.Identity)} == {"norm_alone"}
+    torch.testing.assert_close(folded(IMAGES), FrozenTeacher(network)(IMAGES))
+
+
+def test_the_objective_with_every_loss_compiles_into_one_graph():
+    objective = make_objective(*LOSSES).train()
+    twin = copy.deepcopy(objective)
+    loss, _, terms = torch.compile(objective, backend="aot_eager", fullgraph=True)(IMAGES, LABELS)
+    loss.backward()
+    expected, _, expected_terms = twin(IMAGES, LABELS)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(terms, expected_terms)
+    gradients = [parameter.grad for parameter in objective.parameters()]
+    torch.testing.assert_close(gradients, [parameter.grad for parameter in twin.parameters()], rtol=1e-3, atol=1e-5)
+
+
+def test_under_autocast_the_terms_stay_in_float32():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, logits, terms = make_objective(*LOSSES)(IMAGES, LABELS)
+    loss.backward()
+    assert logits.dtype == torch.bfloat16
+    assert {term.dtype for term in terms.values()} == {torch.float32} and loss.isfinite()

@@ -1,0 +1,199 @@
+"""What holds for every registered loss, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from distill import DISTILLERS, build_distiller, distiller_options, pick_options
+from distill.base import Distiller, register_distiller
+from models import build_model
+from models.outputs import Outputs
+from utils.errors import UserError
+
+SIZES = ((4, 8), (6, 4), (8, 2))  # channels and width of each stage
+
+
+def make_outputs(batch=4, *, seed=0, extra_channels=0, classes=5, blocks_per_stage=2):
+    generator = torch.Generator().manual_seed(seed)
+
+    def feature_map(channels, width):
+        return torch.randn(batch, channels + extra_channels, width, width, generator=generator).relu()
+
+    blocks = tuple(feature_map(*size) for size in SIZES for _ in range(blocks_per_stage))
+    logits = torch.randn(batch, classes, generator=generator)
+    return Outputs(logits, blocks[blocks_per_stage - 1 :: blocks_per_stage], blocks, blocks[-1].mean((2, 3)))
+
+
+def in_dtype(outputs, dtype):
+    blocks = tuple(block.to(dtype) for block in outputs.blocks)
+    stages = blocks[len(blocks) // len(SIZES) - 1 :: len(blocks) // len(SIZES)]
+    return Outputs(outputs.logits.to(dtype), stages, blocks, outputs.embedding.to(dtype))
+
+
+def with_gradients(outputs):
+    for tensor in (outputs.logits, *outputs.blocks):
+        tensor.requires_grad_()
+    return outputs
+
+
+def gradients(outputs):
+    return [tensor.grad for tensor in (outputs.logits, *outputs.blocks) if tensor.grad is not None]
+
+
+@pytest.fixture(params=sorted(DISTILLERS))
+def name(request):
+    return request.param
+
+
+def test_every_loss_is_a_scalar_that_teaches_the_student_alone(name):
+    student, teacher = with_gradients(make_outputs()), make_outputs(seed=1, extra_channels=3)
+    distiller = build_distiller(name, student=student, teacher=teacher)
+    loss = distiller(student, teacher)
+    loss.backward()
+    assert loss.shape == () and loss.item() > 0
+    assert any(gradient.abs().sum() > 0 for gradient in gradients(student))
+    assert not gradients(teacher)
+    assert all(parameter.grad is not None for parameter in distiller.parameters())
+
+
+def test_no_loss_separates_a_network_from_itself_except_by_depth(name):
+    outputs = make_outputs(blocks_per_stage=1)
+    loss = build_distiller(name, student=outputs, teacher=outputs)(outputs, outputs)
+    compares_across_depth = name in ("hap", "afd")
+    assert (loss.item() > 1e-3) == compares_across_depth
+    assert loss.item() > -1e-6
+
+
+def test_dead_feature_maps_give_finite_losses_and_gradients(name):
+    student, teacher = make_outputs(), make_outputs(seed=1)
+    for block in student.blocks[:-1]:
+        block.zero_()
+    student.blocks[-1][0] = 0
+    with_gradients(student)
+    loss = build_distiller(name, student=student, teacher=teacher)(student, teacher)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert gradients(student) and all(gradient.isfinite().all() for gradient in gradients(student))
+
+
+def test_a_last_batch_of_one_image_is_no_special_case(name):
+    student, teacher = with_gradients(make_outputs(1)), make_outputs(1, seed=1)
+    distiller = build_distiller(name, student=student, teacher=teacher)
+    loss = distiller(student, teacher)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert all(gradient.isfinite().all() for gradient in gradients(student))
+    assert all(parameter.grad.isfinite().all() for parameter in distiller.parameters())
+
+
+def test_losses_are_computed_in_float32_under_autocast(name):
+    student, teacher = in_dtype(make_outputs(), torch.bfloat16), in_dtype(make_outputs(seed=1), torch.bfloat16)
+    widened = in_dtype(student, torch.float32), in_dtype(teacher, torch.float32)
+    distiller = build_distiller(name, student=student, teacher=teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = distiller(with_gradients(student), teacher)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(distiller(*widened).item(), rel=1e-5)
+    assert all(gradient.dtype == torch.bfloat16 for gradient in gradients(student))
+
+
+@pytest.mark.parametrize(
+    "student_model, teacher_model", [("resnet20", "resnet32"), ("alexnet", "resnet20"), ("resnet18", "resnet34")]
+)
+def test_every_loss_fits_the_networks_of_the_repository(name, student_model, teacher_model):
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        student, teacher = (build_model(model, num_classes=4).outputs(images) for model in (student_model, teacher_model))
+    assert math.isfinite(build_distiller(name, student=student, teacher=teacher)(student, teacher).item())
+
+
+def test_at_compares_the_last_two_of_four_stages():
+    student, teacher = (
+        Outputs(outputs.logits, (outputs.blocks[0], *outputs.stages), outputs.blocks, outputs.embedding)
+        for outputs in (make_outputs(), make_outputs(seed=1))
+    )
+    distiller = build_distiller("at", student=student, teacher=teacher)
+    loss = distiller(student, teacher)
+    student.stages[1].zero_()
+    assert distiller(student, teacher) == loss
+    student.stages[2].zero_()
+    assert distiller(student, teacher) != loss
+
+
+def test_hap_compares_the_last_blocks_of_the_teacher():
+    student, teacher = make_outputs(), make_outputs(seed=1)
+    distiller = build_distiller("hap", student=student, teacher=teacher, hap_ts=2)
+    loss = distiller(student, teacher)
+    teacher.blocks[-3].zero_()
+    assert distiller(student, teacher) == loss
+    teacher.blocks[-2].zero_()
+    assert distiller(student, teacher) != loss
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("hop", {}, "--distill hop: unknown loss: choose from afd, at, hap, kd, sp"),
+        ("at", {"kd_t": 4.0}, "--distill at: no option 'kd_t': it has none"),
+        ("kd", {"temperature": 4.0}, "--distill kd: no option 'temperature': it has kd_t"),
+        ("kd", {"kd_t": 0.0}, "--kd-t 0.0"),
+        ("kd", {"kd_t": float("nan")}, "--kd-t nan"),
+        ("hap", {"hap_ts": 0}, "--hap-ts 0: the teacher has 6 blocks"),
+        ("hap", {"hap_ts": 7}, "--hap-ts 7: the teacher has 6 blocks"),
+    ],
+)
+def test_bad_names_and_options_are_refused_in_one_line(name, options, words):
+    with pytest.raises(UserError) as error:
+        build_distiller(name, student=make_outputs(), teacher=make_outputs(), **options)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_networks_that_cannot_be_compared_are_refused():
+    student, teacher = make_outputs(), make_outputs(classes=6)
+    with pytest.raises(UserError, match="6 classes, the student 5"):
+        build_distiller("kd", student=student, teacher=teacher)
+    with pytest.raises(UserError, match="the student has 3 stages, the teacher 2"):
+        build_distiller("at", student=student, teacher=teacher._replace(stages=teacher.stages[1:]))
+
+
+def test_flags_of_all_losses_become_the_options_of_one():
+    assert {key: option.default for key, option in distiller_options().items()} == {"kd_t": 4.0, "hap_ts": 3}
+    flags = {"kd_t": 16.0, "hap_ts": None, "gamma": 0.5}
+    assert pick_options("kd", flags) == {"kd_t": 16.0}
+    assert pick_options("hap", flags) == pick_options("at", flags) == {}
+
+
+def test_usual_betas():
+    assert {name: entry.beta for name, entry in DISTILLERS.items()} == {
+        "kd": None,
+        "at": 1000,
+        "sp": 3000,
+        "afd": 200,
+        "hap": 700,
+    }
+
+
+def test_a_new_loss_is_one_decorated_class():
+    class Hint(Distiller):
+        def __init__(self, student, teacher, *, hint_stage: int = 1):
+            super().__init__()
+            self.stage = hint_stage
+            self.regressor = nn.Conv2d(student.stages[hint_stage].shape[1], teacher.stages[hint_stage].shape[1], 1)
+
+        def loss(self, student, teacher):
+            return (self.regressor(student.stages[self.stage]) - teacher.stages[self.stage]).square().mean()
+
+    try:
+        register_distiller("hint", beta=100.0, hint_stage="stage to regress")(Hint)
+        student, teacher = make_outputs(), make_outputs(seed=1, extra_channels=2)
+        assert build_distiller("hint", student=student, teacher=teacher, hint_stage=0)(student, teacher).shape == ()
+        assert distiller_options(["hint"])["hint_stage"].default == 1
+        with pytest.raises(TypeError, match="hint_stage"):
+            register_distiller("undescribed", beta=100.0)(Hint)
+        with pytest.raises(ValueError, match="registered already"):
+            register_distiller("hint", beta=100.0, hint_stage="stage to regress")(Hint)
+    finally:
+        DISTILLERS.pop("hint", None)
