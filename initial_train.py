@@ -1,0 +1,82 @@
+"""Trains a network from scratch, or from published weights, and leaves it in saves/<run>/model_best.pt."""
+
+import argparse
+from functools import partial
+
+from models import MODELS, PRETRAINED_MODELS, build_model
+from models.network_file import describe_network, load_network
+from utils import cli, setup
+from utils.data import ImageData
+from utils.engine import CrossEntropyObjective, Trainer, evaluate, prepare_step, sgd
+from utils.plan import print_plan
+from utils.runs import SUMMARY, read_state
+from utils.seed import seed_everything
+
+SCRIPT = "initial_train.py"
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(prog=SCRIPT, description="Train a network.")
+    parser.add_argument("--model", choices=MODELS, help="the network")
+    parser.add_argument(
+        "--pretrained", action="store_true", help=f"start from ImageNet weights: {', '.join(sorted(PRETRAINED_MODELS))}"
+    )
+    parser.add_argument("--load-path", metavar="FILE", help="checkpoint that --evaluate scores")
+    cli.add_data_flags(parser)
+    cli.add_training_flags(parser, lr=0.01, n_epochs=200, schedule=(1, 60, 120, 160), lr_drops=(10, 0.2, 0.2, 0.2))
+    cli.add_run_flags(parser, log_name="initial_train.txt")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    cli.require(args, "load_path" if args.evaluate else "model")
+    device, world = setup.prepare(args)
+    state, fallback = read_state(args.resume) if args.resume else (None, None)
+    data = setup.load_data(args, device=device, world=world)
+    if args.evaluate:
+        return score(args, data)
+
+    seed_everything(args.seed)
+    num_classes = len(data.dataset.classes)
+    network = build_model(args.model, num_classes=num_classes, pretrained=args.pretrained and state is None)
+    network = setup.to_device(network, device, sync_bn=args.sync_bn)
+    setup.check_images(network, data, origin=f"--model {args.model}")
+    plan = setup.training_plan(args)
+    if args.dry_run:
+        return print_plan(args, plan=plan, data=data, networks={"network": network})
+
+    run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state)
+    setup.warn_about(run, plan, fallback)
+    objective = CrossEntropyObjective(network)
+    describe = partial(describe_network, model=args.model, num_classes=num_classes, config=setup.flags_of(args))
+    trainer = Trainer(
+        objective,
+        step=prepare_step(objective, device=device, world=world, compiled=args.compile),
+        network=network,
+        describe=lambda network, kept: describe(network.state_dict()),
+        optimizer=sgd(objective.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay),
+        data=data,
+        run=run,
+        plan=plan,
+    )
+    if state is not None:
+        trainer.load_state_dict(state["resume"])
+    result = trainer.fit()
+    if not world.is_main:
+        return
+    summary = {**setup.summary_head(args, SCRIPT, run), **result, "parameters": sum(p.numel() for p in network.parameters())}
+    run.save_json(SUMMARY, summary)
+    run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / 'model_best.pt'}")
+    run.close()
+
+
+def score(args: argparse.Namespace, data: ImageData) -> None:
+    """Prints the accuracy of the network in --load-path."""
+    file = load_network(args.load_path, flag="--load-path", model=args.model)
+    setup.check_classes(file.num_classes, data, origin=f"--load-path {args.load_path}")
+    result = evaluate(setup.to_device(file.network, data.device), data, amp=args.amp)
+    setup.print_score(file.model, data, result)
+
+
+if __name__ == "__main__":
+    cli.execute(lambda: main(cli.parse_flags(get_args_parser())))

@@ -1,0 +1,205 @@
+"""Flags and exits that the entry scripts share. Bad input ends in one line on stderr and status 2, never in a traceback."""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from utils.datasets import DATASETS
+from utils.distributed import is_lost_process, leave
+from utils.errors import Interrupted, NonFiniteLoss, UserError
+from utils.runs import CONFIG, PLACEMENT_FLAGS, read_config
+
+SILENCE_SECONDS = 5.0
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def number(kind: Callable[[str], Any], description: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type: a finite `kind` of number that `accepts` holds for, described as `description` in its error."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, "a whole number of 1 or more", lambda value: value >= 1)
+non_negative_int = number(int, "a whole number of 0 or more", lambda value: value >= 0)
+positive_float = number(float, "a number above 0", lambda value: value > 0)
+non_negative_float = number(float, "a number of 0 or more", lambda value: value >= 0)
+momentum_value = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+proportion = number(float, "a proportion from 0 to 1", lambda value: 0 <= value <= 1)
+keep_proportion = number(float, "a proportion above 0 and at most 1", lambda value: 0 < value <= 1)
+seed_value = number(int, "a whole number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
+
+
+def add_data_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="digits", choices=DATASETS, help="what to train and test on")
+    group.add_argument("--data-dir", default="./data", help="where the dataset is, or is downloaded to")
+    group.add_argument("--batch-size", type=positive_int, default=128, help="images a step, over all processes")
+    group.add_argument(
+        "--workers", type=non_negative_int, default=min(8, os.cpu_count() or 1), help="processes that decode streamed images"
+    )
+    group.add_argument("--limit-batches", type=positive_int, help="at most so many batches an epoch, in training and in testing")
+
+
+def add_training_flags(parser: Parser, *, lr: float, n_epochs: int, schedule: Sequence[int], lr_drops: Sequence[float]) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--lr", type=positive_float, default=lr, help="learning rate of epoch 0")
+    group.add_argument("--schedule", type=non_negative_int, nargs="*", metavar="EPOCH",
+                       help=f"epochs, from 0, where the learning rate is multiplied (default: {_spaced(schedule)})")  # fmt: skip
+    group.add_argument("--lr-drops", type=positive_float, nargs="*", metavar="FACTOR",
+                       help=f"its factor at each epoch of --schedule, above 1 too (default: {_spaced(lr_drops)})")  # fmt: skip
+    group.add_argument("--n-epochs", type=positive_int, default=n_epochs, help="epochs of training")
+    group.add_argument("--momentum", type=momentum_value, default=0.9, help="Nesterov momentum of SGD")
+    group.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help="weight decay of SGD")
+    parser.set_defaults(default_schedule=tuple(schedule), default_lr_drops=tuple(lr_drops))
+
+
+def _spaced(values: Sequence[float]) -> str:
+    return " ".join(map(str, values)) or "none"
+
+
+def add_run_flags(parser: Parser, *, log_name: str) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=seed_value, default=1, help="seed of everything random")
+    group.add_argument("--save-dir", default="./saves", help="folder of all runs")
+    group.add_argument("--run-name", help="folder of this run inside --save-dir (default: the Unix time)")
+    group.add_argument("--log-name", default=log_name, help="text log inside --save-dir; runs may share it")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA where there is a device")
+    group.add_argument(
+        "--dev-idx", type=non_negative_int, help="which CUDA device (default: the first; with torchrun one a process)"
+    )
+    group.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    group.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    group.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes (CUDA)")
+    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; needs no other flag")
+    group.add_argument(
+        "--checkpoint-interval", type=positive_int, default=1, metavar="EPOCHS", help="epochs between saved states"
+    )
+    group.add_argument(
+        "--checkpoint-minutes", type=non_negative_float, metavar="MINUTES", help="also save within epochs, so often"
+    )
+    group.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    group.add_argument("--evaluate", action="store_true", help="only score the network; writes nothing")
+
+
+def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of a new run, or with `--resume` those that the run was started with. Raises UserError for bad ones."""
+    args = parser.parse_args(argv)
+    if args.resume is not None:
+        args = _resumed_flags(parser, args, argv)
+    _complete_schedule(args)
+    for name in ("default_schedule", "default_lr_drops"):
+        delattr(args, name)
+    return args
+
+
+def _resumed_flags(parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
+    saved = _saved_flags(parser, args.resume)
+    absent = object()
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent))))
+    given = {name: value for name, value in given.items() if value is not absent}
+    for name in given.keys() - PLACEMENT_FLAGS:
+        value, before = given[name], getattr(saved, name)
+        if value != before and not (name == "n_epochs" and value > before):
+            rule = "may only be raised" if name == "n_epochs" else "leave it out, a resumed run keeps its flags"
+            raise UserError(f"--{name.replace('_', '-')} {_shown(value)}: contradicts {_shown(before)} of {args.resume}; {rule}")
+    return argparse.Namespace(**{**vars(saved), **given})
+
+
+def _saved_flags(parser: Parser, folder: str) -> argparse.Namespace:
+    """The flags in a run's config.json, checked as if they had just been typed."""
+    words = []
+    for name, value in read_config(folder, script=parser.prog)["flags"].items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            words += [flag, *map(str, value)] if value != parser.get_default(name) else []
+        elif value is True:
+            words.append(flag)
+        elif value not in (None, False):
+            words.append(f"{flag}={value}")
+    try:
+        return parser.parse_args(words)
+    except UserError as error:
+        raise UserError(f"--resume {folder}: its {CONFIG} does not fit this script: {error}") from error
+
+
+def _shown(value: Any) -> str:
+    return _spaced(value) if isinstance(value, list) else str(value)
+
+
+def _complete_schedule(args: argparse.Namespace) -> None:
+    if args.schedule is None and args.lr_drops is None:
+        args.schedule, args.lr_drops = list(args.default_schedule), list(args.default_lr_drops)
+    schedule, lr_drops = args.schedule or [], args.lr_drops or []
+    if len(schedule) != len(lr_drops):
+        raise UserError(f"--lr-drops: {len(lr_drops)} factors for the {len(schedule)} epochs of --schedule; give one for each")
+    if sorted(set(schedule)) != schedule:
+        raise UserError(f"--schedule {_spaced(schedule)}: epochs must rise from one to the next")
+    args.schedule, args.lr_drops = schedule, lr_drops
+
+
+def require(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError for a flag that was not given."""
+    for name in names:
+        if getattr(args, name) is None:
+            raise UserError(f"--{name.replace('_', '-')} is required")
+
+
+def execute(main: Callable[[], None]) -> NoReturn:
+    """Runs an entry script's `main` and exits: 2 for bad input, 1 for a failed training, 128 + number for a signal."""
+    status = 0
+    try:
+        main()
+        leave()  # not after an error: a group that lost a member cannot be left in good order
+    except UserError as error:
+        status = _complain(error, status=2)
+    except NonFiniteLoss as error:
+        status = _complain(error, status=1)
+    except Interrupted as error:
+        status = _complain(error, status=128 + error.signal_number)
+    except KeyboardInterrupt:
+        status = 130
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        first_line = str(error).partition("\n")[0]
+        status = _complain(f"another process has ended, its own message says why ({first_line})", status=1, is_echo=True)
+    sys.exit(status)
+
+
+def _complain(error: Exception | str, *, status: int, is_echo: bool = False) -> int:
+    """Prints one line. Of many processes the one whose error it is speaks, and the main one where all have the same.
+
+    So the main process speaks at once, unless its error is the echo of another's. Any other waits meanwhile, and only
+    speaks if torchrun has not ended it by then, as it does when the first process ends.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and isinstance(error, Interrupted):
+        return status  # the processes agreed to stop
+    if rank != "0" or is_echo:
+        time.sleep(SILENCE_SECONDS)
+    place = f" (process {rank})" if rank != "0" else ""
+    print(f"{Path(sys.argv[0]).name}: error{place}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return status

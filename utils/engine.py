@@ -1,0 +1,361 @@
+"""The loop that the entry scripts share: train an epoch, evaluate, record, save; stop at any step and go on as if nothing was.
+
+An objective is an `nn.Module` called as `objective(images, labels) -> (loss, logits, terms)`: the 0-dim loss to minimise,
+and detached the (b, classes) logits and each named 0-dim term of the loss. Nothing in a step waits for the device.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.data import Batch, ImageData
+from utils.distributed import World, any_process, broadcast_from_main
+from utils.errors import Interrupted, NonFiniteLoss, UserError
+from utils.metrics import Sums
+from utils.runs import BEST, LAST, Run
+from utils.seed import random_state, restore_random_state
+
+READ_INTERVAL_STEPS = 50
+VOTE_INTERVAL_STEPS = 20
+
+
+class CrossEntropyObjective(nn.Module):
+    """Plain training: the cross-entropy of `network`."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logits = self.network(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        return loss, logits.detach(), {}
+
+
+class Hooks:
+    """What a method may do beside the steps, such as keeping pruned filters at zero; this one does nothing."""
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+
+    def after_epoch(self, epoch: int) -> None:
+        """Called after the last step of `epoch`, counted from 0, before anything is evaluated or saved."""
+
+    @contextlib.contextmanager
+    def shipped(self) -> Iterator[Mapping[str, Tensor]]:
+        """Within it the network is as it is evaluated and saved; gives the channels that live, by layer."""
+        yield {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+
+
+def learning_rate(epoch: int, *, lr: float, schedule: Sequence[int], lr_drops: Sequence[float]) -> float:
+    """`lr` times every factor of `lr_drops` whose epoch in `schedule` has come; epochs count from 0."""
+    for milestone, factor in zip(schedule, lr_drops, strict=True):
+        if epoch >= milestone:
+            lr *= factor
+    return lr
+
+
+def sgd(parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD with Nesterov momentum (plain without momentum), one fused launch a step where the device has it."""
+    parameters = list(parameters)
+    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in parameters)
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused)
+
+
+def check_acceleration(*, device: torch.device, amp: bool, compiled: bool, sync_bn: bool) -> None:
+    """Raises UserError for a switch that this machine cannot follow."""
+    if amp and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"--amp: {torch.cuda.get_device_name(device)} has no bfloat16; leave --amp out")
+    if compiled and device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except (InvalidCxxCompiler, RuntimeError) as error:
+            raise UserError("--compile: no C++ compiler was found; install g++ or clang, or leave --compile out") from error
+    if compiled and device.type == "cuda" and not torch.utils._triton.has_triton():
+        raise UserError("--compile: Triton is not installed or does not support this GPU; leave --compile out")
+    if sync_bn and device.type != "cuda":
+        raise UserError(f"--sync-bn: needs CUDA devices, this run is on {device.type}; leave --sync-bn out")
+
+
+def prepare_step(objective: nn.Module, *, device: torch.device, world: World, compiled: bool) -> Callable[..., Any]:
+    """The objective as it is called in a step: with gradients averaged over processes, compiled if asked for."""
+    step: Any = objective
+    if compiled:
+        # one static graph a batch size; on CUDA whole steps replay as CUDA graphs
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        step = torch.compile(objective, dynamic=False, mode=mode)
+    if world.size > 1:
+        devices = [device.index] if device.type == "cuda" else None
+        step = nn.parallel.DistributedDataParallel(step, device_ids=devices)
+    return step
+
+
+def autocast(device: torch.device, amp: bool) -> torch.autocast:
+    """bfloat16 autocast if `amp`; its exponent range is float32's, so no loss scaling is needed."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+
+
+def train_step(
+    step: Callable[..., Any], batch: Batch, *, optimizer: torch.optim.Optimizer, amp: bool = False
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One step of `optimizer`; `step` is what `prepare_step` made. Gives the loss, logits and terms of before, detached."""
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(batch.images.device, amp):
+        loss, logits, terms = step(batch.images, batch.labels)
+    (loss if batch.weight == 1 else loss * batch.weight).backward()
+    optimizer.step()
+    return loss.detach(), logits, terms
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, data: ImageData, *, amp: bool = False) -> dict[str, float]:
+    """Loss, top-1 and top-5 accuracy in percent over the test images of all processes; the network's mode is kept."""
+    was_training = network.training
+    network.eval()
+    sums = Sums(data.device)
+    for images, labels, _ in data.test_batches():
+        with autocast(data.device, amp):
+            logits = network(images)
+        sums.add({"loss": F.cross_entropy(logits.float(), labels)}, logits, labels)
+    network.train(was_training)
+    return sums.read()
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask for an end after the current step; a second SIGINT ends at once.
+
+    A second SIGTERM does not: torchrun and the cluster's scheduler may each send one.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How long and how: the recipe of a run as its flags give it."""
+
+    n_epochs: int
+    lr: float
+    schedule: Sequence[int] = ()
+    lr_drops: Sequence[float] = ()
+    amp: bool = False
+    checkpoint_interval: int = 1
+    checkpoint_minutes: float | None = None
+
+    def learning_rate(self, epoch: int) -> float:
+        return learning_rate(epoch, lr=self.lr, schedule=self.schedule, lr_drops=self.lr_drops)
+
+
+class Trainer:
+    """One training, from its first step or from a saved state on.
+
+    `objective` is trained through `step`, what `prepare_step` made of it; `network` is the part of it that is evaluated;
+    `describe(network, kept)` gives the checkpoint that others read, called with the network as it ships and `hooks.shipped()`.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        *,
+        step: Callable[..., Any],
+        network: nn.Module,
+        describe: Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Any]],
+        optimizer: torch.optim.Optimizer,
+        data: ImageData,
+        run: Run,
+        plan: TrainingPlan,
+        hooks: Hooks | None = None,
+    ):
+        self.objective, self.step, self.network, self.describe = objective, step, network, describe
+        self.optimizer, self.data, self.run, self.plan = optimizer, data, run, plan
+        self.hooks = hooks or Hooks()
+        self.epoch, self.batch = 0, 0  # epochs and, in the current one, batches that are done
+        self.sums = Sums(data.device)
+        self.best: dict[str, float] | None = None
+        self.last: dict[str, float] | None = None
+        self._saved_at = time.monotonic()
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end and gives `{"last": ..., "best": ...}`, each with epoch, loss, top1, top5.
+
+        Raises Interrupted once the state is saved after a signal, NonFiniteLoss if training diverges.
+        """
+        with StopSignals() as signals:
+            while self.epoch < self.plan.n_epochs:
+                self._train_epoch(signals)
+                self._finish_epoch()
+        return {"last": self.last, "best": self.best}
+
+    def _train_epoch(self, signals: StopSignals) -> None:
+        self.objective.train()
+        lr = self.plan.learning_rate(self.epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._began, self._began_batch = time.monotonic(), self.batch
+        batches = self.data.train_batches(self.epoch, start=self.batch)
+        with self._progress_bar() as bar:
+            for batch in batches:
+                self._train_step(batch)
+                self.batch += 1
+                bar.update()
+                if self.batch % READ_INTERVAL_STEPS == 0:
+                    self.sums.check_finite(epoch=self.epoch)
+                    if not bar.disable and self.run.world.size == 1:  # reading speaks to the other processes
+                        bar.set_postfix(loss=f"{self.sums.read()['loss']:.4f}")
+                self._save_within_epoch(signals)
+        self._check_finite()
+
+    def _train_step(self, batch: Batch) -> None:
+        loss, logits, terms = train_step(self.step, batch, optimizer=self.optimizer, amp=self.plan.amp)
+        self.hooks.after_step()
+        self.sums.add({"loss": loss, **terms}, logits, batch.labels, step=self.batch)
+
+    def _progress_bar(self) -> tqdm:
+        description = f"epoch {self.epoch + 1}/{self.plan.n_epochs}"
+        disable = None if self.run.world.is_main else True  # None: quiet where stderr is no terminal
+        return tqdm(total=self.data.train_steps, initial=self.batch, desc=description, disable=disable, leave=False, unit="step")
+
+    def _save_within_epoch(self, signals: StopSignals) -> None:
+        """Saves if `--checkpoint-minutes` have passed or a signal came; in step with all other processes."""
+        if dist.is_initialized() and self.batch % VOTE_INTERVAL_STEPS and self.batch < self.data.train_steps:
+            return
+        minutes = self.plan.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        stop = any_process(signals.received is not None)
+        if stop or any_process(due):
+            self._check_finite()
+            self._save_last()
+        if stop:
+            number = signals.received or signal.SIGTERM
+            name = signal.Signals(number).name
+            where = f"epoch {self.epoch + 1}, step {self.batch} of {self.data.train_steps}"
+            raise Interrupted(f"stopped by {name} after {where}; go on with: {self.run.resume_command()}", signal_number=number)
+
+    def _check_finite(self) -> None:
+        """Raises NonFiniteLoss before a state is saved that could only go on to it: a last step may have spoilt the weights."""
+        self.sums.check_finite(epoch=self.epoch)
+        if not all(parameter.isfinite().all() for parameter in self.objective.parameters()):
+            where = f"epoch {self.epoch + 1}, step {self.batch}"
+            raise NonFiniteLoss(f"the weights are no finite numbers after {where}; try a lower --lr")
+
+    def _finish_epoch(self) -> None:
+        train, seconds = self.sums.read(), time.monotonic() - self._began
+        broadcast_from_main(self.network.buffers())
+        self.hooks.after_epoch(self.epoch)
+        began = time.monotonic()
+        with self.hooks.shipped() as kept:
+            test = evaluate(self.network, self.data, amp=self.plan.amp)
+            test_seconds = time.monotonic() - began
+            self.last = {"epoch": self.epoch, **{name: test[name] for name in ("loss", "top1", "top5")}}
+            is_best = self.best is None or self.last["top1"] > self.best["top1"]
+            self.best = self.last if is_best else self.best
+            checkpoint = self._checkpoint(kept)
+        self._record("train", train, seconds, images=train["images"] * (1 - self._began_batch / self.data.train_steps))
+        self._record("test", test, test_seconds, images=test["images"])
+        self._report(train, test, seconds + test_seconds)
+        if is_best:
+            self.run.save(BEST, checkpoint)
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.data.device)
+        if self.epoch % self.plan.checkpoint_interval == 0 or self.epoch == self.plan.n_epochs:
+            self._save_last(checkpoint)
+
+    def _checkpoint(self, kept: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {**self.describe(self.network, kept), "epoch": self.last["epoch"] if self.last else -1, "metrics": self.last or {}}
+
+    def _record(self, split: str, values: Mapping[str, float], seconds: float, *, images: float) -> None:
+        rate = images / max(seconds, 1e-9)
+        lr = self.optimizer.param_groups[0]["lr"]
+        values = {name: value for name, value in values.items() if name != "images"}
+        self.run.record({"epoch": self.epoch, "split": split, **values, "lr": lr, "seconds": seconds, "images_per_second": rate})
+
+    def _report(self, train: Mapping[str, float], test: Mapping[str, float], seconds: float) -> None:
+        steps = self.data.train_steps - self._began_batch
+        left = (self.plan.n_epochs - self.epoch - 1) * seconds * self.data.train_steps / max(steps, 1)
+        rate = steps / self.data.train_steps * self.data.train_images / seconds
+        self.run.log(
+            f"epoch {self.epoch + 1}/{self.plan.n_epochs}  lr {self.optimizer.param_groups[0]['lr']:.4g}  "
+            f"train loss {train['loss']:.4f} top1 {train['top1']:.2f}  test loss {test['loss']:.4f} top1 {test['top1']:.2f} "
+            f"top5 {test['top5']:.2f}  best {self.best['top1']:.2f}  {seconds:.1f} s, {rate:.0f} images/s, {_clock(left)} left"
+        )
+
+    def _save_last(self, checkpoint: dict[str, Any] | None = None) -> None:
+        if checkpoint is None:
+            with self.hooks.shipped() as kept:
+                checkpoint = self._checkpoint(kept)
+        self.run.save(LAST, {**checkpoint, "resume": self.state_dict()})
+        self._saved_at = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how training goes on."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "best": self.best,
+            "last": self.last,
+            "sums": _gather(self.sums.state_dict(), self.run.world),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "hooks": self.hooks.state_dict(),
+            "random": _gather(random_state(), self.run.world),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` gave, in this or another process. Raises UserError for the state of another training."""
+        rank = self.run.world.rank
+        try:
+            self.epoch, self.batch, self.best, self.last = state["epoch"], state["batch"], state["best"], state["last"]
+            self.sums.load_state_dict(state["sums"][rank])
+            self.objective.load_state_dict(state["objective"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.hooks.load_state_dict(state["hooks"])
+            restore_random_state(state["random"][rank])
+        except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f"--resume {self.run.folder}: its saved state does not fit this run: {error}") from error
+
+
+def _gather(value: Any, world: World) -> list[Any]:
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,72 @@
+"""How large and how fast a network is: parameters, MACs and FLOPs, bytes on disk, latency; two of them side by side.
+
+One multiply-accumulate (MAC) is two FLOPs. `torch.utils.flop_counter` counts the FLOPs of convolutions and matrix products
+of one forward pass; batch norms, activations and additions are not counted, as in the literature.
+"""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+LATENCY_BATCH_SIZES = (1, 64)
+MIN_RUN_SECONDS = 0.5
+
+
+def profile_network(network: nn.Module, image: Tensor) -> dict[str, int]:
+    """`parameters`, those that are not zero, and `macs` and `flops` of a forward pass of `image` (1, C, H, W)."""
+    counter = FlopCounterMode(display=False)
+    was_training = network.training
+    network.eval()
+    with torch.no_grad(), counter:
+        network(image)
+    network.train(was_training)
+    parameters = list(network.parameters())
+    flops = counter.get_total_flops()
+    return {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "nonzero_parameters": sum(int(parameter.count_nonzero()) for parameter in parameters),
+        "macs": flops // 2,
+        "flops": flops,
+    }
+
+
+def latency(network: nn.Module, image: Tensor, *, batch_sizes: Sequence[int] = LATENCY_BATCH_SIZES) -> dict[str, dict[str, float]]:
+    """Median and interquartile range in milliseconds of a forward pass in evaluation, by batch size, on the image's device."""
+    from torch.utils.benchmark import Timer  # importing it can print a warning about CUDA, which is no part of an error message
+
+    network = copy.deepcopy(network).eval()
+    results = {}
+    for batch_size in batch_sizes:
+        images = image[:1].expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        timer = Timer("network(images)", globals={"network": network, "images": images}, num_threads=torch.get_num_threads())
+        with torch.inference_mode():
+            measured = timer.blocked_autorange(min_run_time=MIN_RUN_SECONDS)
+        results[str(batch_size)] = {"median_ms": 1e3 * measured.median, "iqr_ms": 1e3 * measured.iqr}
+    return results
+
+
+def compare_networks(dense: nn.Module, small: nn.Module, image: Tensor, *, files: Sequence[str | os.PathLike]) -> dict[str, Any]:
+    """Profiles, latencies and file sizes of a network and its smaller form; `files` holds the checkpoint of each."""
+    comparison: dict[str, Any] = {"device": str(image.device), "threads": torch.get_num_threads()}
+    for role, network, file in zip(("dense", "compact"), (dense, small), files, strict=True):
+        size = {"file_bytes": Path(file).stat().st_size}
+        comparison[role] = {**profile_network(network, image), **size, "latency": latency(network, image)}
+    return comparison
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> str:
+    """The comparison as text, a line a quantity: dense, compact, and how many times smaller or faster."""
+    dense, small = comparison["dense"], comparison["compact"]
+    rows = [(name.replace("_", " "), dense[name], small[name], "{:,}") for name in ("parameters", "macs", "flops", "file_bytes")]
+    for batch_size in dense["latency"]:
+        times = [network["latency"][batch_size]["median_ms"] for network in (dense, small)]
+        rows.append((f"ms, batch {batch_size}, {comparison['device']}", *times, "{:,.2f}"))
+    lines = [f"{'':<22}{'dense':>16}{'compact':>16}{'ratio':>9}"]
+    lines += [f"{name:<22}{form.format(a):>16}{form.format(b):>16}{a / b:>8.2f}x" for name, a, b, form in rows]
+    return "\n".join(lines)

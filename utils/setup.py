@@ -1,0 +1,163 @@
+"""From checked flags to what a run works with: its device, processes, data, and folder."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from utils.data import ImageData
+from utils.datasets import load_dataset
+from utils.distributed import World, join, world_from_environment
+from utils.engine import TrainingPlan, check_acceleration
+from utils.errors import UserError
+from utils.files import read_json
+from utils.runs import CONFIG, Run, check_save_dir, check_state
+
+
+def prepare(args: argparse.Namespace) -> tuple[torch.device, World]:
+    """Checks where the run computes and what it may write, and joins the other processes. Writes nothing."""
+    world = world_from_environment()
+    if args.batch_size % world.size:
+        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of the {world.size} processes that torchrun started")
+    if args.batch_size < 2 * world.size and not args.evaluate:
+        raise UserError(f"--batch-size {args.batch_size}: batch normalisation needs at least 2 images a process")
+    device = choose_device(args.device, args.dev_idx, world)
+    check_acceleration(device=device, amp=args.amp, compiled=args.compile, sync_bn=args.sync_bn)
+    if args.resume is None and not args.evaluate:
+        check_save_dir(args.save_dir, name=args.run_name, log_name=args.log_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
+    join(world, device)
+    return device, world
+
+
+def choose_device(name: str, index: int | None, world: World) -> torch.device:
+    """The device of this process. Raises UserError for a CUDA device that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count == 0 and index is None):
+        return torch.device("cpu")
+    flag = f"--dev-idx {index}" if index is not None else f"--device {name}"
+    if count == 0:
+        raise UserError(f"{flag}: no CUDA device was found here; choose --device cpu")
+    index = (index or 0) + world.local_rank
+    if index >= count:
+        raise UserError(f"{flag}: there is no CUDA device {index}, found {count} (0 to {count - 1})")
+    return torch.device("cuda", index)
+
+
+def training_plan(args: argparse.Namespace) -> TrainingPlan:
+    return TrainingPlan(
+        n_epochs=args.n_epochs,
+        lr=args.lr,
+        schedule=args.schedule,
+        lr_drops=args.lr_drops,
+        amp=args.amp,
+        checkpoint_interval=args.checkpoint_interval,
+        checkpoint_minutes=args.checkpoint_minutes,
+    )
+
+
+def open_run(args: argparse.Namespace, *, script: str, device: torch.device, world: World, state: dict[str, Any] | None) -> Run:
+    """A new run's folder, or with --resume the old one; `state` is None where nothing was saved yet."""
+    if args.resume is not None:
+        return _reopen_run(args, world=world, state=state)
+    config = {"script": script, "flags": flags_of(args), "device": _device_name(device), "processes": world.size}
+    return Run.create(args.save_dir, name=args.run_name, log_name=args.log_name, config=config, world=world)
+
+
+def _reopen_run(args: argparse.Namespace, *, world: World, state: dict[str, Any] | None) -> Run:
+    config = read_json(Path(args.resume) / CONFIG)
+    if config.get("processes") != world.size:
+        raise UserError(f"--resume {args.resume}: a run of {config.get('processes')} processes, started with {world.size} now")
+    if state is not None:
+        check_state(state, flags_of(args), folder=args.resume)
+    run = Run.reopen(args.resume, log_name=args.log_name, world=world, epochs=state["resume"]["epoch"] if state else 0)
+    run.save_json(CONFIG, {**config, "flags": flags_of(args)})  # a raised --n-epochs holds for the next resumption too
+    return run
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that make a run what it is, as plain values."""
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "dry_run")}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def load_data(args: argparse.Namespace, *, device: torch.device, world: World) -> ImageData:
+    """The dataset of the flags in batches; where it has to be downloaded the main process does it, the others wait."""
+    if dist.is_initialized() and not world.is_main:
+        dist.barrier()
+    dataset = load_dataset(args.dataset, data_dir=args.data_dir, download=world.is_main and not args.dry_run)
+    if dist.is_initialized() and world.is_main:
+        dist.barrier()
+    data = ImageData(
+        dataset,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=device,
+        world=world,
+        workers=args.workers,
+        limit_batches=args.limit_batches,
+    )
+    if data.train_steps == 0 and not args.evaluate:
+        images = len(dataset.train.labels)
+        raise UserError(f"--data-dir {args.data_dir}: {images} training images are too few, 2 a process make the smallest batch")
+    return data
+
+
+def check_classes(num_classes: int, data: ImageData, *, origin: str) -> None:
+    """Raises UserError unless the network of `origin` (flag and file) has the dataset's classes."""
+    expected = len(data.dataset.classes)
+    if num_classes != expected:
+        raise UserError(f"{origin}: has {num_classes} classes, but --dataset {data.dataset.name} has {expected}")
+
+
+@torch.no_grad()
+def check_images(network: nn.Module, data: ImageData, *, origin: str) -> None:
+    """Raises UserError if the network of `origin` (flag and value) cannot take images of the dataset's size."""
+    was_training = network.training
+    try:
+        network.eval()(data.example)
+    except RuntimeError as error:
+        height, width = data.example.shape[2:]
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{origin}: cannot take {width}x{height} images of --dataset {data.dataset.name} ({reason})") from error
+    network.train(was_training)
+
+
+def to_device(network: nn.Module, device: torch.device, *, sync_bn: bool = False) -> nn.Module:
+    """The network on `device` in channels-last layout, the faster one for convolutions on CPUs and on tensor cores."""
+    if sync_bn:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def warn_about(run: Run, plan: TrainingPlan, fallback: str | None) -> None:
+    """Logs what a user should know before a training starts."""
+    if fallback is not None:
+        run.warn(fallback)
+    late = [epoch for epoch in plan.schedule if epoch >= plan.n_epochs]
+    if late:
+        run.warn(f"--schedule {late[0]} lies behind the last epoch, {plan.n_epochs - 1}: the learning rate will not change there")
+
+
+def summary_head(args: argparse.Namespace, script: str, run: Run) -> dict[str, Any]:
+    """What every summary.json begins with; `seconds` is the wall time of all epochs."""
+    seconds = round(run.seconds(), 3)
+    return {"script": script, "run": run.folder.name, "dataset": args.dataset, "seed": args.seed, "seconds": seconds}
+
+
+def print_score(model: str, data: ImageData, result: dict[str, float]) -> None:
+    if data.world.is_main:
+        print(
+            f"{model} on {data.dataset.name}: loss {result['loss']:.4f}, top1 {result['top1']:.2f}, top5 {result['top5']:.2f} "
+            f"over {result['images']} images"
+        )
