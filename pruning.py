@@ -28,7 +28,7 @@ from utils.engine import Trainer, TrainingPlan, evaluate, prepare_step, sgd
 from utils.errors import UserError
 from utils.files import read_json
 from utils.plan import print_plan
-from utils.profile import comparison_table, compare_networks
+from utils.profile import compare_networks, comparison_table
 from utils.runs import BEST, COMPACT, SUMMARY, Run, read_state
 from utils.seed import derived_seed, generator, preserved_random_state, seed_everything
 

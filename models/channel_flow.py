@@ -301,9 +301,9 @@ Rule = Callable[[_Call], Step]
 def _opaque(call: _Call) -> Step:
     """An operation that nothing is known about reads its inputs at full width."""
     narrow = [node for node in call.channelled_inputs() if not call.channels(node).complete]
-    name = call.node.target if isinstance(call.node.target, str) else getattr(call.node.target, "__name__", str(call.node.target))
+    name = call.node.target
     writes = call.node.op == "call_method" and name.endswith("_") and not name.endswith("__")
-    if narrow and (writes or call.node.target is operator.setitem):
+    if narrow and writes:
         raise UserError(f"operation `{name}` writes into a tensor whose channels are cut, which is not supported")
     return call.step(wants={node: call.channels(node).whole() for node in narrow})
 

@@ -137,7 +137,7 @@ def _saved_flags(parser: Parser, folder: str) -> argparse.Namespace:
             words += [flag, *map(str, value)] if value != parser.get_default(name) else []
         elif value is True:
             words.append(flag)
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             words.append(f"{flag}={value}")
     try:
         return parser.parse_args(words)

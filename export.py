@@ -1,0 +1,130 @@
+"""Writes the small network of a checkpoint as ONNX or as a torch.export program, checked on real images and timed."""
+
+import argparse
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import MODELS, build_model
+from models.network_file import NetworkFile, load_network
+from prune.compact import TOLERANCE, compact, relative_difference
+from utils import cli, setup
+from utils.data import ImageData
+from utils.engine import evaluate
+from utils.errors import UserError
+from utils.files import write_atomic
+from utils.profile import latency, profile_network
+
+SCRIPT = "export.py"
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(prog=SCRIPT, description="Write the small network of a checkpoint in a form that others run.")
+    parser.add_argument("--load-path", metavar="FILE", help="checkpoint: dense, pruned or compact")
+    parser.add_argument("--model", choices=MODELS, help="its network (default: the one that its file names)")
+    parser.add_argument("--format", default="onnx", choices=EXPORTERS, help="what to write")
+    parser.add_argument("--output", metavar="FILE", help="the file to write")
+    parser.add_argument("--force", action="store_true", help="replace an existing --output")
+    cli.add_data_flags(parser)
+    parser.set_defaults(seed=0, dry_run=False, evaluate=True)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    cli.require(args, "load_path", "output")
+    check_output(Path(args.output), force=args.force)
+    device = torch.device("cpu")  # where the file is traced; it runs anywhere
+    data = setup.load_data(args, device=device, world=setup.World())
+    file = load_network(args.load_path, flag="--load-path", model=args.model)
+    setup.check_classes(file.num_classes, data, origin=f"--load-path {args.load_path}")
+    setup.check_images(file.network, data, origin=f"--load-path {args.load_path}")
+    dense, small = dense_and_small(file, data)
+
+    content, run = EXPORTERS[args.format](small, data.example)
+    difference = exported_difference(small, run, data)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"--format {args.format}: the exported network differs by {difference:.1e} of the largest logit ({TOLERANCE} allowed)"
+        )
+    write_atomic(args.output, content)
+
+    compaction = relative_difference(dense, small, (batch.images for batch in data.test_batches()))
+    print(f"largest difference of the logits, relative to the largest: compact {compaction:.1e}, exported {difference:.1e}")
+    print(f"top1 on {data.dataset.name}: dense {evaluate(dense, data)['top1']:.2f}, compact {evaluate(small, data)['top1']:.2f}")
+    print(speed_table(dense, small, run, data.example[:1], name=args.format))
+    print(f"{file.model}: {len(content):,} bytes -> {args.output}")
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    if output.exists() and not force:
+        raise UserError(f"--output {output}: exists, choose another name or give --force")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
+
+
+def dense_and_small(file: NetworkFile, data: ImageData) -> tuple[nn.Module, nn.Module]:
+    """The network of a file at full width, with zeros where filters are gone, and without its zero filters."""
+    if not file.compact:
+        return file.network, compact(file.network, data.example)
+    dense = build_model(file.model, num_classes=file.num_classes)
+    dense.load_state_dict(file.network.dense_state_dict())
+    return dense.eval(), file.network
+
+
+def export_onnx(network: nn.Module, images: Tensor) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    """The bytes of an ONNX file with any batch size, and a function that runs them in onnxruntime."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401, torch.onnx needs it
+    except ImportError as error:
+        raise UserError("--format onnx: needs more packages, pip install -r requirements-export.txt") from error
+    program = torch.onnx.export(network, (images,), dynamic_shapes=(any_batch(),), dynamo=True, verbose=False)
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return content, lambda batch: torch.from_numpy(session.run(None, {name: batch.contiguous().numpy()})[0])
+
+
+def export_program(network: nn.Module, images: Tensor) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    """The bytes of a torch.export program (.pt2) with any batch size, and a function that runs it."""
+    program = torch.export.export(network, (images,), dynamic_shapes=(any_batch(),))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue(), program.module()
+
+
+def any_batch() -> dict[int, Any]:
+    return {0: torch.export.Dim("batch", min=1)}
+
+
+EXPORTERS = {"onnx": export_onnx, "torch-export": export_program}
+
+
+@torch.no_grad()
+def exported_difference(network: nn.Module, run: Callable[[Tensor], Tensor], data: ImageData) -> float:
+    """The largest difference of any logit over the test images, relative to the largest logit of `network`."""
+    difference = largest = 0.0
+    for batch in data.test_batches():
+        expected = network(batch.images)
+        difference = max(difference, float((run(batch.images) - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+    return difference / largest if largest else difference
+
+
+def speed_table(dense: nn.Module, small: nn.Module, run: Callable[[Tensor], Tensor], image: Tensor, *, name: str) -> str:
+    """Sizes, and milliseconds of a forward pass on the CPU: dense, compact, exported."""
+    sizes = {role: profile_network(network, image) for role, network in (("dense", dense), ("compact", small))}
+    lines = [f"{role}: {size['parameters']:,} parameters, {size['macs']:,} MACs" for role, size in sizes.items()]
+    times = {role: latency(network, image) for role, network in (("dense", dense), ("compact", small), (name, run))}
+    for batch_size in times["dense"]:
+        row = ", ".join(f"{role} {values[batch_size]['median_ms']:.2f} ms" for role, values in times.items())
+        lines.append(f"batch {batch_size} on {torch.get_num_threads()} threads: {row}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.execute(lambda: main(get_args_parser().parse_args()))
