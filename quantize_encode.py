@@ -1,0 +1,252 @@
+"""Shares the weights of a network by k-means, fine-tunes them, and encodes the result into one file that decodes bit for bit."""
+
+import argparse
+import copy
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import MODELS
+from models.narrow import NarrowNetwork
+from models.network_file import NetworkFile, describe_network, load_network
+from prune.compact import check_pruned_zeros, compact, evaluating
+from quantize.archive import differing_tensors, is_archive, load_archive, read_archive, save_archive
+from quantize.codebook import QUAN_MODES, bake_weights, layer_bits, share_weights
+from quantize.table import ArchiveReport
+from utils import cli, setup
+from utils.data import ImageData
+from utils.distributed import leave
+from utils.engine import CrossEntropyObjective, Trainer, evaluate, prepare_step, sgd
+from utils.errors import UserError
+from utils.files import read_json, save_checkpoint
+from utils.plan import print_plan
+from utils.profile import compare_networks
+from utils.runs import BEST, COMPACT, SUMMARY, Run, read_state
+from utils.seed import seed_everything
+
+SCRIPT = "quantize_encode.py"
+ARCHIVE, BEFORE_TRAINING = "model.huff", "before_training.json"
+SHORT_MODES = tuple(mode.removesuffix("-quan") for mode in QUAN_MODES)
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(prog=SCRIPT, description="Quantize a network by shared weights and encode it into one file.")
+    network = parser.add_argument_group("network")
+    network.add_argument("--model", choices=MODELS, help="the network (default: the one that its file names)")
+    network.add_argument(
+        "--load-path", metavar="FILE", help="its checkpoint: dense, pruned or compact; for --evaluate also an archive"
+    )
+    quantization = parser.add_argument_group("quantization")
+    quantization.add_argument(
+        "--quan-mode", default="all-quan", choices=(*QUAN_MODES, *SHORT_MODES), help="which layers share weights"
+    )
+    quantization.add_argument("--quan-bits", nargs="+", default=["5"], metavar="BITS",
+                              help="2^BITS shared weights a layer, 1 to 16; NAME=BITS for single layers")  # fmt: skip
+    files = parser.add_argument_group("archives")
+    files.add_argument("--decode", metavar="FILE", help="only write the network of an archive into --output")
+    files.add_argument("--output", metavar="FILE", help="checkpoint that --decode writes")
+    files.add_argument("--force", action="store_true", help="let --decode replace an existing --output")
+    files.add_argument("--inspect", metavar="FILE", help="only print where the bytes of an archive go")
+    cli.add_data_flags(parser)
+    cli.add_training_flags(parser, lr=0.001, n_epochs=20, schedule=(), lr_drops=())
+    cli.add_run_flags(parser, log_name="quantize_encode.txt")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    check_flags(args)
+    if args.inspect is not None:
+        return inspect(args.inspect)
+    if args.decode is not None:
+        return decode(args.decode, args.output, force=args.force)
+
+    device, world = setup.prepare(args)
+    state, fallback = read_state(args.resume) if args.resume else (None, None)
+    data = setup.load_data(args, device=device, world=world)
+    if args.evaluate:
+        return score(args, data)
+
+    seed_everything(args.seed)
+    file = load_checked(args, data)
+    network = without_zeros(file.network, data)
+    bits = layer_bits(network, mode=args.quan_mode, bits=args.quan_bits)
+    plan = setup.training_plan(args)
+    if args.dry_run:
+        lines = [f"{name} would share {2**count} values" for name, count in bits.items()]
+        return print_plan(args, plan=plan, data=data, networks={"network": network}, lines=lines)
+
+    run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state)
+    setup.warn_about(run, plan, fallback)
+    network = setup.to_device(network, device, sync_bn=args.sync_bn)
+    quantize(run, network, bits, data, is_new=state is None)
+    objective = CrossEntropyObjective(network)
+    trainer = Trainer(
+        objective,
+        step=prepare_step(objective, device=device, world=world, compiled=args.compile),
+        network=network,
+        describe=partial(describe_quantized, args=args, file=file),
+        optimizer=sgd(objective.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay),
+        data=data,
+        run=run,
+        plan=plan,
+    )
+    if state is not None:
+        trainer.load_state_dict(state["resume"])
+    result = trainer.fit()
+    leave()  # the rest is for the main process alone
+    if world.is_main:
+        encode(args, run, result, data.alone())
+    run.close()
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that are missing or contradict each other."""
+    if args.inspect is not None and args.decode is not None:
+        raise UserError(f"--inspect {args.inspect}: not with --decode, choose one of them")
+    if args.decode is not None:
+        return cli.require(args, "output")
+    if args.output is not None or args.force:
+        raise UserError(f"{'--force' if args.output is None else f'--output {args.output}'}: only with --decode")
+    if args.inspect is None:
+        cli.require(args, "load_path")
+
+
+def load_checked(args: argparse.Namespace, data: ImageData) -> NetworkFile:
+    """The network of --load-path on the device, fit for the dataset, its pruned filters truly at zero."""
+    origin = f"--load-path {args.load_path}"
+    file = load_network(args.load_path, flag="--load-path", model=args.model)
+    setup.check_classes(file.num_classes, data, origin=origin)
+    if not file.compact:
+        check_pruned_zeros(file.network.state_dict(), file.kept)
+    setup.check_images(setup.to_device(file.network, data.device), data, origin=origin)
+    return file
+
+
+def without_zeros(network: nn.Module, data: ImageData) -> nn.Module:
+    """The network without the filters that are zero, so that they cost nothing; itself if it has none."""
+    if isinstance(network, NarrowNetwork):
+        return network
+    smaller = compact(network, data.example)
+    return smaller if smaller.kept else network
+
+
+def quantize(run: Run, network: nn.Module, bits: Mapping[str, int], data: ImageData, *, is_new: bool) -> None:
+    """Makes the layers of `bits` share their weights, in place; a new run logs what that does and keeps it in a file."""
+    scores = {"original": evaluate(network, data)} if is_new else {}
+    entries = share_weights(network, bits)
+    if not is_new:
+        return
+    scores["quantized"] = evaluate(network, data)
+    run.log(f"{len(entries)} layers share values: " + ", ".join(f"{name} {count}" for name, count in entries.items()))
+    for name, result in scores.items():
+        run.log(f"{name}, before fine-tuning: top1 {result['top1']:.2f}, loss {result['loss']:.4f}")
+    run.save_json(BEFORE_TRAINING, scores)
+
+
+def describe_quantized(
+    network: nn.Module, kept: Mapping[str, Tensor], *, args: argparse.Namespace, file: NetworkFile
+) -> dict[str, Any]:
+    """A checkpoint with plain weights at full width, so that everything that reads the unquantized network reads it too."""
+    plain = bake_weights(copy.deepcopy(network))
+    is_narrow = isinstance(plain, NarrowNetwork)
+    return describe_network(
+        plain.dense_state_dict() if is_narrow else plain.state_dict(),
+        model=file.model,
+        num_classes=file.num_classes,
+        config=setup.flags_of(args),
+        kept=plain.kept if is_narrow else None,
+    )
+
+
+def describe_compact(network: nn.Module, *, model: str, num_classes: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the network as it is, narrow or not."""
+    kept = network.kept if isinstance(network, NarrowNetwork) else None
+    state = network.state_dict()
+    return describe_network(state, model=model, num_classes=num_classes, config=config, kept=kept, compact=bool(kept))
+
+
+def encode(args: argparse.Namespace, run: Run, result: dict[str, Any], data: ImageData) -> None:
+    """Encodes the best network, proves that it decodes to the same bits, and leaves archive, small checkpoint and summary."""
+    best = load_network(run.folder / BEST, flag="--save-dir")
+    dense = setup.to_device(best.network, data.device)
+    small = setup.to_device(without_zeros(dense, data), data.device)
+    identity = {"model": best.model, "num_classes": best.num_classes}
+    description = describe_compact(small, **identity, config=setup.flags_of(args))
+    run.save(COMPACT, {**description, "epoch": result["best"]["epoch"], "metrics": result["best"]})
+    report = save_archive(run.folder / ARCHIVE, small, **identity)
+    decoded = setup.to_device(load_archive(run.folder / ARCHIVE), data.device)
+    check_identical(small, decoded, data)
+    scores = {**read_json(run.folder / BEFORE_TRAINING), "fine_tuned": evaluate(small, data), "decoded": evaluate(decoded, data)}
+    sizes = compare_networks(dense, small, data.example[:1], files=(run.folder / BEST, run.folder / COMPACT))
+    ratio = sizes["dense"]["file_bytes"] / report.file_bytes
+    log_result(run, report, scores=scores, sizes=sizes, ratio=ratio)
+    archive = {**report.as_dict(), "ratio": ratio, "identical": "yes"}
+    head = {**setup.summary_head(args, SCRIPT, run), "model": best.model}
+    run.save_json(SUMMARY, {**head, **result, "accuracy": scores, "compact": sizes, "archive": archive})
+
+
+@torch.no_grad()
+def check_identical(encoded: nn.Module, decoded: nn.Module, data: ImageData) -> None:
+    """Compares every tensor and the logits of every test image, bit for bit; a difference is an error of this program."""
+    names = differing_tensors(encoded, decoded)
+    with evaluating(encoded, decoded):
+        same = all(torch.equal(encoded(batch.images), decoded(batch.images)) for batch in data.test_batches())
+    if names or not same:
+        raise RuntimeError(f"the decoded network is not the encoded one: {', '.join(names[:3]) or 'other logits'}")
+
+
+def log_result(run: Run, report: ArchiveReport, *, scores: Mapping[str, Any], sizes: Mapping[str, Any], ratio: float) -> None:
+    run.log("\n".join(report.lines()))
+    checkpoints = ", ".join(f"{role} checkpoint {sizes[role]['file_bytes']:,}" for role in ("dense", "compact"))
+    run.log(f"bytes on disk: {checkpoints}, archive {report.file_bytes:,}, {ratio:.2f}x smaller than the dense one")
+    run.log("top1: " + ", ".join(f"{name.replace('_', '-')} {score['top1']:.2f}" for name, score in scores.items()))
+    run.log("identical: yes, every tensor and the logits of every test image, before encoding and after decoding")
+    run.log(f"done -> {run.folder / ARCHIVE}")
+
+
+def inspect(path: str) -> None:
+    """Prints where the bytes of an archive go."""
+    _, report = read_flagged(path, flag="--inspect")
+    print(f"{path}: {report.model}, {report.num_classes} classes")
+    print("\n".join(report.lines()))
+
+
+def decode(path: str, output: str, *, force: bool) -> None:
+    """Writes the network of an archive as a checkpoint."""
+    if Path(output).exists() and not force:
+        raise UserError(f"--output {output}: exists already, choose another name or give --force")
+    network, report = read_flagged(path, flag="--decode")
+    config = {"decoded_from": Path(path).name}
+    save_checkpoint(output, describe_compact(network, model=report.model, num_classes=report.num_classes, config=config))
+    print(f"{path}: {report.model}, {report.num_classes} classes -> {output}")
+
+
+def score(args: argparse.Namespace, data: ImageData) -> None:
+    """Prints the accuracy of the network in --load-path, an archive or a checkpoint."""
+    if not is_archive(args.load_path):
+        file = load_checked(args, data)
+        return setup.print_score(file.model, data, evaluate(file.network, data, amp=args.amp))
+    origin = f"--load-path {args.load_path}"
+    network, report = read_flagged(args.load_path, flag="--load-path")
+    if args.model not in (None, report.model):
+        raise UserError(f"{origin}: holds a {report.model}, not the {args.model} of --model")
+    setup.check_classes(report.num_classes, data, origin=origin)
+    network = setup.to_device(network, data.device)
+    setup.check_images(network, data, origin=origin)
+    setup.print_score(report.model, data, evaluate(network, data, amp=args.amp))
+
+
+def read_flagged(path: str, *, flag: str) -> tuple[nn.Module, ArchiveReport]:
+    """`read_archive` of the file that `flag` names."""
+    try:
+        return read_archive(path)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
+
+
+if __name__ == "__main__":
+    cli.execute(lambda: main(cli.parse_flags(get_args_parser())))
