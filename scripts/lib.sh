@@ -1,0 +1,234 @@
+# shellcheck shell=bash
+# What the run_*.sh scripts share. A script lists runs with add_run, trains those listed with run_all, and ends with finish.
+# README.md explains the environment variables that start_script reads.
+
+# Flags that initial_train.py, pruning.py and quantize_encode.py all have: they reach the training of a teacher as well.
+readonly SHARED_FLAGS="--data-dir --batch-size --workers --limit-batches --lr --schedule --lr-drops --n-epochs --momentum \
+--weight-decay --log-name --device --dev-idx --amp --compile --sync-bn --checkpoint-interval --checkpoint-minutes"
+
+# start_script ARGUMENT...: reads the environment, and the arguments to pass on into PASSED and SHARED
+start_script() {
+  SCRIPT=$(basename "$0")
+  set_defaults
+  take_arguments "$@"
+  mapfile -t SHARED < <(shared_arguments)
+  [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS: must be a whole number of 1 or more"
+  [[ $DRY =~ ^[01]$ ]] || fail "DRY=$DRY: must be 1, to print the commands only, or 0"
+  FOLDERS=() ENTRY_SCRIPTS=() COMMANDS=() NEEDED=() FAILED=() LISTED=0 PRINTED=0
+  trap 'stop 130' INT
+  trap 'stop 143' TERM
+  trap 'stop 129' HUP
+}
+
+set_defaults() {
+  SEEDS=${SEEDS:-8152 1011 6162 2177} DATASETS=${DATASETS:-$DEFAULT_DATASETS} MODEL=${MODEL:-resnet56} KEEP=${KEEP:-0.6}
+  DATA_DIR=${DATA_DIR:-./data} SAVE_DIR=${SAVE_DIR:-./saves} REPORT_DIR=${REPORT_DIR:-./report/${SCRIPT%.sh}}
+  T_PATH=${T_PATH:-} LOAD_PATH=${LOAD_PATH:-} JOBS=${JOBS:-1} DRY=${DRY:-0}
+  if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=python3
+    if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
+  fi
+}
+
+fail() {
+  echo "$SCRIPT: error: $*" >&2
+  exit 2
+}
+
+# A flag that the script loops over, or names its runs by, replaces the variable; every other one is passed on to the runs.
+take_arguments() {
+  PASSED=()
+  while (($#)); do
+    if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
+    case $1 in
+      -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
+      --run-name | --resume | --dry-run | --evaluate)
+        fail "$1: not for a script, which names and resumes its runs itself; DRY=1 prints their commands"
+        ;;
+      --dataset) DATASETS=${2-} ;;
+      --seed) SEEDS=${2-} ;;
+      --model | --t-model) MODEL=${2-} ;;
+      --t-path) T_PATH=${2-} ;;
+      --load-path) LOAD_PATH=${2-} ;;
+      --save-dir) SAVE_DIR=${2-} ;;
+      *)
+        PASSED+=("$1")
+        shift
+        continue
+        ;;
+    esac
+    [[ -n ${2-} ]] || fail "$1: expected a value"
+    shift 2
+  done
+}
+
+# The passed arguments that every entry script understands, with their values, one a line.
+shared_arguments() {
+  local argument shared=0
+  for argument in "${PASSED[@]}"; do
+    if [[ $argument == --* ]]; then
+      if [[ " $SHARED_FLAGS " == *" $argument "* ]]; then shared=1; else shared=0; fi
+    fi
+    if ((shared)); then echo "$argument"; fi
+  done
+}
+
+# recipe DATASET ROLE: RECIPE becomes the flags of a whole training. A teacher's begins with an epoch of warm-up.
+recipe() {
+  local dataset=$1 role=$2 epochs=200 batch_size=128 schedule=(60 120 160) lr_drops=(0.2 0.2 0.2)
+  if [[ $dataset == cinic10 ]]; then epochs=140 batch_size=96 schedule=(100 120) lr_drops=(0.1 0.1); fi
+  if [[ $role == teacher ]]; then schedule=(1 "${schedule[@]}") lr_drops=(10 "${lr_drops[@]}"); fi
+  RECIPE=(--n-epochs "$epochs" --batch-size "$batch_size" --lr 0.01 --schedule "${schedule[@]}" --lr-drops "${lr_drops[@]}")
+}
+
+# distillation DATASET LOSS: DISTILLATION becomes the flags of this loss, at the weights that its dataset has.
+distillation() {
+  local dataset=$1 loss=$2
+  DISTILLATION=(--distill "$loss")
+  case $dataset-$loss in
+    *-none | *-kd) ;;
+    cinic10-at) DISTILLATION+=(--betas 50) ;;
+    *-at) DISTILLATION+=(--betas 1000) ;;
+    cinic10-sp) DISTILLATION+=(--betas 2000) ;;
+    *-sp) DISTILLATION+=(--betas 3000) ;;
+    *-afd) DISTILLATION+=(--betas 200) ;;
+    *-hap) DISTILLATION+=(--betas 700) ;;
+  esac
+  if [[ $dataset == cinic10 && $loss != none ]]; then DISTILLATION+=(--alpha 0.6 --kd-t 16); fi
+}
+
+# add_run ENTRY_SCRIPT LABEL DATASET SEED NEEDED FLAG...: lists a run that reads the file NEEDED ('' for none); FOLDER becomes
+# its folder. The name ends in a checksum of the flags: another setting is another run, the same one is listed once.
+add_run() {
+  local entry_script=$1 label=$2 dataset=$3 seed=$4 needed=$5 data_dir=$DATA_DIR name command checksum
+  shift 5
+  checksum=$(printf '%s\n' "$@" | cksum)
+  printf -v name '%s-%s-%s-seed%s-%08x' "$label" "$dataset" "$MODEL" "$seed" "${checksum%% *}"
+  FOLDER=$SAVE_DIR/$name
+  if [[ " ${FOLDERS[*]} " == *" $FOLDER "* ]]; then return; fi
+  if [[ $dataset == cinic10 || $dataset == imagenet ]]; then data_dir=$DATA_DIR/$dataset; fi # folders of images
+  printf -v command '%q ' "$PYTHON" "$entry_script" --dataset "$dataset" --data-dir "$data_dir" "$@" --seed "$seed" \
+    --save-dir "$SAVE_DIR" --run-name "$name"
+  FOLDERS+=("$FOLDER") ENTRY_SCRIPTS+=("$entry_script") COMMANDS+=("${command% }") NEEDED+=("$needed")
+}
+
+# add_vanilla DATASET SEED FLAG...: lists the training of an unpruned network.
+add_vanilla() {
+  local dataset=$1 seed=$2
+  shift 2
+  recipe "$dataset" teacher
+  add_run initial_train.py vanilla "$dataset" "$seed" '' --model "$MODEL" "${RECIPE[@]}" "$@"
+}
+
+# find_teachers: TEACHERS holds the teacher's file of each dataset: T_PATH, or that of a training with the first seed.
+find_teachers() {
+  local dataset
+  declare -gA TEACHERS=()
+  for dataset in $DATASETS; do
+    if [[ -z $T_PATH ]]; then
+      add_vanilla "$dataset" "${SEEDS%% *}" "${SHARED[@]}"
+      TEACHERS[$dataset]=$FOLDER/model_best.pt
+    else
+      given_file T_PATH "$T_PATH" "$dataset"
+      TEACHERS[$dataset]=$FILE
+    fi
+  done
+}
+
+# given_file VARIABLE VALUE DATASET [SEED]: FILE becomes VALUE, with {dataset} and {seed} in it replaced.
+given_file() {
+  local variable=$1 value=$2 dataset=$3 seed=${4-}
+  if [[ $DATASETS == *' '* && $value != *'{dataset}'* ]]; then
+    fail "$variable=$value: one file for several datasets ($DATASETS); write {dataset} where the name differs, or set DATASETS"
+  fi
+  FILE=${value//'{dataset}'/$dataset}
+  FILE=${FILE//'{seed}'/$seed}
+  if [[ $DRY == 0 && ! -f $FILE ]]; then fail "$variable=$value: there is no file $FILE"; fi
+}
+
+# add_pruning LABEL DATASET SEED CRITERION LOSS FLAG...: lists a pruning of the dataset's teacher, distilled from itself.
+add_pruning() {
+  local label=$1 dataset=$2 seed=$3 criterion=$4 loss=$5 teacher=${TEACHERS[$2]}
+  shift 5
+  recipe "$dataset" student
+  distillation "$dataset" "$loss"
+  local criterion_flags=(--prune-rates "$KEEP" --prune-mode "$criterion")
+  if [[ $criterion == filter-nggm ]]; then criterion_flags+=(--samp-batches 25); fi
+  add_run pruning.py "$label" "$dataset" "$seed" "$teacher" --t-model "$MODEL" --t-path "$teacher" --s-copy-t \
+    "${criterion_flags[@]}" "${DISTILLATION[@]}" "${RECIPE[@]}" "$@"
+}
+
+# run_all: runs what add_run has listed since the last run_all, JOBS at a time; DRY=1 prints it instead.
+run_all() {
+  local i status pids=() earlier=$PRINTED
+  for ((i = LISTED; i < ${#FOLDERS[@]}; i++)); do
+    if [[ -f ${FOLDERS[i]}/summary.json ]]; then continue; fi
+    if [[ -f ${FOLDERS[i]}/config.json ]]; then
+      printf -v 'COMMANDS[i]' '%q %s --resume %q' "$PYTHON" "${ENTRY_SCRIPTS[i]}" "${FOLDERS[i]}"
+    fi
+    if [[ $DRY == 1 ]]; then
+      if ((earlier && PRINTED == earlier)); then echo "$SCRIPT: the commands above must end before the others start" >&2; fi
+      echo "${COMMANDS[i]}"
+      PRINTED=$((PRINTED + 1))
+    elif [[ -n ${NEEDED[i]} && ! -f ${NEEDED[i]} ]]; then
+      FAILED+=("$(basename "${FOLDERS[i]}"): not run, ${NEEDED[i]} is missing")
+    else
+      while (($(jobs -rp | wc -l) >= JOBS)); do wait -n || true; done
+      echo "run $((i + 1)) of ${#FOLDERS[@]}: ${FOLDERS[i]}"
+      launch "$i"
+      pids[i]=$!
+    fi
+  done
+  for i in "${!pids[@]}"; do
+    status=0
+    wait "${pids[i]}" || status=$?
+    if ((status)); then FAILED+=("$(basename "${FOLDERS[i]}"): exit status $status"); fi
+  done
+  LISTED=${#FOLDERS[@]}
+}
+
+# launch INDEX: starts the command in the background, in a process group of its own, so that Ctrl-C reaches it through stop
+# alone; with several at once every line of output begins with the name of its run.
+launch() {
+  local command=${COMMANDS[$1]} name
+  name=$(basename "${FOLDERS[$1]}")
+  set -m
+  if ((JOBS > 1)); then
+    (eval "exec $command" > >(exec sed -u "s|^|$name: |") 2>&1) &
+  else
+    (eval "exec $command") &
+  fi
+  set +m
+}
+
+# stop STATUS: asks every run to save its state and end, waits for that, and exits.
+stop() {
+  echo "$SCRIPT: stopping, every run saves its state first" >&2
+  trap end_runs INT TERM HUP
+  end_runs
+  while [[ -n $(jobs -rp) ]]; do wait || true; done
+  echo "$SCRIPT: stopped; the same command goes on from here" >&2
+  exit "$1"
+}
+
+end_runs() {
+  local pid
+  for pid in $(jobs -rp); do kill -TERM "$pid" || true; done
+}
+
+# finish: reports on the runs that are complete and names those that failed. Exits with 1 if there are any.
+finish() {
+  local folder line complete=()
+  if [[ $DRY == 1 ]]; then exit 0; fi
+  for folder in "${FOLDERS[@]}"; do
+    if [[ -f $folder/summary.json ]]; then complete+=("$folder"); fi
+  done
+  if ((${#complete[@]})); then
+    "$PYTHON" report.py "${complete[@]}" --output "$REPORT_DIR" || FAILED+=("report.py: exit status $?")
+  fi
+  if ((${#FAILED[@]})); then
+    echo "$SCRIPT: ${#FAILED[@]} failed; the same command runs them again:" >&2
+    for line in "${FAILED[@]}"; do echo "  $line" >&2; done
+    exit 1
+  fi
+}

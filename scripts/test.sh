@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Checks everything: style, then the tests. Arguments go to pytest:
+#   scripts/test.sh tests/prune -x
+# The first call makes the virtual environment .venv; PYTHON=python3 uses another Python as it is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+ensure_environment requirements-dev.txt
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+exec "$PYTHON" -m pytest "$@"
