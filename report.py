@@ -1,0 +1,64 @@
+"""Tables and pictures over any number of runs: Markdown, CSV, PNG, and one HTML page that holds all of it."""
+
+import argparse
+from pathlib import Path
+
+from reporting.attention import attention_pictures
+from reporting.gather import gather
+from reporting.page import Picture
+from reporting.publish import check_output, collect, update_readme, write_report
+from utils import cli
+from utils.errors import UserError
+
+SCRIPT = "report.py"
+DOCS = Path(__file__).resolve().parent / "docs"
+COMMITTED_RESULTS, FIGURES = DOCS / "results", DOCS / "figures"
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(prog=SCRIPT, description="Gather runs into tables and pictures. Only their small files are read.")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="runs, or folders that hold runs (default: saves, or docs/results)"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR",
+                        help="where the report goes, with --readme its pictures (default: report, or docs/figures)")  # fmt: skip
+    parser.add_argument("--title", default="Pruning and distillation: results", help="title of the page")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--attention", type=Path, metavar="RUN", help="also draw what this pruning run and its teacher attend to"
+    )
+    instead.add_argument("--collect", type=Path, metavar="DIR", help="only copy what a report reads of the runs to here")
+    instead.add_argument("--readme", type=Path, metavar="FILE", help="only renew the results in this Markdown file")
+    parser.add_argument("--images", type=cli.non_negative_int, nargs="+", metavar="POSITION",
+                        help="test images for --attention (default: the first of each of four classes)")  # fmt: skip
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="where the dataset for --attention is (default: as its run says)"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    for name in ("images", "data_dir"):
+        if getattr(args, name) is not None and args.attention is None:
+            raise UserError(f"--{name.replace('_', '-')}: belongs to --attention RUN, which is not given")
+    results = gather(args.runs or [COMMITTED_RESULTS if args.readme else Path("saves")])
+    for folder, reason in results.skipped:
+        print(f"left out {folder}: {reason}")
+    if args.readme is not None:
+        update_readme(args.readme, results.groups, figures=args.output or FIGURES)
+    elif args.collect is not None:
+        collect(results.groups, args.collect)
+    else:
+        output = args.output or Path("report")
+        check_output(output)
+        write_report(output, results, title=args.title, extra_pictures=draw_attention(args))
+
+
+def draw_attention(args: argparse.Namespace) -> list[Picture]:
+    if args.attention is None:
+        return []
+    return attention_pictures(args.attention, images=args.images, data_dir=args.data_dir)
+
+
+if __name__ == "__main__":
+    cli.execute(lambda: main(get_args_parser().parse_args()))

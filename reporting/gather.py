@@ -1,0 +1,302 @@
+"""Runs on disk to records, and records to groups: everything that a report says is counted here.
+
+Of a run only its small files are read: config.json, summary.json, metrics.jsonl, kept_filters.json. Runs with the same
+settings form a group; a setting is every flag but the seed and those of where a run computes, reads, writes and saves. A
+flag that names a checkpoint counts as the settings of the run that wrote it, where that run's config.json is found beside
+this one or where the flag says; otherwise as its own text, in which the run's seed does not count.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reporting.measures import measures_of
+from reporting.naming import ORIGIN_FLAGS, flag_label, method_label
+from utils.errors import UserError
+from utils.files import read_json
+from utils.runs import CONFIG, METRICS, SUMMARY, read_metrics
+
+KEPT_FILTERS = "kept_filters.json"
+UNPRUNED_SCRIPT = "initial_train.py"
+PLACE_FLAGS = frozenset(("seed", "run_name", "save_dir", "log_name", "data_dir", "device", "dev_idx", "workers", "evaluate"))
+STATE_FLAGS = frozenset(("checkpoint_interval", "checkpoint_minutes", "force"))
+SCRIPT_ORDER = (UNPRUNED_SCRIPT, "pruning.py", "quantize_encode.py")
+SWITCHED_OFF = ("false", "null", "[]")
+MEASURED_TIMES = ("latency_ms", "speedup", "minutes")  # mean little over different machines
+ORIGIN_DEPTH = 4  # files from files: a quantized from a pruned from a trained network, and one to spare
+
+
+class Statistic(NamedTuple):
+    """Mean and sample standard deviation, which a single value has not got."""
+
+    mean: float
+    deviation: float | None
+    n: int
+
+
+class Skipped(NamedTuple):
+    """A folder that no figure comes from, and why."""
+
+    folder: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished run. `curve` is top-1 accuracy on the test set, in percent, by epoch."""
+
+    folder: Path
+    label: str
+    settings: dict[str, Any]
+    circumstances: dict[str, str]
+    dataset: str
+    model: str
+    seed: int
+    command: str
+    measures: dict[str, float]
+    curve: dict[int, float]
+    kept: dict[str, int]
+    filters: dict[str, int]
+
+    @property
+    def script(self) -> str:
+        return self.settings["script"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method: the same settings, different seeds. `differs_in` tells it from groups of the same label."""
+
+    label: str
+    records: tuple[Record, ...]
+    differs_in: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    inherited: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def first(self) -> Record:
+        return self.records[0]
+
+    @property
+    def name(self) -> str:
+        """The label, made unique."""
+        return f"{self.label} [{', '.join(self.differs_in)}]" if self.differs_in else self.label
+
+    @property
+    def subject(self) -> tuple[str, str]:
+        """Dataset and network: only within one subject are methods compared."""
+        return self.first.dataset, self.first.model
+
+    def statistic(self, measure: str) -> Statistic | None:
+        """Over the group's runs; None unless every one of them has the measure, times also on the same kind of machine."""
+        values = [record.measures.get(measure, self.inherited.get(measure)) for record in self.records]
+        mixed_machines = measure in MEASURED_TIMES and len({record.circumstances["device"] for record in self.records}) > 1
+        return None if None in values or mixed_machines else statistic(values)
+
+
+class Results(NamedTuple):
+    """What a report is made from."""
+
+    groups: list[Group]
+    skipped: list[Skipped]
+
+
+def statistic(values: Sequence[float]) -> Statistic:
+    """Mean and sample standard deviation (n - 1 in the denominator) of one value or more."""
+    return Statistic(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def gather(paths: Iterable[str | os.PathLike]) -> Results:
+    """Reads every run in `paths`, each a run's folder or a folder of runs.
+
+    Folders that are unfinished, damaged, or no run are skipped by name. Raises UserError for a path that does not exist
+    and if no finished run is found at all.
+    """
+    paths = [Path(path) for path in paths]
+    reader, records, skipped = _Reader(), [], []
+    for folder in dict.fromkeys(folder for path in paths for folder in _run_folders(path)):
+        try:
+            records.append(reader.record(folder))
+        except UserError as error:
+            skipped.append(Skipped(folder, str(error)))
+    if not records:
+        reasons = "; ".join(f"{folder}: {reason}" for folder, reason in skipped[:3]) or "there is no folder in it"
+        raise UserError(f"{' '.join(map(str, paths))}: no finished run found ({reasons}); train one first")
+    groups, repeated = _group(records)
+    return Results(_with_dense_sizes(groups), skipped + repeated)
+
+
+def _run_folders(path: Path) -> list[Path]:
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; expected a run such as saves/1625594011, or a folder of runs")
+    if not path.is_dir():
+        return []  # a text log beside the runs, caught by saves/*
+    children = [] if (path / CONFIG).is_file() else sorted(child for child in path.iterdir() if child.is_dir())
+    return children if any((child / CONFIG).is_file() for child in children) else [path]
+
+
+class _Reader:
+    """Reads runs; each config.json once, though many runs come from one teacher."""
+
+    def __init__(self) -> None:
+        self._configs: dict[Path, dict[str, Any]] = {}
+
+    def record(self, folder: Path) -> Record:
+        """Raises UserError, saying why, for anything but a finished, whole run."""
+        try:
+            if not (folder / CONFIG).is_file():
+                raise UserError(f"no run, it has no {CONFIG}")
+            config = self._config(folder)
+            if (folder / SUMMARY).is_file():
+                return self._read(folder, config, read_json(folder / SUMMARY))
+            raise UserError(f"unfinished, {_progress(folder, config['flags'])}")
+        except UserError:
+            raise
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}") from error
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"damaged, not what a run writes ({type(error).__name__}: {error})") from error
+
+    def _config(self, folder: Path) -> dict[str, Any]:
+        if folder not in self._configs:
+            config = read_json(folder / CONFIG)
+            if not isinstance(config, dict) or not isinstance(config.get("flags"), dict) or "script" not in config:
+                raise UserError(f"{folder / CONFIG} is damaged: not that of a run")
+            self._configs[folder] = config
+        return self._configs[folder]
+
+    def _read(self, folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> Record:
+        flags = config["flags"]
+        settings = self._settings(folder, config, seed=str(flags["seed"]), depth=ORIGIN_DEPTH)
+        layers = read_json(folder / KEPT_FILTERS) if (folder / KEPT_FILTERS).is_file() else {}
+        return Record(
+            folder=folder,
+            label=method_label(settings),
+            settings=settings,
+            circumstances={
+                "device": str(config.get("device")),
+                "torch": str(config.get("versions", {}).get("torch")),
+                "commit": str(config.get("git_sha")),
+            },
+            dataset=_dataset_name(flags),
+            model=str(summary.get("model") or flags.get("s_model") or flags.get("t_model") or flags["model"]),
+            seed=int(flags["seed"]),
+            command=str(config.get("command", "")),
+            measures=measures_of(summary),
+            curve={int(line["epoch"]): _finite(line["top1"]) for line in read_metrics(folder) if line["split"] == "test"},
+            kept={name: int(count) for name, count in summary.get("kept_filters", {}).items()},
+            filters={name: int(layer["filters"]) for name, layer in layers.items()},
+        )
+
+    def _settings(self, folder: Path, config: dict[str, Any], *, seed: str, depth: int) -> dict[str, Any]:
+        """Flat: `n_epochs` is this run's, `t_path n_epochs` that of the run that trained the teacher."""
+        settings = {"script": config["script"], "processes": config.get("processes", 1)}
+        settings["dataset"] = _dataset_name(config["flags"])
+        for name, value in config["flags"].items():
+            if name in ORIGIN_FLAGS and value is not None:
+                settings |= self._origin(folder, name, str(value), seed=seed, depth=depth)
+            elif name not in PLACE_FLAGS | STATE_FLAGS | settings.keys():
+                settings[name] = value
+        return settings
+
+    def _origin(self, folder: Path, flag: str, value: str, *, seed: str, depth: int) -> dict[str, Any]:
+        named = Path(value).parent
+        for origin in (folder.parent / named.name, named):
+            if depth and origin != folder and (origin / CONFIG).is_file():
+                with contextlib.suppress(UserError):  # of a damaged config.json only the name of its folder counts
+                    found = self._settings(origin, self._config(origin), seed=seed, depth=depth - 1)
+                    return {f"{flag} {name}": setting for name, setting in found.items()}
+        return {flag: re.sub(rf"(?<!\d){re.escape(seed)}(?!\d)", "*", value)}
+
+
+def _dataset_name(flags: Mapping[str, Any]) -> str:
+    """Of `--dataset folder` the name of its folder."""
+    name = str(flags["dataset"])
+    return Path(flags["data_dir"]).name or name if name == "folder" else name
+
+
+def _finite(value: Any) -> float:
+    value = float(value)
+    if not math.isfinite(value):
+        raise UserError(f"{METRICS} is damaged: top1 {value}")
+    return value
+
+
+def _progress(folder: Path, flags: Mapping[str, Any]) -> str:
+    epochs = {line["epoch"] for line in read_metrics(folder) if isinstance(line, dict) and "epoch" in line}
+    return f"{len(epochs)} of {flags.get('n_epochs', '?')} epochs are done"
+
+
+def _group(records: Sequence[Record]) -> tuple[list[Group], list[Skipped]]:
+    """Groups in the order of a table; of runs with the same settings and seed the last one counts."""
+    by_settings: dict[str, dict[int, Record]] = {}
+    repeated = []
+    for record in records:
+        seeds = by_settings.setdefault(_json(record.settings), {})
+        if record.seed in seeds:
+            repeated.append(Skipped(seeds[record.seed].folder, f"the same settings and seed as {record.folder}, which counts"))
+        seeds[record.seed] = record
+    groups = [Group(seeds[min(seeds)].label, tuple(seeds[seed] for seed in sorted(seeds))) for seeds in by_settings.values()]
+    return sorted(_told_apart(groups), key=_order), repeated
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _order(group: Group) -> tuple[Any, ...]:
+    script = group.first.script
+    words = re.split(r"([0-9]+(?:\.[0-9]+)?)", group.name)  # every second one is a number
+    words_and_numbers = [float(word) if index % 2 else word for index, word in enumerate(words)]
+    return *group.subject, SCRIPT_ORDER.index(script) if script in SCRIPT_ORDER else len(SCRIPT_ORDER), words_and_numbers
+
+
+def _told_apart(groups: Sequence[Group]) -> Iterator[Group]:
+    """The groups with what they differ in where their labels are the same, and with notes on what differs within."""
+    namesakes: dict[tuple[str, ...], list[Group]] = {}
+    for group in groups:
+        namesakes.setdefault((*group.subject, group.label), []).append(group)
+    for alike in namesakes.values():
+        usual = _usual_settings([record.settings for group in alike for record in group.records])
+        for group in alike:
+            unusual = [(name, value) for name, value in group.first.settings.items() if (name, _json(value)) not in usual]
+            missing = [(name, None) for name in dict(usual) if name not in group.first.settings]
+            shown = tuple(flag_label(name, value) for name, value in unusual + missing)
+            yield replace(group, differs_in=shown, notes=tuple(_notes(group)))
+
+
+def _usual_settings(settings: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
+    """The commonest value of each setting, as JSON; of equally common ones the one that switches nothing on."""
+    counts = Counter((name, _json(value)) for each in settings for name, value in each.items())
+    usual: dict[str, str] = {}
+    for name, value in sorted(counts, key=lambda item: (-counts[item], item[1] not in SWITCHED_OFF, item)):
+        usual.setdefault(name, value)
+    return set(usual.items())
+
+
+def _notes(group: Group) -> Iterator[str]:
+    for name in group.first.circumstances:
+        values = sorted({record.circumstances[name] for record in group.records})
+        if len(values) > 1:
+            yield f"runs differ in {name}: {', '.join(values)}"
+
+
+def _with_dense_sizes(groups: Sequence[Group]) -> list[Group]:
+    """Gives unpruned networks the sizes that the pruning of the same network on the same dataset measured for them."""
+    sizes: dict[tuple[str, str], dict[str, float]] = {}
+    for group in groups:
+        measures = group.first.measures
+        if {"dense_macs", "dense_bytes"} <= measures.keys():
+            sizes[group.subject] = {"macs": measures["dense_macs"], "dense_bytes": measures["dense_bytes"]}
+    return [
+        replace(group, inherited=sizes.get(group.subject, {})) if group.first.script == UNPRUNED_SCRIPT else group
+        for group in groups
+    ]

@@ -1,0 +1,71 @@
+"""Which figures of a run's summary.json a report shows, and where the entry scripts put them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from utils.errors import UserError
+
+LATENCY_BATCH = 64
+REQUIRED = ("last_top1", "best_top1")
+# Places by measure; the first that is there counts. Accuracies in percent.
+PLACES: dict[str, Sequence[tuple[str, ...]]] = {
+    "last_top1": [("last", "top1")],
+    "best_top1": [("best", "top1")],
+    "reference_top1": [("teacher", "top1"), ("accuracy", "original", "top1")],
+    "parameters": [("compact", "compact", "parameters"), ("parameters",)],
+    "macs": [("compact", "compact", "macs")],
+    "dense_macs": [("compact", "dense", "macs")],
+    "dense_bytes": [("compact", "dense", "file_bytes")],
+    "compact_bytes": [("compact", "compact", "file_bytes")],
+    "archive_bytes": [("archive", "file_bytes")],
+    "archive_payload_bytes": [("archive", "total", "payload_bytes")],
+    "archive_coded_bytes": [("archive", "total", "coded_bytes")],
+    "archive_uncoded_bytes": [("archive", "uncoded_bytes")],
+    "archive_overhead_bytes": [("archive", "overhead_bytes")],
+    "latency_ms": [("compact", "compact", "latency", str(LATENCY_BATCH), "median_ms")],
+    "dense_latency_ms": [("compact", "dense", "latency", str(LATENCY_BATCH), "median_ms")],
+    "seconds": [("seconds",)],
+}
+
+
+def measures_of(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The measures that a summary.json has, and those that follow from them.
+
+    Raises UserError if an accuracy is missing or anything that is there is no finite number.
+    """
+    found = {name: _first(summary, places, name) for name, places in PLACES.items()}
+    measures = {name: value for name, value in found.items() if value is not None}
+    for name in REQUIRED:
+        if name not in measures:
+            raise UserError(f"its summary is damaged: no {'.'.join(PLACES[name][0])}")
+    return measures | _derived(measures)
+
+
+def _first(summary: Mapping[str, Any], places: Sequence[tuple[str, ...]], name: str) -> float | None:
+    for place in places:
+        value: Any = summary
+        for key in place:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            return _number(value, ".".join(place))
+    return None
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"its summary is damaged: {name} is {value!r}, not a number")
+    return float(value)
+
+
+def _derived(measures: Mapping[str, float]) -> dict[str, float]:
+    derived = {}
+    if "reference_top1" in measures:
+        derived["drop"] = measures["reference_top1"] - measures["last_top1"]
+    if {"latency_ms", "dense_latency_ms"} <= measures.keys():
+        derived["speedup"] = measures["dense_latency_ms"] / measures["latency_ms"]
+    if "seconds" in measures:
+        derived["minutes"] = measures["seconds"] / 60
+    if "archive_coded_bytes" in measures:
+        derived["archive_codebook_bytes"] = measures["archive_coded_bytes"] - measures["archive_payload_bytes"]
+    return derived

@@ -1,0 +1,77 @@
+"""How a report calls a method: by its papers' names, from the flags of its run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+CRITERIA = {"filter-r": "Random", "filter-a": "PFEC", "filter-l2": "L2", "filter-gm": "FPGM", "filter-nggm": "NGGM"}
+SOFT_CRITERIA = {"filter-a": "SFP (L1)", "filter-l2": "SFP (L2)", "filter-gm": "SFP (GM)"}
+MODELS = {"alexnet": "AlexNet"}
+ORIGIN_FLAGS = ("t_path", "s_path", "load_path")
+
+
+def method_label(settings: Mapping[str, Any]) -> str:
+    """`NGGM + HAP + KD, 0.6` for the settings of a run as `reporting.gather` reads them."""
+    if settings.get("script") == "pruning.py":
+        return _pruned(settings)
+    if settings.get("script") == "quantize_encode.py":
+        return _quantized(settings)
+    return "unpruned, pre-trained" if settings.get("pretrained") else "unpruned"
+
+
+def model_label(model: str) -> str:
+    """`resnet56` -> `ResNet-56`."""
+    return MODELS.get(model, model.replace("resnet", "ResNet-"))
+
+
+def flag_label(name: str, value: Any) -> str:
+    """A setting as one would type it: `--prune-rates 0.6`; of the run that another flag names `--n-epochs 10 of --t-path`."""
+    *origins, flag = map(dashed, name.split())
+    text = f"no {flag}" if value is False else flag if value is True else f"{flag} {value_text(value)}"
+    return " of ".join([text, *reversed(origins)])
+
+
+def value_text(value: Any) -> str:
+    """A flag's value; None stands for a default that depends on other flags."""
+    if isinstance(value, list):
+        return " ".join(map(value_text, value)) or "none"
+    if value is None:
+        return "default"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def origin_settings(settings: Mapping[str, Any], flag: str) -> dict[str, Any]:
+    """Those settings that say how the file in `flag` was made; empty if that is not known."""
+    prefix = f"{flag} "
+    return {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
+
+
+def dashed(flag: str) -> str:
+    """`t_path` -> `--t-path`."""
+    return "--" + flag.replace("_", "-")
+
+
+def _pruned(settings: Mapping[str, Any]) -> str:
+    mode = settings.get("prune_mode")
+    criterion = (SOFT_CRITERIA if settings.get("soft_prune") else CRITERIA).get(mode, str(mode))
+    multiple = settings.get("channel_multiple") or 1
+    parts = [" + ".join([criterion, *_losses(settings)]), _ratio(settings.get("prune_rates"))]
+    return ", ".join(parts + ([f"multiple of {multiple}"] if multiple > 1 else []))
+
+
+def _losses(settings: Mapping[str, Any]) -> list[str]:
+    names = [name for name in settings.get("distill") or [] if name not in ("none", "kd")]
+    with_kd = settings.get("distill") != ["none"] and settings.get("alpha")
+    return [name.upper() for name in [*names, *(["kd"] if with_kd else [])]]
+
+
+def _ratio(ratios: Any) -> str:
+    if not isinstance(ratios, list):
+        return "?"
+    return f"{ratios[0]:g}" if len(ratios) == 1 else f"{min(ratios):g} to {max(ratios):g} by layer"
+
+
+def _quantized(settings: Mapping[str, Any]) -> str:
+    origin = origin_settings(settings, "load_path")
+    mode = str(settings.get("quan_mode")).removesuffix("-quan")
+    name = method_label(origin) if origin else "network"
+    return f"{name}, quantized ({mode}, {value_text(settings.get('quan_bits'))} bits)"

@@ -1,0 +1,137 @@
+"""One HTML file with the table, the notes and the pictures inside; it fetches nothing and needs no network.
+
+The table sorts by a click on a heading, or on opening by `#sort=K` (column from 1; `-K` for descending).
+"""
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+from reporting.gather import Group, Results
+from reporting.tables import Cell, headings, notes, rows
+
+
+class Picture(NamedTuple):
+    """A PNG file, with what to read under it and what to read instead of it."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name}.png"
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+  max-width: 100rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th.text, td.text { text-align: left; } td.name { white-space: normal; min-width: 16rem; }
+tbody tr:hover { background: #f1f6fa; }
+th button { all: unset; cursor: pointer; font-weight: 600; }
+th button:focus-visible { outline: 2px solid #0072b2; }
+th[aria-sort=ascending] button::after { content: " \\25B2"; } th[aria-sort=descending] button::after { content: " \\25BC"; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; } figcaption { max-width: 60rem; color: #444; }
+code { font-size: 13px; overflow-wrap: anywhere; } summary { cursor: pointer; }
+@media print { th button::after { content: "" !important; } details { display: none; } figure { break-inside: avoid; } }
+"""
+
+SCRIPT = """
+"use strict";
+const table = document.querySelector("table.sortable");
+const heads = [...table.tHead.rows[0].cells];
+function key(row, column) {
+  const text = row.cells[column].dataset.value;
+  return heads[column].classList.contains("text") || text === "" ? text : Number(text);
+}
+function sortBy(column, descending) {
+  const sign = descending ? -1 : 1;
+  const rows = [...table.tBodies[0].rows].map(row => [key(row, column), row]);
+  rows.sort(([a], [b]) => {
+    if (a === "" || b === "") return (a === "") - (b === "");  // rows without a figure stay last
+    return sign * (typeof a === "number" ? a - b : a.localeCompare(b));
+  });
+  table.tBodies[0].append(...rows.map(([, row]) => row));
+  const order = descending ? "descending" : "ascending";
+  heads.forEach((head, index) => head.setAttribute("aria-sort", index === column ? order : "none"));
+}
+heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () =>
+  sortBy(column, head.getAttribute("aria-sort") === "ascending")));
+const asked = /^#sort=(-?)(\\d+)$/.exec(location.hash);
+if (asked && heads[asked[2] - 1]) sortBy(asked[2] - 1, asked[1] === "-");
+"""
+GENERATOR = '<meta name="generator" content="report.py of filter-pruning-distillation">'
+TEXT_COLUMNS = 3  # dataset, network, method
+
+
+def page(results: Results, *, title: str, caption: str, pictures: Iterable[Picture]) -> str:
+    """The whole document; every text from a run is escaped."""
+    groups = results.groups
+    runs = sum(len(group.records) for group in groups)
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{runs} finished runs of {len(groups)} methods. A click on a heading sorts.</p>",
+        f'<div class="scroll">{_table(groups)}</div>',
+        f"<p>{escape(caption)}</p>",
+        _listing("What differs within a row", notes(groups)),
+        _listing("Left out", [f"{folder}: {reason}" for folder, reason in results.skipped]),
+        *map(_figure, pictures),
+        _commands(groups),
+    ]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{GENERATOR}\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(filter(None, body))
+        + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _table(groups: Sequence[Group]) -> str:
+    heads = "".join(
+        f'<th scope="col" aria-sort="none"{_text_class(column)}><button>{escape(title)}</button></th>'
+        for column, title in enumerate(headings(groups))
+    )
+    body = "\n".join(f"<tr>{''.join(map(_data_cell, range(len(row)), row))}</tr>" for row in rows(groups))
+    return f'<table class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
+
+
+def _data_cell(column: int, cell: Cell) -> str:
+    value = "" if cell.value is None else str(cell.value)
+    return f'<td{_text_class(column)} data-value="{escape(value)}">{escape(cell.text)}</td>'
+
+
+def _text_class(column: int) -> str:
+    if column >= TEXT_COLUMNS:
+        return ""
+    return ' class="text name"' if column == TEXT_COLUMNS - 1 else ' class="text"'
+
+
+def _listing(heading: str, items: Sequence[str]) -> str:
+    if not items:
+        return ""
+    return f"<h2>{escape(heading)}</h2>\n<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode()
+    image = f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}: {escape(picture.caption)}">'
+    return f"<figure>\n<h2>{escape(picture.title)}</h2>\n{image}\n<figcaption>{escape(picture.caption)}</figcaption>\n</figure>"
+
+
+def _commands(groups: Sequence[Group]) -> str:
+    items = [
+        f"<li>{escape(str(record.folder))}, {escape(record.circumstances['device'])}: "
+        f"top-1 {record.measures['last_top1']:.2f} last, {record.measures['best_top1']:.2f} best<br>"
+        f"<code>{escape(record.command)}</code></li>"
+        for group in groups
+        for record in group.records
+    ]
+    return f"<details>\n<summary>Every run and its command</summary>\n<ul>{''.join(items)}</ul>\n</details>"

@@ -1,0 +1,98 @@
+"""Where a report goes: a folder of its own, a block of a Markdown file, or a collection of runs to commit."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from reporting.gather import KEPT_FILTERS, Group, Results
+from reporting.page import GENERATOR, Picture, page
+from reporting.pictures import PICTURES, draw_pictures
+from reporting.tables import CAPTION, comma_separated, markdown, notes
+from utils.errors import UserError
+from utils.files import write_atomic
+from utils.runs import CONFIG, METRICS, SUMMARY
+
+PAGE, MARKDOWN, CSV = "report.html", "table.md", "table.csv"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+README_PICTURES = ("accuracy_macs", "learning_curves", "bytes")
+
+
+def check_output(folder: Path) -> None:
+    """Raises UserError if writing a report there could overwrite anything but an earlier report."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"--output {folder}: is a file, expected a folder")
+    if any(folder.iterdir()) and not _is_report(folder / PAGE):
+        raise UserError(f"--output {folder}: holds other files than a report's; choose a new or empty folder")
+
+
+def _is_report(path: Path) -> bool:
+    return path.is_file() and GENERATOR in path.read_text(errors="replace")[:1000]
+
+
+def write_report(folder: Path, results: Results, *, title: str, extra_pictures: Sequence[Picture] = ()) -> None:
+    """The page, the table as Markdown and CSV, and the pictures as files of their own."""
+    _make_folder(folder, "--output")
+    pictures = [*draw_pictures(results.groups), *extra_pictures]
+    for name, *_ in PICTURES:  # an earlier report may have had pictures that this one has not
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    for picture in pictures:
+        write_atomic(folder / picture.file_name, picture.png)
+    write_atomic(folder / MARKDOWN, results_block(results.groups, pictures, folder=".").encode())
+    write_atomic(folder / CSV, comma_separated(results.groups).encode())
+    document = page(results, title=title, caption=CAPTION, pictures=pictures)
+    write_atomic(folder / PAGE, document.encode())
+    print(markdown(results.groups), end="")
+    print(f"{len(results.groups)} methods, {len(pictures)} pictures -> {folder / PAGE}")
+
+
+def results_block(groups: Sequence[Group], pictures: Sequence[Picture], *, folder: str) -> str:
+    """The table and its pictures in Markdown; `folder` holds the pictures, as seen from the Markdown file."""
+    links = [f"![{picture.title}]({folder}/{picture.file_name})\n\n{picture.caption}\n" for picture in pictures]
+    remarks = [f"- {note}" for note in notes(groups)]
+    return "\n".join([markdown(groups), f"{CAPTION}\n", *([*remarks, ""] if remarks else []), *links])
+
+
+def update_readme(path: Path, groups: Sequence[Group], *, figures: Path) -> None:
+    """Puts table and pictures between the markers of a Markdown file; the pictures themselves go to `figures`.
+
+    Raises UserError if the file cannot be read or does not have each marker once, in order.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"--readme {path}: cannot be read: {error.strerror}") from error
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"--readme {path}: needs the lines {BEGIN} and {END} once each, for the results to go between")
+    pictures = [picture for picture in draw_pictures(groups) if picture.name in README_PICTURES]
+    _make_folder(figures, "--output")
+    for picture in pictures:
+        write_atomic(figures / picture.file_name, picture.png)
+    block = results_block(groups, pictures, folder=os.path.relpath(figures, path.parent))
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    write_atomic(path, f"{before}{BEGIN}\n{block}{END}{after}".encode())
+    print(f"{len(groups)} methods, {len(pictures)} pictures -> {path}")
+
+
+def collect(groups: Sequence[Group], folder: Path) -> None:
+    """Copies what a report reads of every run to `folder/<run>/`. Raises UserError if two runs have one name."""
+    runs = [record.folder for group in groups for record in group.records]
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--collect {folder}: two of the runs are called {name}; rename one")
+    for run in runs:
+        _make_folder(folder / run.name, "--collect")
+        for name in (CONFIG, SUMMARY, METRICS, KEPT_FILTERS):
+            if (run / name).is_file():
+                shutil.copyfile(run / name, folder / run.name / name)
+    print(f"{len(runs)} runs -> {folder}")
+
+
+def _make_folder(folder: Path, flag: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be made: {error.strerror}") from error

@@ -1,0 +1,126 @@
+"""The table of methods as Markdown, CSV, and rows for the page."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from reporting.gather import Group, Statistic
+from reporting.measures import LATENCY_BATCH
+from reporting.naming import model_label
+
+
+class Column(NamedTuple):
+    """A measure as a column: its name in `Record.measures`, its heading, and how a figure of it is written."""
+
+    measure: str
+    title: str
+    show: Callable[[Statistic], str]
+
+
+class Cell(NamedTuple):
+    """What is read, and the number or text that it is sorted by; None where there is no figure."""
+
+    text: str
+    value: float | str | None
+
+
+def accuracy_text(figure: Statistic) -> str:
+    """`93.59 ± 0.13`, without a deviation where there is only one run."""
+    deviation = "" if figure.deviation is None else f" ± {figure.deviation:.2f}"
+    return f"{figure.mean:.2f}{deviation}"
+
+
+def scaled_text(figure: Statistic) -> str:
+    """Three significant digits with a decimal prefix: 126550000 -> `127 M`."""
+    for factor, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if figure.mean >= 0.9995 * factor:
+            return f"{figure.mean / factor:#.3g}".rstrip(".") + prefix
+    return f"{figure.mean:.0f}"
+
+
+def bytes_text(figure: Statistic) -> str:
+    """As `scaled_text`, in bytes: `1.70 MB`."""
+    text = scaled_text(figure)
+    return f"{text}B" if " " in text else f"{text} B"
+
+
+COLUMNS = (
+    Column("last_top1", "last top-1 %", accuracy_text),
+    Column("best_top1", "best top-1 %", accuracy_text),
+    Column("drop", "drop", accuracy_text),
+    Column("parameters", "parameters", scaled_text),
+    Column("macs", "MACs", scaled_text),
+    Column("dense_bytes", "dense file", bytes_text),
+    Column("compact_bytes", "compact file", bytes_text),
+    Column("archive_bytes", "archive", bytes_text),
+    Column("latency_ms", "latency", lambda figure: f"{figure.mean:.3g} ms"),
+    Column("speedup", "speed-up", lambda figure: f"{figure.mean:.2f}x"),
+    Column("minutes", "minutes", lambda figure: f"{figure.mean:.1f}"),
+)
+CAPTION = (
+    "Mean ± sample standard deviation over n seeds. Last: after the last epoch. Best: the best epoch as picked on the test "
+    "set. Drop: top-1 of the teacher, or of the network that was quantized, minus the last, in points; below 0 is a gain. "
+    "MACs of one image. "
+    f"Latency: of one batch of {LATENCY_BATCH} images on the device of the run; speed-up: over the unpruned network in the same "
+    "run. Minutes: wall time of training."
+)
+
+
+def headings(groups: Sequence[Group]) -> list[str]:
+    return ["dataset", "network", "method", "n", *(column.title for column in _used(groups))]
+
+
+def rows(groups: Sequence[Group]) -> list[list[Cell]]:
+    """A row for each group under `headings(groups)`; columns of which no group has a figure are left out."""
+    columns = _used(groups)
+    return [[*_subject_cells(group), *(_cell(group, column) for column in columns)] for group in groups]
+
+
+def markdown(groups: Sequence[Group]) -> str:
+    """The table in GitHub's Markdown."""
+    titles = headings(groups)
+    lines = [titles, ["---"] * 3 + ["---:"] * (len(titles) - 3)]
+    lines += [[cell.text.replace("|", "\\|") for cell in row] for row in rows(groups)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def comma_separated(groups: Sequence[Group]) -> str:
+    """Every measure unrounded, mean and deviation in columns of their own, in percent, bytes, milliseconds, minutes."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    measures = [column.measure for column in COLUMNS]
+    figures = [name for measure in measures for name in (f"{measure}_mean", f"{measure}_std")]
+    writer.writerow(["dataset", "model", "method", "differs_in", "n", "seeds", *figures])
+    for group in groups:
+        seeds = " ".join(str(record.seed) for record in group.records)
+        head = [*group.subject, group.label, ", ".join(group.differs_in), len(group.records), seeds]
+        writer.writerow([*head, *(value for measure in measures for value in _mean_and_deviation(group, measure))])
+    return buffer.getvalue()
+
+
+def notes(groups: Iterable[Group]) -> list[str]:
+    """What a reader must know about single rows."""
+    return [f"{', '.join(group.subject)}, {group.name}: {note}" for group in groups for note in group.notes]
+
+
+def _used(groups: Sequence[Group]) -> list[Column]:
+    return [column for column in COLUMNS if any(group.statistic(column.measure) for group in groups)]
+
+
+def _subject_cells(group: Group) -> list[Cell]:
+    dataset, model = group.subject
+    count = len(group.records)
+    return [Cell(dataset, dataset), Cell(model_label(model), model), Cell(group.name, group.name), Cell(str(count), count)]
+
+
+def _cell(group: Group, column: Column) -> Cell:
+    figure = group.statistic(column.measure)
+    return Cell("", None) if figure is None else Cell(column.show(figure), figure.mean)
+
+
+def _mean_and_deviation(group: Group, measure: str) -> tuple[float | str, float | str]:
+    figure = group.statistic(measure)
+    if figure is None:
+        return "", ""
+    return figure.mean, "" if figure.deviation is None else figure.deviation

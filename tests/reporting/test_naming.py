@@ -1,0 +1,49 @@
+import pytest
+
+from reporting.naming import flag_label, method_label, model_label
+
+PRUNED = {"script": "pruning.py", "prune_mode": "filter-a", "prune_rates": [0.6], "distill": ["none"], "alpha": 0.9}
+QUANTIZED = {"script": "quantize_encode.py", "quan_mode": "conv-quan", "quan_bits": 5}
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({"script": "initial_train.py"}, "unpruned"),
+        ({"script": "initial_train.py", "pretrained": True}, "unpruned, pre-trained"),
+        (PRUNED, "PFEC, 0.6"),
+        ({**PRUNED, "soft_prune": True}, "SFP (L1), 0.6"),
+        ({**PRUNED, "prune_mode": "filter-l2", "soft_prune": True}, "SFP (L2), 0.6"),
+        ({**PRUNED, "prune_mode": "filter-gm"}, "FPGM, 0.6"),
+        ({**PRUNED, "prune_mode": "filter-nggm", "distill": ["hap"]}, "NGGM + HAP + KD, 0.6"),
+        ({**PRUNED, "prune_mode": "filter-nggm", "distill": ["hap"], "alpha": 0.0}, "NGGM + HAP, 0.6"),
+        ({**PRUNED, "prune_mode": "filter-r", "distill": ["kd"]}, "Random + KD, 0.6"),
+        ({**PRUNED, "prune_mode": "filter-new", "distill": ["at", "sp"]}, "filter-new + AT + SP + KD, 0.6"),
+        ({**PRUNED, "prune_rates": [0.5, 0.8, 1.0]}, "PFEC, 0.5 to 1 by layer"),
+        ({**PRUNED, "channel_multiple": 8}, "PFEC, 0.6, multiple of 8"),
+        (QUANTIZED, "network, quantized (conv, 5 bits)"),
+        ({**QUANTIZED, **{f"load_path {name}": value for name, value in PRUNED.items()}}, "PFEC, 0.6, quantized (conv, 5 bits)"),
+    ],
+)
+def test_methods_have_their_papers_names(settings, label):
+    assert method_label(settings) == label
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("lr_drops", [0.2, 0.2], "--lr-drops 0.2 0.2"),
+        ("schedule", [], "--schedule none"),
+        ("compile", True, "--compile"),
+        ("compile", False, "no --compile"),
+        ("samp_batches", None, "--samp-batches default"),
+        ("t_path n_epochs", 10, "--n-epochs 10 of --t-path"),
+        ("load_path t_path seed", 1, "--seed 1 of --t-path of --load-path"),
+    ],
+)
+def test_settings_read_as_one_types_them(name, value, text):
+    assert flag_label(name, value) == text
+
+
+def test_networks_have_their_papers_names():
+    assert [model_label(name) for name in ("resnet56", "alexnet")] == ["ResNet-56", "AlexNet"]

@@ -1,0 +1,81 @@
+import re
+import shutil
+import subprocess
+
+import pytest
+from saved_runs import write_pruned, write_unpruned
+
+from reporting.gather import Skipped, gather
+from reporting.page import Picture, page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def results(tmp_path):
+    write_unpruned(tmp_path / "teacher", top1=98.0)
+    write_pruned(tmp_path / "good", top1=97.0)
+    write_pruned(tmp_path / "bad", top1=9.5, prune_mode="filter-r")
+    return gather([tmp_path])
+
+
+def render(results, **changes):
+    picture = Picture("name", "Title", "Caption", b"\x89PNG")
+    return page(results, **{"title": "Results", "caption": "How to read it.", "pictures": [picture], **changes})
+
+
+def test_the_page_holds_everything_itself(results):
+    document = render(results)
+    assert "data:image/png;base64,iVBORw==" in document
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", document)
+    assert "http" not in document.replace("http-equiv", "")
+
+
+def test_text_of_runs_cannot_become_markup(results):
+    hostile = "<script>alert(1)</script>&\"'"
+    document = render(results._replace(skipped=[Skipped(hostile, hostile)]), title=hostile, caption=hostile)
+    assert document.count("<script>") == 1  # our own
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;&quot;&#x27;" in document
+
+
+def test_skipped_runs_and_commands_are_on_it(results):
+    document = render(results._replace(skipped=[Skipped("saves/broken", "damaged, cut short")]))
+    assert "saves/broken: damaged, cut short" in document
+    assert "<code>pruning.py --seed 1</code>" in document
+
+
+def browse(path, sort, tmp_path):
+    """The document after its script ran, and what the console said."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    command += [
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+    ]
+    result = subprocess.run([*command, "--dump-dom", f"{path.as_uri()}{sort}"], capture_output=True, text=True, timeout=60)
+    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize(
+    ("sort", "order"),
+    [
+        ("", ["unpruned", "NGGM", "Random"]),
+        ("#sort=5", ["Random", "NGGM", "unpruned"]),  # 9.50 before 97.00: numbers, not text
+        ("#sort=-5", ["unpruned", "NGGM", "Random"]),
+        ("#sort=3", ["NGGM", "Random", "unpruned"]),
+        ("#sort=-7", ["Random", "NGGM", "unpruned"]),  # the drop, which the unpruned network has not got: last
+        ("#sort=99", ["unpruned", "NGGM", "Random"]),
+    ],
+)
+def test_the_table_sorts_in_a_browser(results, tmp_path, sort, order):
+    path = tmp_path / "page.html"
+    path.write_text(render(results))
+    document, console = browse(path, sort, tmp_path)
+    rows = re.findall(r'<td class="text name"[^>]*>(\w+)', document)
+    assert rows == order
+    assert console == []
+    assert document.count('aria-sort="ascending"') + document.count('aria-sort="descending"') == (
+        sort in ("#sort=5", "#sort=-5", "#sort=3", "#sort=-7")
+    )

@@ -1,0 +1,133 @@
+import io
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+from saved_runs import ARCHIVE, write_pruned, write_quantized, write_unpruned
+
+from reporting import pictures
+from reporting.gather import gather
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """Two methods, two seeds each, an unpruned and a quantized network, and gamma at three values."""
+    write_unpruned(tmp_path / "teacher", top1=98.0)
+    for seed, top1 in enumerate((95.0, 96.0)):
+        write_pruned(tmp_path / f"hap-{seed}", top1=top1, seed=seed)
+        write_pruned(tmp_path / f"random-{seed}", top1=top1 - 5, seed=seed, prune_mode="filter-r", distill=["none"])
+    for gamma in (0.25, 1.0):
+        write_pruned(tmp_path / f"gamma-{gamma}", top1=93.0 + gamma, gamma=gamma)
+    write_quantized(tmp_path / "quantized", top1=94.0)
+    return gather([tmp_path]).groups
+
+
+def points(axes):
+    """(x, y) of every method's point, by its name in the legend."""
+    return {
+        text.get_text(): tuple(float(container.lines[0].get_xydata()[0][i]) for i in (0, 1))
+        for text, container in zip(axes.get_legend().get_texts(), axes.containers, strict=True)
+    }
+
+
+def test_every_picture_is_drawn_and_has_ink(groups):
+    drawn = pictures.draw_pictures(groups)
+    assert [picture.name for picture in drawn] == [name for name, *_ in pictures.PICTURES]
+    for picture in drawn:
+        pixels = matplotlib.image.imread(io.BytesIO(picture.png), format="png")[..., :3]
+        assert 0.003 < np.mean(pixels.min(axis=2) < 0.9) < 0.6, picture.name
+
+
+def test_nothing_is_drawn_from_nothing(tmp_path):
+    (write_unpruned(tmp_path / "teacher") / "metrics.jsonl").write_text("")
+    assert pictures.draw_pictures(gather([tmp_path]).groups) == []
+
+
+def test_accuracy_is_drawn_where_it_was_measured(groups):
+    (axes,) = pictures.accuracy_over_macs(groups).axes
+    assert points(axes)["NGGM + HAP + KD, 0.6"] == (17_600_000, 95.5)
+    assert points(axes)["unpruned"] == (40551808, 98.0)
+    low, high = axes.get_xlim()
+    assert low < 17_600_000 < 40551808 < high
+    low, high = axes.get_ylim()
+    assert low < 90.5 - 0.71 < 98 < high
+
+
+def test_bytes_are_those_of_the_smallest_file(groups):
+    (axes,) = pictures.accuracy_over_bytes(groups).axes
+    sizes = {name.replace("\n", " "): x for name, (x, _) in points(axes).items()}
+    assert sizes["unpruned"] == 1_110_000
+    assert sizes["Random, 0.6"] == 430_000
+    assert sizes["network, quantized (all, 5 bits)"] == 30_000
+
+
+def test_points_of_one_value_step_aside_and_balance():
+    assert pictures._dodges([17.0, 40.0, 17.01, 16.99]) == [-1, 0, 0, 1]
+
+
+def test_a_learning_curve_is_the_mean_with_a_band(groups):
+    figure = pictures.learning_curves(groups)
+    axes = next(axes for axes in figure.axes if axes.get_title(loc="left").endswith("fine-tuning"))
+    line = next(line for line in axes.lines if line.get_label() == "NGGM + HAP + KD, 0.6")
+    assert line.get_xydata().tolist() == [[1, 55.5], [2, 87.5], [3, 94.5], [4, 95.5]]
+    ends = [path.vertices[:, 1] for band in axes.collections for path in band.get_paths()]
+    assert any(np.isclose(band.max(), 95.5 + 0.5**0.5) for band in ends)
+
+
+def test_kept_filters_are_those_of_the_run(groups):
+    (axes,) = pictures.kept_filters(groups).axes
+    (line,) = axes.lines  # all methods keep the same
+    assert line.get_ydata().tolist() == [10, 10, 19, 38]
+    assert [patch.get_height() for patch in axes.patches] == [16, 16, 32, 64]
+    assert axes.get_xticklabels()[0].get_text() == "conv_1_3x3"
+
+
+def test_parts_of_an_archive_add_up_to_its_file(groups):
+    stages, parts = pictures.bytes_by_stage(groups).axes
+    assert [patch.get_width() for patch in stages.patches] == [1_110_000, 430_000, 30_000]
+    assert [patch.get_width() for patch in parts.patches] == [20_000, 3_500, 6_000, 500]
+    last = parts.patches[-1]
+    assert last.get_x() + last.get_width() == ARCHIVE["file_bytes"]
+
+
+def test_sensitivity_follows_one_setting(groups):
+    (axes,) = pictures.sensitivity(groups).axes
+    assert axes.get_xlabel() == "--gamma"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.25", "0.5", "1"]
+    (container,) = axes.containers
+    assert container.lines[0].get_xydata().tolist() == [[0, 93.25], [1, 95.5], [2, 94.0]]
+
+
+def test_a_default_stands_behind_the_numbers_of_a_setting(tmp_path):
+    for name, betas in (("a", [1500.0]), ("b", None), ("c", [100.0])):
+        write_pruned(tmp_path / name, top1=90.0, betas=betas)
+    (axes,) = pictures.sensitivity(gather([tmp_path]).groups).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "1500", "default"]
+
+
+def test_no_two_of_many_methods_look_alike():
+    styles = pictures._styles([None] * pictures.MANY)
+    assert len(set(styles)) == pictures.MANY
+    assert len({style.color for style in styles}) == len(pictures.COLOURS)
+
+
+def test_a_crowd_is_cut_to_the_best_and_says_so(tmp_path):
+    for number in range(pictures.MANY + 3):
+        write_pruned(tmp_path / f"run-{number}", top1=50.0 + number, lr=0.01 + number)
+    write_unpruned(tmp_path / "teacher", top1=20.0)
+    (axes,) = pictures.accuracy_over_macs(gather([tmp_path]).groups).axes
+    heights = sorted(y for _, y in points(axes).values())
+    assert heights == [20.0, *range(50 + 4, 50 + pictures.MANY + 3)]
+    assert axes.get_title(loc="left") == f"ResNet-20, digits; the best {pictures.MANY} of {pictures.MANY + 4}"
+
+
+def test_runs_that_prune_other_layers_are_not_drawn_over_each_other(tmp_path):
+    write_pruned(tmp_path / "usual", top1=90.0, exclude_layers=[])
+    other = write_pruned(tmp_path / "other", top1=80.0, exclude_layers=["conv_1_3x3"])
+    summary = json.loads((other / "summary.json").read_text())
+    del summary["kept_filters"]["conv_1_3x3"]
+    (other / "summary.json").write_text(json.dumps(summary))
+    (axes,) = pictures.kept_filters(gather([tmp_path]).groups).axes
+    assert len(axes.lines) == 2
+    assert np.isnan(axes.lines[1].get_ydata()[0])

@@ -1,0 +1,99 @@
+"""The entry script from its flags to its files, and the committed results."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from saved_runs import write_pruned, write_unpruned
+
+import report
+from reporting.gather import gather
+from reporting.publish import BEGIN, update_readme
+from utils import cli
+
+ROOT = Path(report.__file__).resolve().parent
+
+
+def run_report(*words):
+    """Exit status of the script."""
+    with pytest.raises(SystemExit) as end:
+        cli.execute(lambda: report.main(report.get_args_parser().parse_args([str(word) for word in words])))
+    return end.value.code
+
+
+@pytest.fixture
+def saves(tmp_path):
+    write_unpruned(tmp_path / "saves" / "teacher")
+    for seed in (1, 2):
+        write_pruned(tmp_path / "saves" / f"pruned-{seed}", top1=95.0 + seed, seed=seed)
+    return tmp_path / "saves"
+
+
+def test_from_runs_to_a_page(saves, tmp_path, capsys):
+    (saves / "foreign").mkdir()
+    assert run_report(saves, "--output", tmp_path / "report", "--title", "My runs") == 0
+    output = capsys.readouterr().out
+    assert f"left out {saves / 'foreign'}: no run, it has no config.json" in output
+    assert "| NGGM + HAP + KD, 0.6 | 2 | 96.50 ± 0.71 |" in output
+    document = (tmp_path / "report" / "report.html").read_text()
+    assert "<title>My runs</title>" in document
+    assert document.count("data:image/png") == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["{tmp}/nowhere"], "nowhere: no such folder"),
+        (["{tmp}/empty"], "empty: no finished run found"),
+        (["{saves}", "--output", "{tmp}/mine"], "holds other files than a report's"),
+        (["{saves}", "--images", "3"], "--images: belongs to --attention RUN"),
+        (["{saves}", "--data-dir", "x"], "--data-dir: belongs to --attention RUN"),
+        (["{saves}", "--attention", "{saves}/teacher"], "this run has no teacher"),
+        (["{saves}", "--attention", "{saves}/pruned-1", "--images", "-1"], "--images: '-1' is not a whole number of 0 or more"),
+        (["{saves}", "--readme", "{tmp}/mine/own.txt"], "needs the lines <!-- results:begin -->"),
+        (["{saves}", "--readme", "a.md", "--collect", "b"], "not allowed with argument"),
+        (["{saves}", "--outptu", "x"], "unrecognized arguments: --outptu"),
+        (["{saves}", "--output", "{tmp}/mine/own.txt/report"], "cannot be made"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(saves, tmp_path, capsys, flags, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.txt").write_text("mine")
+    flags = [flag.format(tmp=tmp_path, saves=saves) for flag in flags]
+    before = sorted(tmp_path.rglob("*"))
+    assert run_report(*flags, *([] if {"--output", "--readme"} & {*flags} else ["--output", tmp_path / "report"])) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_thousand_runs_take_less_than_20_seconds(tmp_path):
+    for number in range(250):
+        for seed in range(4):
+            write_pruned(tmp_path / "saves" / f"{number}-{seed}", top1=90.0 + seed, seed=seed, lr=number / 1000)
+    start = time.process_time()  # of this process alone, however busy the machine is
+    assert run_report(tmp_path / "saves", "--output", tmp_path / "report") == 0
+    assert time.process_time() - start < 20
+    assert (tmp_path / "report" / "table.csv").read_text().count("\n") == 1 + 250
+
+
+def test_the_readme_has_the_committed_results(tmp_path):
+    if BEGIN not in (ROOT / "README.md").read_text():
+        pytest.skip("the README has no results yet")
+    copy = tmp_path / "README.md"
+    shutil.copyfile(ROOT / "README.md", copy)
+    update_readme(copy, gather([report.COMMITTED_RESULTS]).groups, figures=tmp_path / "docs" / "figures")
+    assert copy.read_text() == (ROOT / "README.md").read_text()
+
+
+@pytest.mark.skipif(not list(report.COMMITTED_RESULTS.glob("*/config.json")), reason="no results are committed yet")
+def test_committed_results_are_all_whole():
+    results = gather([report.COMMITTED_RESULTS])
+    assert results.skipped == []
+    for group in results.groups:
+        for record in group.records:
+            assert json.loads((record.folder / "summary.json").read_text())["script"] == record.script
