@@ -7,7 +7,7 @@ from models import MODELS, PRETRAINED_MODELS, build_model
 from models.network_file import describe_network, load_network
 from utils import cli, setup
 from utils.data import ImageData
-from utils.engine import CrossEntropyObjective, Trainer, evaluate, prepare_step, sgd
+from utils.engine import CrossEntropyObjective, evaluate
 from utils.plan import print_plan
 from utils.runs import SUMMARY, read_state
 from utils.seed import seed_everything
@@ -49,19 +49,16 @@ def main(args: argparse.Namespace) -> None:
     setup.warn_about(run, plan, fallback)
     objective = CrossEntropyObjective(network)
     describe = partial(describe_network, model=args.model, num_classes=num_classes, config=setup.flags_of(args))
-    trainer = Trainer(
+    result = setup.train(
+        args,
         objective,
-        step=prepare_step(objective, device=device, world=world, compiled=args.compile),
         network=network,
         describe=lambda network, kept: describe(network.state_dict()),
-        optimizer=sgd(objective.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay),
         data=data,
         run=run,
         plan=plan,
+        state=state,
     )
-    if state is not None:
-        trainer.load_state_dict(state["resume"])
-    result = trainer.fit()
     if not world.is_main:
         return
     summary = {**setup.summary_head(args, SCRIPT, run), **result, "parameters": sum(p.numel() for p in network.parameters())}

@@ -24,7 +24,7 @@ from prune.schedule import HardPruning, PhysicalPruning, PruningSchedule, SoftPr
 from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import leave, sum_over_processes
-from utils.engine import Trainer, TrainingPlan, evaluate, prepare_step, sgd
+from utils.engine import TrainingPlan, evaluate
 from utils.errors import UserError
 from utils.files import read_json
 from utils.plan import print_plan
@@ -108,20 +108,17 @@ def main(args: argparse.Namespace) -> None:
         log_pruning(run, before, schedule=schedule, student=student, data=data)
     network = setup.to_device(schedule.trained_network(), device, sync_bn=args.sync_bn)
     objective = build_objective(args, network, teacher, data)
-    trainer = Trainer(
+    result = setup.train(
+        args,
         objective,
-        step=prepare_step(objective, device=device, world=world, compiled=args.compile),
         network=network,
         describe=partial(describe_pruned, args=args, schedule=schedule, file=student),
-        optimizer=sgd(objective.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay),
         data=data,
         run=run,
         plan=plan,
+        state=state,
         hooks=schedule,
     )
-    if state is not None:
-        trainer.load_state_dict(state["resume"])
-    result = trainer.fit()
     leave()  # the rest is for the main process alone
     if world.is_main:
         finish(args, run, result, data.alone())

@@ -20,7 +20,7 @@ from quantize.table import ArchiveReport
 from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import leave
-from utils.engine import CrossEntropyObjective, Trainer, evaluate, prepare_step, sgd
+from utils.engine import CrossEntropyObjective, evaluate
 from utils.errors import UserError
 from utils.files import read_json, save_checkpoint
 from utils.plan import print_plan
@@ -84,19 +84,16 @@ def main(args: argparse.Namespace) -> None:
     network = setup.to_device(network, device, sync_bn=args.sync_bn)
     quantize(run, network, bits, data, is_new=state is None)
     objective = CrossEntropyObjective(network)
-    trainer = Trainer(
+    result = setup.train(
+        args,
         objective,
-        step=prepare_step(objective, device=device, world=world, compiled=args.compile),
         network=network,
         describe=partial(describe_quantized, args=args, file=file),
-        optimizer=sgd(objective.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay),
         data=data,
         run=run,
         plan=plan,
+        state=state,
     )
-    if state is not None:
-        trainer.load_state_dict(state["resume"])
-    result = trainer.fit()
     leave()  # the rest is for the main process alone
     if world.is_main:
         encode(args, run, result, data.alone())

@@ -27,6 +27,7 @@ SMALL_SIDE_PIXELS = 64
 SPLIT_SEED = 0
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SAMPLED_FILES = 512
+OPENED_FILES = 50_000
 
 
 class SmallImages(NamedTuple):
@@ -115,9 +116,10 @@ def _cifar(name: str, reader: type[torchvision.datasets.CIFAR10], data_dir: Path
             splits = [reader(str(data_dir), train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         archive, folder = data_dir / reader.filename, data_dir / reader.base_folder
+        reason = str(error).partition("\n")[0]
         raise UserError(
             f"--dataset {name}: neither the folder {folder} nor the file {archive} is complete, and it could not be "
-            f"downloaded ({str(error).splitlines()[0]}); put {reader.filename} there or choose another --data-dir"
+            f"downloaded ({reason}); put {reader.filename} there or choose another --data-dir"
         ) from error
     train, test = (
         SmallImages(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets))
@@ -161,6 +163,7 @@ def _image_folders(name: str, data_dir: Path, *, normalisation: Normalisation | 
         raise UserError(f"--data-dir {data_dir}: train and {test_dir.name} have different class folders, such as {odd[0]!r}")
     if small and (decoded := _decode_if_small(train, test)):
         return _in_memory(name, classes, *decoded)
+    _check_images((*train.paths, *test.paths))
     mean, std = normalisation or _sampled_normalisation(train)
     return Dataset(name, classes, train, test, mean, std)
 
@@ -180,12 +183,38 @@ def _list_images(folder: Path) -> tuple[tuple[str, ...], ImageFiles]:
     return classes, ImageFiles(tuple(paths), torch.tensor(labels))
 
 
+_IMAGE_ERRORS = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
 def read_image(path: str) -> Image.Image:
     """The image at `path` in RGB. Raises UserError, naming the file, if it cannot be read."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _IMAGE_ERRORS as error:
+        raise UserError(f"--data-dir: the image {path} cannot be read ({error})") from error
+
+
+def _check_images(paths: Sequence[str]) -> None:
+    """Opens the files and decodes some of them; of a large set a fixed sample, for it would take minutes at every start.
+
+    Raises UserError for the first that cannot be read.
+    """
+    order = torch.randperm(len(paths), generator=generator(SPLIT_SEED, "check")).tolist()
+    opened = sorted(paths[row] for row in order[:OPENED_FILES])
+    decoded = sorted(paths[row] for row in order[:SAMPLED_FILES])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(_open_image, opened):
+            pass
+        for _ in pool.map(read_image, decoded):
+            pass
+
+
+def _open_image(path: str) -> None:
+    try:
+        with Image.open(path):
+            pass
+    except _IMAGE_ERRORS as error:
         raise UserError(f"--data-dir: the image {path} cannot be read ({error})") from error
 
 

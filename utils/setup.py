@@ -1,17 +1,18 @@
 """From checked flags to what a run works with: its device, processes, data, and folder."""
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from utils.data import ImageData
 from utils.datasets import load_dataset
 from utils.distributed import World, join, world_from_environment
-from utils.engine import TrainingPlan, check_acceleration
+from utils.engine import Hooks, Trainer, TrainingPlan, check_acceleration, prepare_step, sgd
 from utils.errors import UserError
 from utils.files import read_json
 from utils.runs import CONFIG, Run, check_save_dir, check_state
@@ -138,6 +139,35 @@ def to_device(network: nn.Module, device: torch.device, *, sync_bn: bool = False
     if sync_bn:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(device, memory_format=torch.channels_last)
+
+
+def train(
+    args: argparse.Namespace,
+    objective: nn.Module,
+    *,
+    network: nn.Module,
+    describe: Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Any]],
+    data: ImageData,
+    run: Run,
+    plan: TrainingPlan,
+    state: Mapping[str, Any] | None,
+    hooks: Hooks | None = None,
+) -> dict[str, Any]:
+    """Trains `objective` as the flags say, from `state` on where there is one; arguments and result are those of `Trainer`."""
+    trainer = Trainer(
+        objective,
+        step=prepare_step(objective, device=data.device, world=data.world, compiled=args.compile),
+        network=network,
+        describe=describe,
+        optimizer=sgd(objective.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay),
+        data=data,
+        run=run,
+        plan=plan,
+        hooks=hooks,
+    )
+    if state is not None:
+        trainer.load_state_dict(state["resume"])
+    return trainer.fit()
 
 
 def warn_about(run: Run, plan: TrainingPlan, fallback: str | None) -> None:
