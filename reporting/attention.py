@@ -1,15 +1,16 @@
 """What distillation by attention preserves, to look at: the maps of every block, and HAP's similarities between images."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from distill.base import attention_map, channel_energy
@@ -29,18 +30,19 @@ from utils.runs import BEST, CONFIG
 MAPS = "magma"
 DIFFERENCES = "PuOr"  # told apart by the colour-blind
 MAX_BLOCKS = 27  # columns that are still to be seen: the blocks of a ResNet-56
-SIMILARITY_IMAGES = 64
 SHOWN_CLASSES = 4
+SHOWN_BLOCKS = 3
+SIMILARITY_CHOICE = {"classes": 8, "images": 8}
 CELL_INCHES = 0.62
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Teacher and student of one run, and the test images of its dataset."""
+    """Teacher and student of one run, its dataset, and how many of the teacher's last blocks HAP compares."""
 
     teacher: NetworkFile
     student: NetworkFile
-    data: ImageData
+    dataset: Dataset
     hap_ts: int
 
 
@@ -65,8 +67,8 @@ def attention_pictures(folder: Path, *, images: Sequence[int] | None = None, dat
         Picture(
             "similarities",
             f"Similarities that HAP preserves in {folder.name}",
-            f"Similarity G of the attention maps of {SIMILARITY_IMAGES} test images, ordered by class (white lines), in the last "
-            "blocks: the teacher's, the student's, and student minus teacher.",
+            "Similarity G of the attention maps of test images, the first 8 of each of the first 8 classes (parted by lines), in "
+            "the last blocks: the teacher's, the student's, and student minus teacher.",
             png(similarities),
         ),
     ]
@@ -81,16 +83,15 @@ def load_pair(folder: Path, *, data_dir: Path | None = None) -> Pair:
     for file in (student, teacher):
         if file.num_classes != len(dataset.classes):
             raise UserError(f"--attention {folder}: {file.num_classes} classes, but {dataset.name} has {len(dataset.classes)}")
-    data = ImageData(dataset, batch_size=SIMILARITY_IMAGES, seed=0, device=torch.device("cpu"))
-    return Pair(teacher, student, data, min(flags.get("hap_ts") or 3, 3))
+    return Pair(teacher, student, dataset, flags["hap_ts"])
 
 
-def _pruning_flags(folder: Path) -> dict:
+def _pruning_flags(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise UserError(f"--attention {folder}: no {CONFIG} there, expected the folder of a pruning run")
     config = read_json(folder / CONFIG)
     flags = config.get("flags") if isinstance(config, dict) else None
-    if not isinstance(flags, dict) or not flags.get("t_path"):
+    if not isinstance(flags, dict) or not flags.get("t_path") or not flags.keys() >= {"dataset", "data_dir", "hap_ts"}:
         raise UserError(f"--attention {folder}: this run has no teacher (--t-path), expected a run of pruning.py that has one")
     return flags
 
@@ -106,8 +107,8 @@ def _teacher_path(folder: Path, t_path: str) -> Path:
 
 
 def _draw_maps(pair: Pair, images: Sequence[int] | None) -> Figure:
-    positions = _first_of_each_class(pair.data.dataset) if images is None else list(images)
-    batch = _test_images(pair.data, positions)
+    positions = _first_of_each_class(pair.dataset, classes=SHOWN_CLASSES) if images is None else images
+    batch, _ = _test_images(pair.dataset, positions)
     rows = [(role, _network_maps(file, batch)) for role, file in (("teacher", pair.teacher), ("student", pair.student))]
     columns = max(len(maps) for _, maps in rows)
     size = (CELL_INCHES * (columns + 1.5), CELL_INCHES * (2 * len(positions) + 0.8))
@@ -117,7 +118,7 @@ def _draw_maps(pair: Pair, images: Sequence[int] | None) -> Figure:
     for axes in grid.flat:
         axes.set_axis_off()
     for image, position in enumerate(positions):
-        _draw_photograph(grid[2 * image, 0], batch[image], pair.data.dataset, position)
+        _draw_photograph(grid[2 * image, 0], batch[image], pair.dataset, position)
         for offset, (role, maps) in enumerate(rows):
             line = grid[2 * image + offset]
             line[0].text(1.15, 0.5, role, rotation=90, va="center", ha="center", fontsize=7, transform=line[0].transAxes)
@@ -147,20 +148,24 @@ def _draw_photograph(axes: Axes, image: Tensor, dataset: Dataset, position: int)
     axes.set_title(f"{position}: {dataset.classes[int(dataset.test.labels[position])]}", fontsize=7)
 
 
-def _first_of_each_class(dataset: Dataset) -> list[int]:
+def _first_of_each_class(dataset: Dataset, *, classes: int, images: int = 1) -> list[int]:
+    """Positions in the test set of the first images of each of the first classes, in the order of classes."""
     labels = dataset.test.labels
-    return [int((labels == label).nonzero()[0]) for label in labels.unique()[:SHOWN_CLASSES]]
+    return [int(row) for label in labels.unique()[:classes] for row in (labels == label).nonzero()[:images]]
 
 
-def _test_images(data: ImageData, positions: Sequence[int]) -> Tensor:
-    """The normalised test images (b, 3, h, w) at these positions."""
-    count = len(data.dataset.test.labels)
+def _test_images(dataset: Dataset, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The test images at these positions, normalised: (b, 3, h, w), and their labels (b,)."""
+    images, labels = dataset.test
     for position in positions:
-        if not 0 <= position < count:
-            raise UserError(f"--images {position}: the test set of {data.dataset.name} has images 0 to {count - 1}")
-    last_batch = max(positions) // data.batch_size
-    batches = {index: batch.images for index, batch in enumerate(islice(data.test_batches(), last_batch + 1))}
-    return torch.stack([batches[position // data.batch_size][position % data.batch_size] for position in positions])
+        if not 0 <= position < len(labels):
+            raise UserError(f"--images {position}: the test set of {dataset.name} has images 0 to {len(labels) - 1}")
+    rows = list(positions)
+    chosen = [images[row] for row in rows] if dataset.streamed else images[rows]
+    part = type(dataset.test)(chosen, labels[rows])
+    data = ImageData(replace(dataset, train=part, test=part), batch_size=len(rows), seed=0, device=torch.device("cpu"))
+    batch = next(data.test_batches())
+    return batch.images, batch.labels
 
 
 def _outputs(file: NetworkFile, images: Tensor) -> Outputs:
@@ -171,45 +176,37 @@ def _outputs(file: NetworkFile, images: Tensor) -> Outputs:
 
 
 def _draw_similarities(pair: Pair) -> Figure:
-    images, labels = _images_by_class(pair.data)
+    images, labels = _test_images(pair.dataset, _first_of_each_class(pair.dataset, **SIMILARITY_CHOICE))
     teacher, student = _outputs(pair.teacher, images).blocks, _outputs(pair.student, images).blocks
-    count = min(pair.hap_ts, len(teacher), len(student))
+    count = min(pair.hap_ts, SHOWN_BLOCKS, len(student))
     teacher_g, student_g = (attention_similarity(blocks[-count:]) for blocks in (teacher, student))  # (count, b, b)
-    loss = hap_loss(student, teacher[-pair.hap_ts :])
     both = torch.cat([teacher_g, student_g])
-    limits = {"vmin": float(both.min()), "vmax": float(both.max())}
     bound = float((student_g - teacher_g).abs().max()) or 1.0
+    similarity_look = {"cmap": MAPS, "vmin": float(both.min()), "vmax": float(both.max())}
+    difference_look = {"cmap": DIFFERENCES, "vmin": -bound, "vmax": bound}
     figure = Figure(figsize=(9, 2.7 * count + 0.5), layout="constrained")
-    figure.suptitle(f"{model_label(pair.student.model)}: HAP of these images {float(loss):.2e}", fontsize=10)
-    grid = figure.subplots(count, 3, squeeze=False)
-    for row, (teacher_map, student_map) in enumerate(zip(teacher_g, student_g, strict=True)):
+    loss = float(hap_loss(student, teacher[-pair.hap_ts :]))
+    figure.suptitle(f"{model_label(pair.student.model)}: HAP of these images {loss:.2e}", fontsize=10)
+    for row, line in enumerate(figure.subplots(count, 3, squeeze=False)):
         names = (
-            f"teacher, block {len(teacher) - count + row + 1}",
-            f"student, block {len(student) - count + row + 1}",
-            "student - teacher",
+            f"{role}, block {len(blocks) - count + row + 1}" for role, blocks in (("teacher", teacher), ("student", student))
         )
-        looks = ({"cmap": MAPS, **limits}, {"cmap": MAPS, **limits}, {"cmap": DIFFERENCES, "vmin": -bound, "vmax": bound})
-        matrices = (teacher_map, student_map, student_map - teacher_map)
-        drawn = [_draw_matrix(*each, labels) for each in zip(grid[row], matrices, names, looks, strict=True)]
-        figure.colorbar(drawn[1], ax=grid[row, :2], fraction=0.03)
-        figure.colorbar(drawn[2], ax=grid[row, 2], fraction=0.06)
+        for axes, name, matrix in zip(line, names, (teacher_g[row], student_g[row]), strict=False):
+            drawn = _draw_matrix(axes, matrix, name, labels, border_color="white", look=similarity_look)
+        figure.colorbar(drawn, ax=line[:2], fraction=0.03)
+        difference = student_g[row] - teacher_g[row]
+        drawn = _draw_matrix(line[2], difference, "student - teacher", labels, border_color="#555555", look=difference_look)
+        figure.colorbar(drawn, ax=line[2], fraction=0.06)
     return figure
 
 
-def _draw_matrix(axes: Axes, matrix: Tensor, name: str, look: dict, labels: Tensor):
-    borders = (labels.diff() != 0).nonzero().flatten() + 0.5
+def _draw_matrix(
+    axes: Axes, matrix: Tensor, name: str, labels: Tensor, *, border_color: str, look: Mapping[str, Any]
+) -> AxesImage:
     drawn = axes.imshow(matrix.numpy(), **look)
-    color = "white" if look["cmap"] == MAPS else "#555555"
-    for border in borders.tolist():
-        axes.axhline(border, color=color, linewidth=0.5)
-        axes.axvline(border, color=color, linewidth=0.5)
+    for border in ((labels.diff() != 0).nonzero().flatten() + 0.5).tolist():
+        axes.axhline(border, color=border_color, linewidth=0.5)
+        axes.axvline(border, color=border_color, linewidth=0.5)
     axes.set(xticks=[], yticks=[])
     axes.set_title(name, fontsize=9)
     return drawn
-
-
-def _images_by_class(data: ImageData) -> tuple[Tensor, Tensor]:
-    """The first test batch, ordered by class: images (b, 3, h, w), labels (b,)."""
-    images, labels, _ = next(data.test_batches())
-    order = labels.argsort(stable=True)
-    return images[order], labels[order]

@@ -135,12 +135,15 @@ def gather(paths: Iterable[str | os.PathLike]) -> Results:
 
 
 def _run_folders(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"{path}: no such folder; expected a run such as saves/1625594011, or a folder of runs")
-    if not path.is_dir():
-        return []  # a text log beside the runs, caught by saves/*
-    children = [] if (path / CONFIG).is_file() else sorted(child for child in path.iterdir() if child.is_dir())
-    return children if any((child / CONFIG).is_file() for child in children) else [path]
+    try:
+        if not path.exists():
+            raise UserError(f"{path}: no such folder; expected a run such as saves/1625594011, or a folder of runs")
+        if not path.is_dir():
+            return []  # a text log beside the runs, caught by saves/*
+        children = [] if (path / CONFIG).is_file() else sorted(child for child in path.iterdir() if child.is_dir())
+        return children if any((child / CONFIG).is_file() for child in children) else [path]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 class _Reader:
@@ -184,7 +187,7 @@ class _Reader:
             circumstances={
                 "device": str(config.get("device")),
                 "torch": str(config.get("versions", {}).get("torch")),
-                "commit": str(config.get("git_sha")),
+                "commit": re.sub(r"^(\w{7})\w+", r"\1", str(config.get("git_sha"))),
             },
             dataset=_dataset_name(flags),
             model=str(summary.get("model") or flags.get("s_model") or flags.get("t_model") or flags["model"]),

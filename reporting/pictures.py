@@ -24,6 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 STEPS = {UNPRUNED_SCRIPT: "training", "pruning.py": "fine-tuning", "quantize_encode.py": "fine-tuning of codebooks"}
+LONG_TRAINING = 20  # epochs; of a longer one the steep beginning is cut off
 MANY = 14  # methods that one panel can still show apart
 MANY_NAMES = 8  # of methods that share a line
 SENSITIVITY_FLAGS = ("betas", "gamma", "hap_ts", "samp_batches", "prune_rates")
@@ -299,9 +300,9 @@ def _draw_curves(axes: Axes, groups: list[Group]) -> None:
         if figures[0].deviation is not None:
             spread = [figure.deviation for figure in figures]
             axes.fill_between(shown, *_band(means, spread), color=style.color, alpha=0.18, linewidth=0)
-        lows.append(sorted(means)[len(means) // 4])
+        lows.append(sorted(means)[len(means) // 4 if len(means) > LONG_TRAINING else 0])
     top = axes.get_ylim()[1]
-    axes.set_ylim(max(0, min(lows) - 0.1 * (top - min(lows))), min(top, 100.5))  # the first epochs may start far below
+    axes.set_ylim(max(0, min(lows) - 0.1 * (top - min(lows))), min(top, 100.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="test top-1, %")
 

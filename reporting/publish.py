@@ -1,7 +1,6 @@
 """Where a report goes: a folder of its own, a block of a Markdown file, or a collection of runs to commit."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def collect(groups: Sequence[Group], folder: Path) -> None:
         _make_folder(folder / run.name, "--collect")
         for name in (CONFIG, SUMMARY, METRICS, KEPT_FILTERS):
             if (run / name).is_file():
-                shutil.copyfile(run / name, folder / run.name / name)
+                write_atomic(folder / run.name / name, (run / name).read_bytes())
     print(f"{len(runs)} runs -> {folder}")
 
 

@@ -9,6 +9,7 @@ from distill.hap import attention_similarity
 from models import build_model
 from models.network_file import describe_network
 from reporting import attention
+from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.files import save_checkpoint
 
@@ -45,7 +46,7 @@ def test_the_teacher_is_found_beside_the_run(pair):
 
 
 def test_maps_are_the_mean_of_squares_of_every_block(pair):
-    images = attention._test_images(pair.data, [0, 5])
+    images, _ = attention._test_images(pair.dataset, [0, 5])
     maps = attention._network_maps(pair.student, images)
     assert [block_map.shape for block_map in maps.values()] == [(2, 32, 32)] * 3 + [(2, 16, 16)] * 3 + [(2, 8, 8)] * 3
     with torch.no_grad():
@@ -57,25 +58,34 @@ def test_maps_are_the_mean_of_squares_of_every_block(pair):
 
 def test_images_are_those_of_the_test_set(pair):
     positions = [359, 0, 100]
-    images = attention._test_images(pair.data, positions)
-    dataset = pair.data.dataset
+    dataset = pair.dataset
+    images, labels = attention._test_images(dataset, positions)
+    assert labels.tolist() == dataset.test.labels[positions].tolist()
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
     for image, position in zip(images, positions, strict=True):
         torch.testing.assert_close((image * std + mean) * 255, dataset.test.images[position].float(), atol=1e-3, rtol=0)
 
 
-def test_without_a_choice_there_is_one_image_of_each_of_the_first_classes(pair):
-    labels = pair.data.dataset.test.labels
-    positions = attention._first_of_each_class(pair.data.dataset)
-    assert labels[positions].tolist() == [0, 1, 2, 3]
-    assert all(label not in labels[:position] for position, label in zip(positions, range(4), strict=True))
+def test_streamed_images_are_read_by_position(mixed_size_images):
+    dataset = load_dataset("folder", data_dir=mixed_size_images)
+    assert dataset.streamed
+    images, labels = attention._test_images(dataset, [4, 1])
+    assert images.shape == (2, 3, 224, 224)
+    assert labels.tolist() == dataset.test.labels[[4, 1]].tolist()
+
+
+def test_without_a_choice_there_are_the_first_images_of_the_first_classes(pair):
+    labels = pair.dataset.test.labels.tolist()
+    positions = attention._first_of_each_class(pair.dataset, classes=4, images=2)
+    assert [labels[position] for position in positions] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [position for position, label in enumerate(labels) if label == 2][:2] == positions[4:6]
 
 
 def test_similarities_are_those_that_hap_compares(pair):
     figure = attention._draw_similarities(pair)
     matrices = [axes.images[0].get_array().data for axes in figure.axes if axes.get_title().startswith(("teacher", "student"))]
-    images, labels = attention._images_by_class(pair.data)
-    assert (labels.diff() >= 0).all()
+    positions = attention._first_of_each_class(pair.dataset, classes=8, images=8)
+    images, _ = attention._test_images(pair.dataset, positions)
     with torch.no_grad():
         teacher, student = (
             attention_similarity(file.network.outputs(images).blocks[-3:]).numpy() for file in (pair.teacher, pair.student)
@@ -95,7 +105,7 @@ def test_the_grid_has_a_row_for_each_network_and_image(pair):
 def test_very_deep_networks_are_thinned_out_to_the_last_block(pair):
     deep = build_model("resnet110", num_classes=10)
     file = attention.NetworkFile(deep, "resnet110", 10)
-    maps = attention._network_maps(file, attention._test_images(pair.data, [0]))
+    maps = attention._network_maps(file, attention._test_images(pair.dataset, [0])[0])
     assert len(maps) == attention.MAX_BLOCKS
     assert (min(maps), max(maps)) == (0, 53)
 
