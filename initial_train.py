@@ -9,7 +9,8 @@ from utils import cli, setup
 from utils.data import ImageData
 from utils.engine import CrossEntropyObjective, evaluate
 from utils.plan import print_plan
-from utils.runs import SUMMARY, read_state
+from utils.profile import profile_network
+from utils.runs import BEST, SUMMARY, read_state
 from utils.seed import seed_everything
 
 SCRIPT = "initial_train.py"
@@ -61,9 +62,10 @@ def main(args: argparse.Namespace) -> None:
     )
     if not world.is_main:
         return
-    summary = {**setup.summary_head(args, SCRIPT, run), **result, "parameters": sum(p.numel() for p in network.parameters())}
+    size = {"checkpoint_bytes": (run.folder / BEST).stat().st_size, **profile_network(network, data.example[:1])}
+    summary = {**setup.summary_head(args, SCRIPT, run), "model": args.model, **result, **size}
     run.save_json(SUMMARY, summary)
-    run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / 'model_best.pt'}")
+    run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / BEST}")
     run.close()
 
 
