@@ -84,12 +84,12 @@ def read_archive(path: str | os.PathLike) -> tuple[nn.Module, ArchiveReport]:
 
 
 def is_archive(path: str | os.PathLike) -> bool:
-    """Whether a file begins like an archive and not like a checkpoint, which is a zip file or a pickle."""
+    """Whether a file begins like an archive and not like a checkpoint, which is a zip file or a pickle; False without a file."""
     try:
         with open(path, "rb") as file:
             return file.read(9)[8:] == b"{"
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except OSError:
+        return False
 
 
 def differing_tensors(first: nn.Module, second: nn.Module) -> list[str]:

@@ -100,7 +100,11 @@ def bake_weights(network: nn.Module) -> nn.Module:
     """Turns every shared weight of `network` back into a plain parameter with the same values, in place."""
     for layer in list(network.modules()):
         if parametrize.is_parametrized(layer, "weight") and isinstance(layer.parametrizations.weight[0], SharedWeight):
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            weight = layer.weight.detach()
+            # remove_parametrizations would change the class of the layer, which copies of it share
+            layer.__class__ = parametrize.type_before_parametrizations(layer)
+            del layer.parametrizations
+            layer.weight = nn.Parameter(weight)
     return network
 
 

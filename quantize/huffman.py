@@ -2,18 +2,19 @@
 
 The code lengths alone describe the code: codewords ascend in the order of (length, symbol), as in DEFLATE (RFC 1951,
 3.2.2). Lengths are limited to 31 bits by package-merge (Larmore and Hirschberg, JACM 1990), which is optimal under the
-limit and gives an ordinary Huffman code wherever that needs no more. `bitarray` packs and walks the bits, in C.
+limit and gives an ordinary Huffman code wherever that needs no more. NumPy packs the bits, `bitarray` walks them in C.
 """
 
 import numpy as np
 from bitarray import bitarray
-from bitarray.util import canonical_decode, int2ba
+from bitarray.util import canonical_decode
 
 from utils.errors import UserError
 
 MAX_CODE_BITS = 31  # bitarray's canonical decoder takes no more, and a length then fits five bits
 MAX_ALPHABET = 1 << 17  # 2^16 values and a zero fit; bounds what the tables of a code can cost
-_CHUNK_SYMBOLS = 1 << 20  # Python integers made at a time while encoding
+WORD_BITS = 32  # of the stream, while it is packed
+CHUNK_SYMBOLS = 1 << 15  # packed at a time, so that they stay in the cache
 
 
 def encode(symbols: np.ndarray) -> tuple[bytes, np.ndarray]:
@@ -24,12 +25,10 @@ def encode(symbols: np.ndarray) -> tuple[bytes, np.ndarray]:
     symbol costs one bit each time. Raises UserError for anything but integers in that range.
     """
     symbols = _checked_symbols(symbols)
-    lengths = code_lengths(np.bincount(symbols))
-    codewords = _codewords(lengths)
-    bits = bitarray(endian="big")
-    for start in range(0, symbols.size, _CHUNK_SYMBOLS):
-        bits.encode(codewords, symbols[start : start + _CHUNK_SYMBOLS].tolist())
-    return bits.tobytes(), lengths
+    frequencies = np.bincount(symbols)
+    lengths = code_lengths(frequencies)
+    payload_bits = int(frequencies @ lengths.astype(np.int64))
+    return _pack(symbols, lengths, payload_bits=payload_bits), lengths
 
 
 def decode(payload: bytes, code_lengths: np.ndarray, count: int) -> np.ndarray:
@@ -99,16 +98,36 @@ def _canonical_order(lengths: np.ndarray) -> np.ndarray:
     return order[lengths[order] > 0]
 
 
-def _codewords(lengths: np.ndarray) -> dict[int, bitarray]:
-    """Symbol -> codeword. A codeword is the sum of the code space, as a fraction of 1, before it."""
+def _codewords(lengths: np.ndarray) -> np.ndarray:
+    """The codeword of each symbol as a number, uint64 (S,): the sum of the code space, as a fraction of 1, before it."""
     order = _canonical_order(lengths)
-    used = lengths[order].astype(np.int64)
-    space = np.left_shift(1, MAX_CODE_BITS - used)
-    values = (np.cumsum(space) - space) >> (MAX_CODE_BITS - used)
-    return {
-        symbol: int2ba(value, length, endian="big")
-        for symbol, value, length in zip(order.tolist(), values.tolist(), used.tolist(), strict=True)
-    }
+    unused_bits = MAX_CODE_BITS - lengths[order].astype(np.int64)
+    space = np.left_shift(1, unused_bits)
+    codewords = np.zeros(lengths.size, np.uint64)
+    codewords[order] = (np.cumsum(space) - space) >> unused_bits
+    return codewords
+
+
+def _pack(symbols: np.ndarray, lengths: np.ndarray, *, payload_bits: int) -> bytes:
+    """The codewords one after the other, each from its highest bit on.
+
+    A codeword lies in the word in which it begins and the next one. What all codewords of a word add to it is summed by
+    `bincount`, exactly: they share no bit, and float64 holds sums below 2^32.
+    """
+    codewords, bit_lengths = _codewords(lengths), lengths.astype(np.int64)
+    words = np.zeros(payload_bits // WORD_BITS + 3)
+    position = 0
+    for start in range(0, symbols.size, CHUNK_SYMBOLS):
+        chunk = symbols[start : start + CHUNK_SYMBOLS]
+        used = bit_lengths[chunk]
+        ends = position % WORD_BITS + np.cumsum(used)
+        word, bit = np.divmod(ends - used, WORD_BITS)
+        placed = codewords[chunk] << (2 * WORD_BITS - bit - used).astype(np.uint64)
+        first, count = position // WORD_BITS, int(word[-1]) + 1
+        words[first : first + count] += np.bincount(word, weights=placed >> np.uint64(WORD_BITS))
+        words[first + 1 : first + 1 + count] += np.bincount(word, weights=placed & np.uint64(2**WORD_BITS - 1))
+        position += int(used.sum())
+    return words.astype(">u4").tobytes()[: (payload_bits + 7) // 8]
 
 
 def _checked_symbols(symbols: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Shared weights: clusters against scikit-learn's k-means and by hand, gradients against the paper's update."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -144,6 +146,18 @@ def test_baking_gives_plain_weights_back():
     assert set(bake_weights(network).state_dict()) == names
     assert torch.equal(network(images), shared)
     assert all(isinstance(parameter, nn.Parameter) and parameter.requires_grad for parameter in network.parameters())
+
+
+def test_baking_a_copy_leaves_the_original_shared():
+    network = small_network()
+    share_weights(network, {"0": 2, "3": 3})
+    baked = bake_weights(copy.deepcopy(network))
+    assert type(baked[0]) is nn.Conv2d
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(baked(images), network(images))
+    with torch.no_grad():
+        network[0].parametrizations.weight.original.zero_()
+    assert not network[0].weight.any() and baked[0].weight.all()
 
 
 def test_the_step_compiles_whole():

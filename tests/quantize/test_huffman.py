@@ -31,6 +31,13 @@ def kraft_sum(lengths):
     return sum(2.0 ** -int(length) for length in lengths if length)
 
 
+def fibonacci_numbers(count):
+    numbers = [1, 1]
+    while len(numbers) < count:
+        numbers.append(numbers[-1] + numbers[-2])
+    return numbers
+
+
 def test_lengths_of_the_textbook_example():
     """Cormen et al., Introduction to Algorithms, figure 16.3: a to f occur 45, 13, 12, 16, 9 and 5 times."""
     assert code_lengths(np.array([45, 13, 12, 16, 9, 5])).tolist() == [1, 3, 3, 3, 4, 4]
@@ -77,10 +84,7 @@ def test_limited_lengths_are_the_best_there_are(frequencies):
 
 
 def test_skew_that_an_unlimited_code_would_answer_with_39_bits():
-    fibonacci = [1, 1]
-    while len(fibonacci) < 40:
-        fibonacci.append(fibonacci[-1] + fibonacci[-2])
-    lengths = code_lengths(np.array(fibonacci))
+    lengths = code_lengths(np.array(fibonacci_numbers(40)))
     assert lengths.max() == 31 and kraft_sum(lengths) == 1
     last = np.flatnonzero(lengths == 31)[-1]  # its codeword is all ones
     assert decode(b"\xff\xff\xff\xfe", lengths, 1).tolist() == [last]
@@ -105,11 +109,17 @@ def test_empty_input():
     assert decode(payload, lengths, 0).size == 0
 
 
-def test_more_symbols_than_are_encoded_at_a_time(monkeypatch):
-    monkeypatch.setattr(huffman, "_CHUNK_SYMBOLS", 7)
-    symbols = np.arange(100).reshape(10, 10) % 6
-    payload, lengths = encode(symbols)
-    np.testing.assert_array_equal(decode(payload, lengths, 100), symbols.ravel())
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_long_codewords_across_words_and_chunks(monkeypatch, chunk):
+    """Symbols all alike, written in a code with lengths from 2 to 31 that is made for others."""
+    lengths = code_lengths(np.array(fibonacci_numbers(40)))
+    monkeypatch.setattr(huffman, "code_lengths", lambda frequencies: lengths)
+    monkeypatch.setattr(huffman, "CHUNK_SYMBOLS", chunk)
+    symbols = np.random.default_rng(0).integers(0, 40, (20, 10))
+    symbols[-1, -1] = 39
+    payload, _ = encode(symbols)
+    assert len(payload) == -(-int(lengths.astype(int)[symbols].sum()) // 8)
+    np.testing.assert_array_equal(decode(payload, lengths, 200), symbols.ravel())
 
 
 def test_entropy_by_hand():

@@ -1,0 +1,115 @@
+"""What the benchmarks share: fair timings on a noisy machine, and a report of them with the machine that they are from."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import cli
+from utils.data import Batch
+from utils.files import write_atomic
+from utils.runs import git_sha
+
+RESULTS = Path(__file__).resolve().parent / "results"
+IMAGE_SIDE_PIXELS = 32
+
+
+def add_common_flags(parser: cli.Parser, *, name: str, rounds: int) -> None:
+    """`--device`, `--rounds` and `--output`, which every benchmark has."""
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA where there is a device")
+    parser.add_argument("--rounds", type=cli.positive_int, default=rounds, help="measurements of each figure")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="where the JSON goes")
+
+
+def synthetic_batch(size: int, *, device: torch.device, num_classes: int = 10, seed: int = 0) -> Batch:
+    """Normal noise (size, 3, 32, 32) in the layout of the data pipeline: what a step costs does not depend on its images."""
+    stream = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 3, IMAGE_SIDE_PIXELS, IMAGE_SIDE_PIXELS, generator=stream)
+    labels = torch.randint(num_classes, (size,), generator=stream)
+    return Batch(images.to(device, memory_format=torch.channels_last), labels.to(device), 1)
+
+
+def interleaved_seconds(
+    functions: Mapping[str, Callable[[], object]], *, device: torch.device, rounds: int, warmups: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each function in each of `rounds` rounds, in which all of them run one after the other.
+
+    Whatever else happens on the machine thus meets all of them alike. Each waits for the device's work.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for index in range(-warmups, rounds):
+        for name, function in functions.items():
+            synchronise(device)
+            began = time.perf_counter()
+            function()
+            synchronise(device)
+            if index >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_ratio(seconds: Sequence[float], unit: Sequence[float]) -> float:
+    """The median over rounds of one time in units of another that was measured in the same round."""
+    return statistics.median(own / other for own, other in zip(seconds, unit, strict=True))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and commit, and how busy the machine was just now."""
+    return {
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device.type,
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "commit": git_sha(),
+        "measured_at": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows, which share their keys, as a Markdown table."""
+    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def report(
+    benchmark: str, rows: Sequence[Mapping[str, Any]], *, output: Path, machine: Mapping[str, Any], **settings: Any
+) -> None:
+    """Prints the table of `rows` and the machine, and writes all of it with the settings to `output` as JSON."""
+    print(table(rows))
+    print("; ".join(f"{name} {value}" for name, value in {**machine, **settings}.items()))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    document = {"benchmark": benchmark, "machine": dict(machine), "settings": settings, "rows": [dict(row) for row in rows]}
+    write_atomic(output, (json.dumps(document, indent=2, default=str) + "\n").encode())

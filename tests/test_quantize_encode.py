@@ -1,0 +1,159 @@
+"""quantize_encode.py from its command line: a run, what it leaves, the way back, and what it refuses."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models.network_file import load_network
+from quantize.archive import differing_tensors, load_archive
+from utils.files import load_checkpoint, save_checkpoint
+
+FLAGS = ("--dataset=digits", "--n-epochs=1", "--limit-batches=2", "--batch-size=32", "--lr=0.001", "--device=cpu")
+
+
+@pytest.fixture(scope="module")
+def pruned(trained_run, tmp_path_factory):
+    """A dense checkpoint with four filters of one layer at zero."""
+    checkpoint = load_checkpoint(trained_run / "model_best.pt")
+    for name in ("conv_a.weight", "bn_a.weight", "bn_a.bias"):
+        checkpoint["state_dict"][f"stage_1.0.{name}"][[1, 5, 6, 15]] = 0
+    path = tmp_path_factory.mktemp("pruned") / "pruned.pt"
+    save_checkpoint(path, checkpoint)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(run_script, pruned, tmp_path_factory):
+    """The folder of a run at 4 bits."""
+    save_dir = tmp_path_factory.mktemp("quantized")
+    ended = run_script("quantize_encode", "--load-path", str(pruned), "--quan-bits", "4", "classifier=8", *FLAGS,
+                       "--save-dir", str(save_dir), "--run-name", "run")  # fmt: skip
+    assert ended.status == 0, ended.errors
+    assert "identical: yes" in ended.output
+    return save_dir / "run"
+
+
+def test_the_weights_are_shared_and_the_pruned_filters_gone(finished):
+    network = load_archive(finished / "model.huff")
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    assert len(layers) == 20
+    assert network.get_submodule("stage_1.0.conv_a").out_channels == 12
+    values = {name: layer.weight.unique().numel() for name, layer in layers.items()}
+    assert values.pop("classifier") == 256
+    assert set(values.values()) == {16}
+
+
+def test_what_a_run_leaves(finished, pruned):
+    summary = json.loads((finished / "summary.json").read_text())
+    archive, compact = summary["archive"], summary["compact"]
+    assert archive["file_bytes"] == (finished / "model.huff").stat().st_size
+    assert compact["dense"]["file_bytes"] == (finished / "model_best.pt").stat().st_size
+    assert compact["compact"]["file_bytes"] == (finished / "model_compact.pt").stat().st_size
+    assert archive["ratio"] == compact["dense"]["file_bytes"] / archive["file_bytes"]
+    assert archive["identical"] == "yes"
+    assert set(summary["accuracy"]) == {"original", "quantized", "fine_tuned", "decoded"}
+    assert summary["accuracy"]["decoded"] == summary["accuracy"]["fine_tuned"]
+    assert summary["accuracy"]["decoded"]["top1"] == summary["best"]["top1"]
+    assert sum(layer["coded_bytes"] for layer in archive["layers"]) == archive["total"]["coded_bytes"]
+
+
+def test_both_checkpoints_hold_the_archived_network(finished):
+    decoded = load_archive(finished / "model.huff")
+    small = load_network(finished / "model_compact.pt", flag="--load-path")
+    assert small.compact and differing_tensors(small.network, decoded) == []
+    dense = load_network(finished / "model_best.pt", flag="--load-path")
+    assert not dense.compact and not dense.network.stage_1[0].conv_a.weight[[1, 5, 6, 15]].any()
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(dense.network(images), decoded(images), rtol=1e-4, atol=1e-4)
+
+
+def test_decode_gives_a_checkpoint_back(finished, run_script, tmp_path):
+    output = tmp_path / "decoded.pt"
+    flags = ("--decode", str(finished / "model.huff"), "--output", str(output))
+    assert run_script("quantize_encode", *flags).status == 0
+    decoded = load_network(output, flag="--load-path")
+    assert (decoded.model, decoded.num_classes) == ("resnet20", 10)
+    assert differing_tensors(decoded.network, load_archive(finished / "model.huff")) == []
+
+    output.write_bytes(b"precious")
+    refused = run_script("quantize_encode", *flags)
+    assert refused.status == 2 and "--force" in refused.errors and output.read_bytes() == b"precious"
+    assert run_script("quantize_encode", *flags, "--force").status == 0
+    assert load_network(output, flag="--load-path").compact
+
+
+def test_inspect_prints_the_table(finished, run_script):
+    ended = run_script("quantize_encode", "--inspect", str(finished / "model.huff"))
+    lines = ended.output.splitlines()
+    assert ended.status == 0 and "resnet20, 10 classes" in lines[0]
+    row = next(line.split() for line in lines if line.startswith("stage_1.0.conv_a.weight"))
+    assert row[1:3] == [str(4 * 16 * 16 * 9), str(12 * 16 * 9)]
+    assert str((finished / "model.huff").stat().st_size) in lines[-1]
+
+
+def test_evaluate_scores_archive_and_checkpoint_alike(finished, run_script):
+    before = {path: path.stat().st_mtime_ns for path in finished.parent.rglob("*")}
+    scores = [
+        run_script("quantize_encode", "--evaluate", "--load-path", str(finished / name), *FLAGS).output
+        for name in ("model.huff", "model_compact.pt")
+    ]
+    assert scores[0] == scores[1] and scores[0].startswith("resnet20 on digits: loss ")
+    assert {path: path.stat().st_mtime_ns for path in finished.parent.rglob("*")} == before
+
+
+def test_a_resumed_run_ends_in_the_same_archive(finished, pruned, run_script, tmp_path):
+    flags = ("--load-path", str(pruned), *FLAGS, "--save-dir", str(tmp_path))
+    for name, epochs in (("whole", "2"), ("parts", "1")):
+        assert run_script("quantize_encode", *flags, "--run-name", name, "--n-epochs", epochs).status == 0
+    assert run_script("quantize_encode", "--resume", str(tmp_path / "parts"), "--n-epochs", "2").status == 0
+    assert (tmp_path / "parts" / "model.huff").read_bytes() == (tmp_path / "whole" / "model.huff").read_bytes()
+
+
+def test_a_dry_run_writes_nothing(pruned, run_script, tmp_path):
+    ended = run_script("quantize_encode", "--load-path", str(pruned), *FLAGS, "--dry-run", "--save-dir", str(tmp_path / "saves"))
+    assert ended.status == 0 and "stage_1.0.conv_a would share 32 values" in ended.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--load-path {pruned} --quan-bits 17", "--quan-bits 17: expected 1 to 16"),
+        ("--load-path {pruned} --quan-bits 0", "--quan-bits 0: expected 1 to 16"),
+        ("--load-path {pruned} --quan-bits stage_9=4", "no layer 'stage_9'"),
+        ("--load-path {pruned} --quan-mode most", "--quan-mode"),
+        ("--load-path {pruned} --model resnet56", "holds a resnet20, not the resnet56 of --model"),
+        ("--load-path {pruned} --output x.pt", "--output x.pt: only with --decode"),
+        ("--load-path {pruned} --force", "--force: only with --decode"),
+        ("--load-path {archive}", "--load-path"),
+        ("--load-path missing.pt", "--load-path missing.pt"),
+        ("", "--load-path is required"),
+        ("--decode {archive}", "--output is required"),
+        ("--decode {pruned} --output new.pt", "--decode .*pruned.pt: not an archive"),
+        ("--decode {newer} --output new.pt", "format 2, newer than format 1"),
+        ("--decode {archive} --inspect {archive}", "--inspect .* not with --decode"),
+        ("--inspect {damaged}", "--inspect .*damaged.huff: damaged"),
+        ("--inspect missing.huff", "--inspect missing.huff: cannot be read"),
+        ("--evaluate --load-path {damaged}", "--load-path .*damaged.huff: damaged"),
+        ("--evaluate --load-path {archive} --model resnet56", "holds a resnet20, not the resnet56 of --model"),
+        ("--evaluate --load-path {archive} --dataset cifar100", "--data"),
+        ("--evaluate --load-path missing.huff", "--load-path missing.huff"),
+    ],
+)
+def test_bad_input_ends_in_one_line(flags, message, finished, pruned, run_script, tmp_path):
+    archive = (finished / "model.huff").read_bytes()
+    flipped = np.frombuffer(archive, np.uint8) ^ (np.arange(len(archive)) == len(archive) - 9).astype(np.uint8)
+    (tmp_path / "damaged.huff").write_bytes(flipped.tobytes())
+    (tmp_path / "newer.huff").write_bytes(archive.replace(b'format\\":1', b'format\\":2'))
+    places = {"pruned": pruned, "archive": finished / "model.huff"}
+    places |= {name: tmp_path / f"{name}.huff" for name in ("damaged", "newer")}
+    words = [word.format(**places) for word in flags.split()]
+    ended = run_script("quantize_encode", *FLAGS, "--save-dir", str(tmp_path / "saves"), "--data-dir", str(tmp_path), *words)
+    assert ended.status == 2
+    assert ended.errors.count("\n") == 1 and ended.errors.startswith("quantize_encode.py: error: ")
+    assert re.search(message, ended.errors)
+    assert not (tmp_path / "saves").exists() and {path.name for path in tmp_path.iterdir()} == {"damaged.huff", "newer.huff"}
