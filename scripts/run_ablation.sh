@@ -17,7 +17,8 @@ for dataset in $DATASETS; do
     for criterion in r a l2 gm nggm; do
       add_pruning "$criterion-hap" "$dataset" "$seed" "filter-$criterion" hap "${PASSED[@]}"
     done
-    for loss in none kd at sp afd; do
+    add_pruning nggm "$dataset" "$seed" filter-nggm none "${PASSED[@]}"
+    for loss in kd at sp afd; do
       add_pruning "nggm-$loss" "$dataset" "$seed" filter-nggm "$loss" "${PASSED[@]}"
     done
   done

@@ -1,0 +1,122 @@
+"""The README against the code: every flag, every command, every file that it names, and the two extensions that it shows."""
+
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+ENTRY_SCRIPTS = ("initial_train.py", "pruning.py", "quantize_encode.py", "export.py", "report.py")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+
+
+def parser_of(script):
+    return importlib.import_module(script.removesuffix(".py")).get_args_parser()
+
+
+def flags_of(script):
+    flags = {flag for action in parser_of(script)._actions for flag in action.option_strings if flag.startswith("--")}
+    return sorted(flags - {"--help"})
+
+
+def test_every_flag_is_explained_once_and_no_other():
+    section = README.split("## Every flag\n")[1].split("\n## ")[0]
+    _, *parts = re.split(r"^(`\w+\.py`.*:)$", section, flags=re.MULTILINE)
+    explained = {script: [] for script in ENTRY_SCRIPTS}
+    for heading, table in zip(parts[::2], parts[1::2], strict=True):
+        for script in re.findall(r"\w+\.py", heading):
+            explained[script] += re.findall(r"^\| `(--[a-z-]+)", table, re.MULTILINE)
+    assert {script: sorted(flags) for script, flags in explained.items()} == {
+        script: flags_of(script) for script in ENTRY_SCRIPTS
+    }
+
+
+def test_defaults_in_the_tables_are_those_of_the_code():
+    rows = re.findall(r"^\| `(--[a-z-]+)[^|]*\| `([^`<]+)` \|", README, re.MULTILINE)
+    named = {flag.removeprefix("--").replace("-", "_"): text for flag, text in rows}
+    defaults = {action.dest: action.default for action in parser_of("pruning.py")._actions}
+    compared = {name: text for name, text in named.items() if defaults.get(name) is not None}
+    assert len(compared) > 15
+    for name, text in compared.items():
+        default = defaults[name]
+        default = default[0] if isinstance(default, list) else default
+        assert type(default)(text) == default, name
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if ".py" in line])
+def test_every_command_parses(line):
+    words = shlex.split(line)
+    position = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    parser = parser_of(words[position])
+    if "--resume" in words:
+        parser.parse_args(words[position + 1 :])
+    elif hasattr(parser.parse_args(words[position + 1 :]), "default_schedule"):
+        cli.parse_flags(parser, words[position + 1 :])
+
+
+def test_the_two_commands_are_there():
+    assert COMMANDS.count(
+        "python3 initial_train.py --model resnet56 --dataset cifar10 --lr 0.01 --schedule 1 60 120 160 "
+        "--lr-drops 10 0.2 0.2 0.2 --batch-size 128 --seed 8152"
+    )
+    assert COMMANDS.count(
+        "python3 pruning.py --t-model resnet56 --s-copy-t --dataset cifar10 --prune-rates 0.6 --prune-mode filter-r "
+        "--t-path saves/1625594011/model_best.pt --distill at --betas 1000 --log-name PRUNED-CIFAR10.txt --seed 8152"
+    )
+
+
+def test_every_file_that_it_names_is_there():
+    named = set(re.findall(r"\]\(((?!https?:)[^)#]+)\)", README)) | set(
+        re.findall(r"\bscripts/\w+\.sh|requirements[\w-]*\.txt", README)
+    )
+    assert len(named) > 10
+    assert {path for path in named if not (ROOT / path).is_file()} == set()
+
+
+def test_variables_of_the_environment_are_those_of_the_scripts():
+    explained = set(re.findall(r"`([A-Z_]+)`", "".join(re.findall(r"^\| (`[A-Z_`, ]+) \|", README, re.MULTILINE))))
+    code = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.sh"))
+    assert explained == set(re.findall(r"\b([A-Z_]+)=\$\{\1:-", code)) | {"PYTHON"}
+
+
+# Runs in a copy of the repository in which both examples were put into place.
+USE_EXTENSIONS = """
+import torch
+from distill import build_distiller
+from models.outputs import Outputs
+from prune.criteria import CRITERIA
+from pruning import get_args_parser
+
+args = get_args_parser().parse_args("--prune-mode filter-taylor --distill fitnet --hint-stage 1".split())
+weight = torch.tensor([[1.0, 2.0], [3.0, -1.0]]).reshape(2, 2, 1, 1)
+assert CRITERIA[args.prune_mode].needs_gradient
+assert CRITERIA[args.prune_mode](weight, torch.ones_like(weight)).tolist() == [9.0, 4.0]
+
+maps = (torch.ones(2, 3, 4, 4),)
+outputs = Outputs(torch.zeros(2, 10), maps, maps, torch.zeros(2, 3))
+loss = build_distiller("fitnet", student=outputs, teacher=outputs, hint_stage=args.hint_stage)
+torch.nn.init.zeros_(loss.match.weight)
+torch.nn.init.zeros_(loss.match.bias)
+assert loss(outputs, outputs).item() == 1.0
+"""
+
+
+def test_the_examples_of_a_criterion_and_a_loss_work_as_they_stand(tmp_path):
+    for package in ("models", "prune", "distill", "utils"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pruning.py", tmp_path)
+    criterion, loss = (block for language, block in BLOCKS if language == "python")
+    with open(tmp_path / "prune/criteria.py", "a") as file:
+        file.write("\n\n" + criterion)
+    (tmp_path / "distill/fitnet.py").write_text(loss)
+    result = subprocess.run([sys.executable, "-c", USE_EXTENSIONS], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

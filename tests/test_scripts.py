@@ -1,0 +1,380 @@
+"""The shell scripts: the commands that they list, and how they run them, with a stand-in for Python that trains nothing."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from distill import DISTILLERS
+from prune.criteria import CRITERIA
+from utils import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+RUN_SCRIPTS = ("run_vanilla", "run_pruning", "run_ablation", "run_sensitivity", "run_quantization_encode")
+ENTRY_SCRIPTS = ("initial_train", "pruning", "quantize_encode")
+
+# What the scripts call instead of Python: notes its arguments and leaves what a run leaves. A run whose name begins with
+# $FAILING fails; one that begins with $HOLDING goes on until it is stopped; each waits until $TOGETHER runs have started.
+FAKE_PYTHON = """#!/usr/bin/env bash
+echo "$(date +%s.%N) start $*" >>"$NOTES"
+entry=$1 folder=
+while (($#)); do
+  case $1 in
+    --save-dir) folder=$2 ;;
+    --run-name) folder=$folder/$2 ;;
+    --resume) folder=$2 ;;
+  esac
+  shift
+done
+if [[ $entry == report.py ]]; then exit 0; fi
+mkdir -p "$folder" && echo '{}' >"$folder/config.json"
+name=$(basename "$folder")
+if [[ -n ${HOLDING-} && $name == $HOLDING* ]]; then
+  trap 'echo saved >"$folder/state"; exit 143' TERM
+  echo ready >"$folder/ready"
+  while true; do sleep 0.05; done
+fi
+until (($(grep -c ' start ' "$NOTES") >= ${TOGETHER:-0})); do sleep 0.05; done
+echo "$(date +%s.%N) end $name" >>"$NOTES"
+if [[ -n ${FAILING-} && $name == $FAILING* ]]; then exit 3; fi
+touch "$folder/model_best.pt"
+echo '{}' >"$folder/summary.json"
+"""
+
+
+def environment(**variables):
+    """This process's environment without what the scripts would follow."""
+    own = {"DRY", "JOBS", "SEEDS", "DATASETS", "MODEL", "KEEP", "T_PATH", "LOAD_PATH", "BITS", "QUAN_MODE"}
+    own |= {"SAVE_DIR", "DATA_DIR", "REPORT_DIR", "PYTHON"}
+    return {**{name: value for name, value in os.environ.items() if name not in own}, **variables}
+
+
+def call(script, *arguments, **variables):
+    command = ["bash", str(ROOT / "scripts" / f"{script}.sh"), *arguments]
+    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=60)
+
+
+def listed(script, *arguments, **variables):
+    """The commands that a script would run, each as (entry script, its flags as its own parser reads them)."""
+    result = call(script, *arguments, DRY="1", PYTHON="python3", **variables)
+    assert result.returncode == 0, result.stderr
+    return [read_command(line) for line in result.stdout.splitlines()]
+
+
+def read_command(line):
+    python, entry_script, *flags = shlex.split(line)
+    assert python == "python3"
+    module = importlib.import_module(entry_script.removesuffix(".py"))
+    args = cli.parse_flags(module.get_args_parser(), flags)
+    if entry_script == "pruning.py":
+        module.check_flags(args)
+    return entry_script, args
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_every_script_is_valid_bash(path):
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("script", "counts"),
+    [
+        ("run_vanilla", {"initial_train.py": 12}),
+        ("run_pruning", {"initial_train.py": 3, "pruning.py": 8 * 3 * 4}),
+        ("run_ablation", {"initial_train.py": 1, "pruning.py": 10 * 4}),
+        ("run_sensitivity", {"initial_train.py": 1, "pruning.py": 19 * 4}),
+        ("run_quantization_encode", {"initial_train.py": 3, "pruning.py": 12, "quantize_encode.py": 48}),
+    ],
+)
+def test_each_command_parses_and_names_a_run_of_its_own(script, counts):
+    commands = listed(script)
+    assert Counter(entry_script for entry_script, _ in commands) == counts
+    assert len({args.run_name for _, args in commands}) == len(commands)
+    assert {args.seed for entry, args in commands if entry != "initial_train.py"} <= {8152, 1011, 6162, 2177}
+
+
+def test_the_rows_of_run_pruning():
+    rows = [args for entry, args in listed("run_pruning", "--dataset", "cifar10", "--seed", "8152") if entry == "pruning.py"]
+    assert [(args.prune_mode, args.soft_prune, args.distill[0], args.betas) for args in rows] == [
+        ("filter-a", False, "none", None),
+        ("filter-a", True, "none", None),
+        ("filter-gm", False, "none", None),
+        ("filter-nggm", False, "none", None),
+        ("filter-r", False, "at", [1000]),
+        ("filter-r", False, "sp", [3000]),
+        ("filter-r", False, "afd", [200]),
+        ("filter-nggm", False, "hap", [700]),
+    ]
+    assert {(args.alpha, args.kd_t, args.s_copy_t, *args.prune_rates) for args in rows} == {(0.9, 4.0, True, 0.6)}
+    assert {args.samp_batches for args in rows if args.prune_mode == "filter-nggm"} == {25}
+    assert {(args.n_epochs, args.batch_size, args.lr, *args.schedule, *args.lr_drops) for args in rows} == {
+        (200, 128, 0.01, 60, 120, 160, 0.2, 0.2, 0.2)
+    }
+
+
+def test_cinic10_has_its_own_recipe():
+    teacher, *rows = [args for _, args in listed("run_pruning", "--dataset=cinic10", "--seed=1")]
+    assert (teacher.n_epochs, teacher.batch_size, teacher.schedule, teacher.lr_drops) == (140, 96, [1, 100, 120], [10, 0.1, 0.1])
+    assert {(args.n_epochs, args.batch_size, *args.schedule, *args.lr_drops) for args in rows} == {(140, 96, 100, 120, 0.1, 0.1)}
+    distilled = {args.distill[0]: (*args.betas, args.alpha, args.kd_t) for args in rows if args.distill != ["none"]}
+    assert distilled == {"at": (50, 0.6, 16), "sp": (2000, 0.6, 16), "afd": (200, 0.6, 16), "hap": (700, 0.6, 16)}
+
+
+def test_the_ablation_covers_every_criterion_and_every_loss():
+    rows = [args for entry, args in listed("run_ablation", SEEDS="1") if entry == "pruning.py"]
+    assert {args.prune_mode for args in rows if args.distill == ["hap"]} == set(CRITERIA)
+    assert {args.distill[0] for args in rows if args.prune_mode == "filter-nggm"} == {"none", *DISTILLERS}
+
+
+def test_the_sensitivity_runs_differ_from_the_usual_setting_in_one_flag():
+    usual, *others = [args for entry, args in listed("run_sensitivity", SEEDS="1") if entry == "pruning.py"]
+    varied = ("betas", "gamma", "hap_ts", "samp_batches")
+    differences = [[name for name in varied if getattr(args, name) != getattr(usual, name)] for args in others]
+    assert all(len(names) == 1 for names in differences)
+    assert {names[0] for names in differences} == set(varied)
+
+
+def test_flags_that_reach_a_teacher_are_those_that_all_entry_scripts_have():
+    parsers = [importlib.import_module(name).get_args_parser() for name in ENTRY_SCRIPTS]
+    common = set.intersection(*({flag for action in parser._actions for flag in action.option_strings} for parser in parsers))
+    taken = set(re.findall(r"--[a-z-]+", re.search(r"while \(\(\$#\)\); do(.*?)\*\)\n", lib(), re.DOTALL)[1])) | {"-h"}
+    shared = set(re.search(r'SHARED_FLAGS="(.*?)"', lib(), re.DOTALL)[1].replace("\\\n", "").split())
+    assert shared == common - taken
+
+
+def lib():
+    return (ROOT / "scripts" / "lib.sh").read_text()
+
+
+@pytest.mark.parametrize("script", RUN_SCRIPTS)
+def test_arguments_are_passed_on_and_replace_the_loops(script):
+    commands = listed(script, "--dataset", "digits", "--seed", "7", "--n-epochs", "1", "--momentum=0.5", SAVE_DIR="elsewhere")
+    assert len(commands) == len(listed(script, DATASETS="digits", SEEDS="7"))
+    assert {(args.dataset, args.seed, args.n_epochs, args.momentum, args.save_dir) for _, args in commands} == {
+        ("digits", 7, 1, 0.5, "elsewhere")
+    }
+
+
+def test_a_flag_of_pruning_does_not_reach_the_training_of_its_teacher():
+    (first, teacher), *rows = listed("run_pruning", "--gamma", "0.3", "--lr", "0.2", DATASETS="digits", SEEDS="1")
+    assert first == "initial_train.py" and teacher.lr == 0.2
+    assert {(args.gamma, args.lr) for _, args in rows} == {(0.3, 0.2)}
+
+
+def test_all_scripts_share_one_teacher():
+    names = {listed(script, "--n-epochs", "3", DATASETS="digits", SEEDS="5 6")[0][1].run_name for script in RUN_SCRIPTS}
+    assert len(names) == 1
+
+
+def test_given_networks_replace_their_training():
+    rows = listed("run_pruning", "--t-model", "resnet20", T_PATH="t-{dataset}.pt", DATASETS="digits cifar10", SEEDS="1")
+    assert {(args.t_model, args.dataset, args.t_path) for _, args in rows} == {
+        ("resnet20", "digits", "t-digits.pt"),
+        ("resnet20", "cifar10", "t-cifar10.pt"),
+    }
+    rows = listed("run_quantization_encode", DATASETS="digits", SEEDS="1 2", BITS="5", LOAD_PATH="{dataset}-{seed}.pt")
+    assert [(entry, args.load_path) for entry, args in rows] == [
+        ("quantize_encode.py", "digits-1.pt"),
+        ("quantize_encode.py", "digits-2.pt"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (["--run-name", "x"], {}, "--run-name"),
+        (["--resume", "x"], {}, "--resume"),
+        (["--dry-run"], {}, "DRY=1"),
+        (["--dataset"], {}, "--dataset: expected a value"),
+        ([], {"JOBS": "0"}, "JOBS=0"),
+        ([], {"DRY": "yes"}, "DRY=yes"),
+        ([], {"T_PATH": "one.pt"}, "{dataset}"),
+        (["--dataset", "digits"], {"T_PATH": "missing.pt"}, "missing.pt"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(arguments, variables, message, tmp_path):
+    result = call("run_pruning", *arguments, PYTHON="false", SAVE_DIR=str(tmp_path), **variables)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """Variables with which a script calls the fake Python; `notes` collects what it was called with."""
+    python = tmp_path / "fake_python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    (tmp_path / "notes").touch()
+    paths = {"PYTHON": python, "NOTES": tmp_path / "notes", "SAVE_DIR": tmp_path / "saves", "REPORT_DIR": tmp_path / "report"}
+    return {name: str(path) for name, path in paths.items()}
+
+
+def calls(workplace):
+    """Since the last look: the arguments of every call, in order."""
+    notes = Path(workplace["NOTES"])
+    lines = [line.split(" ", 2) for line in notes.read_text().splitlines()]
+    notes.write_text("")
+    return [arguments for _, event, arguments in lines if event == "start"]
+
+
+def test_a_failed_run_stops_no_other_and_the_next_call_goes_on(workplace):
+    first = call("run_pruning", DATASETS="digits", SEEDS="1", FAILING="fpgm", **workplace)
+    assert first.returncode == 1
+    assert re.search(r"1 failed.*\n  fpgm-digits-resnet56-seed1-\w+: exit status 3\n$", first.stderr)
+    *runs, report = calls(workplace)
+    assert [run.split()[0] for run in runs] == ["initial_train.py"] + ["pruning.py"] * 8
+    assert report.startswith("report.py ") and report.count(workplace["SAVE_DIR"]) == 8 and "fpgm" not in report
+
+    second = call("run_pruning", DATASETS="digits", SEEDS="1", **workplace)
+    assert second.returncode == 0, second.stderr
+    resumed, report = calls(workplace)
+    assert re.fullmatch(rf"pruning\.py --resume {workplace['SAVE_DIR']}/fpgm-digits-resnet56-seed1-\w+", resumed)
+    assert report.count(workplace["SAVE_DIR"]) == 9
+
+    assert call("run_pruning", DATASETS="digits", SEEDS="1", **workplace).returncode == 0
+    assert [arguments.split()[0] for arguments in calls(workplace)] == ["report.py"]
+    assert call("run_pruning", DATASETS="digits", SEEDS="1", DRY="1", **workplace).stdout == ""
+
+
+def test_other_flags_are_other_runs(workplace):
+    for epochs in ("1", "2"):
+        assert call("run_vanilla", "--n-epochs", epochs, DATASETS="digits", SEEDS="1 2", **workplace).returncode == 0
+    assert Counter(arguments.split()[0] for arguments in calls(workplace)) == {"initial_train.py": 4, "report.py": 2}
+
+
+def test_without_its_teacher_nothing_is_pruned(workplace):
+    result = call("run_pruning", DATASETS="digits", SEEDS="1", FAILING="vanilla", **workplace)
+    assert result.returncode == 1
+    assert result.stderr.count("not run") == 8
+    assert [arguments.split()[0] for arguments in calls(workplace)] == ["initial_train.py"]
+
+
+def test_jobs_run_at_a_time(workplace):
+    result = call(
+        "run_vanilla",
+        DATASETS="digits",
+        SEEDS="1 2 3 4 5 6",
+        JOBS="3",
+        TOGETHER="3",
+        FAILING="vanilla-digits-resnet56-seed2",
+        **workplace,
+    )
+    assert result.returncode == 1 and "seed2" in result.stderr and "1 failed" in result.stderr
+    running, most = 0, 0
+    for line in sorted(Path(workplace["NOTES"]).read_text().splitlines()):
+        if "report.py" not in line:
+            running += 1 if " start " in line else -1
+            most = max(most, running)
+    assert most == 3 and running == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_every_run_save_its_state(workplace, number, status):
+    command = ["bash", str(ROOT / "scripts" / "run_vanilla.sh")]
+    variables = environment(DATASETS="digits", SEEDS="1 2 3", JOBS="2", HOLDING="vanilla", **workplace)
+    process = subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    saves = Path(workplace["SAVE_DIR"])
+    deadline = time.monotonic() + 20
+    while len(list(saves.glob("*/ready"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == status, errors
+    assert len(list(saves.glob("*/state"))) == 2 and "the same command goes on" in errors
+    assert len(calls(workplace)) == 2
+
+
+# Stands for the system's python3 and, as a link, for that of the environment: notes calls of venv and pip.
+FAKE_SYSTEM_PYTHON = """#!/usr/bin/env bash
+case "$1 $2" in
+  "-m venv") echo venv >>"$NOTES"; mkdir -p .venv/bin; cp "$0" .venv/bin/python; touch .venv/bin/pip-works ;;
+  "-m pip")
+    [[ -e $(dirname "$0")/pip-works ]] || exit 1
+    if [[ $3 == install ]]; then echo "install ${*: -1}" >>"$NOTES"; exit "${PIP_STATUS:-0}"; fi ;;
+  *) exec "$REAL_PYTHON" "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A fresh machine: an empty checkout and a python3; gives a function that sets up and returns what was done for it."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3"
+    python.write_text(FAKE_SYSTEM_PYTHON)
+    python.chmod(0o755)
+    (tmp_path / "requirements.txt").write_text("numpy\n")
+    notes = tmp_path / "notes"
+
+    def set_up(**variables):
+        notes.write_text("")
+        real = subprocess.run(["which", "python3"], capture_output=True, text=True).stdout.strip()
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        body = f'set -euo pipefail; source {ROOT}/scripts/environment.sh; ensure_environment requirements.txt; echo "$PYTHON"'
+        known = environment(PATH=path, NOTES=str(notes), REAL_PYTHON=real, **variables)
+        result = subprocess.run(["bash", "-c", body], cwd=tmp_path, env=known, capture_output=True, text=True)
+        return result.returncode, notes.read_text().splitlines(), result.stdout.strip()
+
+    return set_up
+
+
+def test_the_environment_is_made_once_and_again_when_it_must_be(machine, tmp_path):
+    own = str(tmp_path / ".venv/bin/python")
+    assert machine() == (0, ["venv", "install requirements.txt"], own)
+    assert machine() == (0, [], own)
+    (tmp_path / "requirements.txt").write_text("numpy\ntorch\n")
+    assert machine() == (0, ["install requirements.txt"], own)
+    (tmp_path / ".venv/bin/pip-works").unlink()
+    (tmp_path / ".venv/bin/python").unlink()
+    assert machine() == (0, ["venv", "install requirements.txt"], own)
+    assert machine(PYTHON="mine") == (0, [], "mine")
+
+
+def test_an_installation_that_failed_is_tried_again(machine):
+    assert machine(PIP_STATUS="1")[:2] == (1, ["venv", "install requirements.txt"])
+    assert machine()[:2] == (0, ["install requirements.txt"])
+
+
+def test_the_commands_of_the_demo_follow_one_another(workplace):
+    assert call("demo", **workplace).returncode == 0
+    *runs, table = calls(workplace)
+    (_, trained), (_, pruned), (_, quantized) = [read_command(f"python3 {arguments}") for arguments in runs]
+    saves = Path(workplace["SAVE_DIR"])
+    assert Path(pruned.t_path) == saves / trained.run_name / "model_best.pt"
+    assert Path(quantized.load_path) == saves / pruned.run_name / "model_best.pt"
+    folders = [str(saves / args.run_name) for args in (trained, pruned, quantized)]
+    assert table == " ".join(["scripts/demo_table.py", *folders])
+
+
+def test_the_table_of_the_demo(tmp_path):
+    small = {"parameters": 100_000, "macs": 17_000_000}
+    summaries = {
+        "t": {"best": {"top1": 99.5}, "parameters": 270_000},
+        "p": {"best": {"top1": 98.25}, "compact": {"dense": {"macs": 40_000_000}, "compact": small}},
+        "q": {"best": {"top1": 0}, "accuracy": {"decoded": {"top1": 98.0}}},
+    }
+    for name, summary in summaries.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    for file, size in (("t/model_best.pt", 1200), ("p/model_compact.pt", 500), ("q/model.huff", 100)):
+        (tmp_path / file).write_bytes(bytes(size))
+    command = [sys.executable, ROOT / "scripts/demo_table.py", *(tmp_path / name for name in summaries)]
+    rows = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    assert [row.split()[:-1] for row in rows] == [
+        ["trained", "99.50", "270,000", "40,000,000", "1,200", "1.0x"],
+        ["pruned", "98.25", "100,000", "17,000,000", "500", "2.4x"],
+        ["quantized", "98.00", "100,000", "17,000,000", "100", "12.0x"],
+    ]
