@@ -1,0 +1,107 @@
+"""Pruning and distilling through the entry script."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.network_file import load_network
+from prune.masks import keep_count, prunable_layers
+
+TINY = ["--n-epochs", "2", "--limit-batches", "2", "--batch-size", "32", "--schedule", "--device", "cpu", "--prune-rates", "0.6"]
+
+
+@pytest.fixture
+def prune(trained_run, tmp_path, run_script):
+    """Runs pruning.py on the trained network and gives the folder of the run."""
+
+    def run(*flags: str, name: str = "run") -> Path:
+        teacher = ["--t-path", str(trained_run / "model_best.pt"), "--s-copy-t"]
+        ended = run_script("pruning", *teacher, *TINY, *flags, "--save-dir", str(tmp_path), "--run-name", name)
+        assert ended.status == 0, ended.errors
+        return tmp_path / name
+
+    return run
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+METHODS = {
+    "pfec": ("--prune-mode", "filter-a"),
+    "sfp": ("--prune-mode", "filter-l2", "--soft-prune"),
+    "fpgm": ("--prune-mode", "filter-gm", "--train-form", "masked"),
+    "nggm, hap": ("--prune-mode", "filter-nggm", "--samp-batches", "2", "--distill", "hap"),
+    "random, afd and at": ("--prune-mode", "filter-r", "--distill", "afd", "at", "--betas", "200", "1000"),
+    "sp, soft": ("--prune-mode", "filter-gm", "--soft-prune", "--prune-interval", "2", "--distill", "sp", "--alpha", "0"),
+}
+
+
+@pytest.mark.parametrize("flags", METHODS.values(), ids=METHODS)
+def test_every_checkpoint_has_its_pruned_filters_at_exact_zero(prune, flags):
+    folder = prune(*flags)
+    for name in ("model_best.pt", "model_last.pt"):
+        file = load_network(folder / name, flag="--s-path")
+        layers = prunable_layers(file.network)
+        assert len(layers) == 19
+        for layer in layers:
+            kept = file.kept[layer.name]
+            assert len(kept) == keep_count(layer.filters, 0.6)
+            gone = sorted(set(range(layer.filters)) - set(kept))
+            for tensor in (layer.conv.weight, layer.bn.weight, layer.bn.bias):
+                assert tensor[gone].count_nonzero() == 0
+
+
+def test_the_small_network_is_small_and_the_same(prune):
+    folder = prune("--prune-mode", "filter-a")
+    dense, small = (load_network(folder / name, flag="--s-path") for name in ("model_best.pt", "model_compact.pt"))
+    assert small.compact and small.network.get_submodule("stage_3.0.conv_a").weight.shape[0] == 38
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = dense.network(images), small.network(images)
+    assert (expected - found).abs().max() <= 1e-4 * expected.abs().max()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["kept_filters"]["conv_1_3x3"] == 10
+    assert summary["compact"]["relative_difference"] <= 1e-4
+    assert summary["compact"]["compact"]["file_bytes"] == (folder / "model_compact.pt").stat().st_size
+
+
+@pytest.mark.parametrize("distill", ["none", "hap", "sp"])
+def test_training_the_small_network_is_training_the_masked_one(prune, distill):
+    method = ("--prune-mode", "filter-gm", "--distill", distill)
+    masked, compact = (metrics_of(prune(*method, "--train-form", form, name=form)) for form in ("masked", "compact"))
+    assert masked[0]["split"] == "train"  # later lines differ by what two steps make of rounding
+    assert masked[0]["loss"] == pytest.approx(compact[0]["loss"], rel=1e-3)
+    assert masked[0]["top1"] == compact[0]["top1"]
+
+
+def test_a_compact_network_can_be_scored_and_pruned_further(prune, trained_run, tmp_path, run_script):
+    first = prune("--prune-mode", "filter-a", name="first")
+    path = str(first / "model_compact.pt")
+    scored = run_script("pruning", "--evaluate", "--s-path", path, *TINY)
+    best = json.loads((first / "summary.json").read_text())["best"]["top1"]
+    assert f"top1 {best:.2f}" in scored.output
+    flags = ["--prune-mode", "filter-a", "--save-dir", str(tmp_path), "--run-name", "second"]
+    ended = run_script("pruning", "--s-path", path, *TINY, *flags, "--prune-rates", "0.3")
+    assert ended.status == 0, ended.errors
+    kept = [json.loads((tmp_path / name / "kept_filters.json").read_text()) for name in ("first", "second")]
+    for before, after in zip(kept[0].values(), kept[1].values(), strict=True):
+        assert set(after["kept"]) < set(before["kept"])
+
+
+def test_a_teacher_of_another_depth(prune, tmp_path, run_script):
+    flags = [*TINY, "--save-dir", str(tmp_path)]
+    assert run_script("initial_train", "--model", "resnet32", *flags[:-4], *flags[-2:], "--run-name", "deep").status == 0
+    teacher = ["--t-model", "resnet32", "--t-path", str(tmp_path / "deep" / "model_best.pt"), "--s-model", "resnet20"]
+    ended = run_script("pruning", *teacher, *flags, "--distill", "afd", "hap", "--betas", "200", "700", "--run-name", "run")
+    assert ended.status == 0, ended.errors
+    assert load_network(tmp_path / "run" / "model_best.pt", flag="--s-path").model == "resnet20"
+
+
+def test_excluded_layers_and_multiples(prune):
+    folder = prune("--prune-mode", "filter-a", "--exclude-layers", "conv_1_3x3", "--channel-multiple", "8")
+    kept = {name: len(layer["kept"]) for name, layer in json.loads((folder / "kept_filters.json").read_text()).items()}
+    assert kept["conv_1_3x3"] == 16
+    assert {count for name, count in kept.items() if name.startswith("stage_")} == {8, 16, 40}
