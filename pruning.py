@@ -25,7 +25,7 @@ from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import leave, sum_over_processes
 from utils.engine import TrainingPlan, evaluate
-from utils.errors import UserError
+from utils.errors import UserError, naming
 from utils.files import read_json
 from utils.plan import print_plan
 from utils.profile import compare_networks, comparison_table
@@ -193,7 +193,8 @@ def load_checked(args: argparse.Namespace, data: ImageData, flag: str, path: str
     file = load_network(path, flag=flag, model=model, model_flag=flag.replace("path", "model"))
     setup.check_classes(file.num_classes, data, origin=f"{flag} {path}")
     if not file.compact:
-        check_pruned_zeros(file.network.state_dict(), file.kept)
+        with naming(f"{flag} {path}"):
+            check_pruned_zeros(file.network.state_dict(), file.kept)
     return file
 
 

@@ -21,7 +21,7 @@ from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import leave
 from utils.engine import CrossEntropyObjective, evaluate
-from utils.errors import UserError
+from utils.errors import UserError, naming
 from utils.files import read_json, save_checkpoint
 from utils.plan import print_plan
 from utils.profile import compare_networks
@@ -118,7 +118,8 @@ def load_checked(args: argparse.Namespace, data: ImageData) -> NetworkFile:
     file = load_network(args.load_path, flag="--load-path", model=args.model)
     setup.check_classes(file.num_classes, data, origin=origin)
     if not file.compact:
-        check_pruned_zeros(file.network.state_dict(), file.kept)
+        with naming(origin):
+            check_pruned_zeros(file.network.state_dict(), file.kept)
     setup.check_images(setup.to_device(file.network, data.device), data, origin=origin)
     return file
 

@@ -574,16 +574,16 @@ def _layer(rule: Rule) -> Rule:
 @_layer
 def _conv(call: _Call) -> Step:
     conv, given = call.module, call.channels(call.source)
-    given = given if given is not None and not given.flat and (given.axis, given.full) == (1, conv.in_channels) else None
-    reads = given or Channels(conv.in_channels, tuple(range(conv.in_channels)), 1, None)
-    live = call.outputs_of_layer(given, conv.out_channels)
     rank = conv.weight.dim()
+    if given is None:
+        given = Channels(conv.in_channels, tuple(range(conv.in_channels)), 1, rank)
+    if given.flat or (given.axis, given.full) != (1, conv.in_channels):
+        return _opaque(call)
+    live = call.outputs_of_layer(given, conv.out_channels)
     if not live:
         return call.step(Channels(conv.out_channels, (), 1, rank, vanished=call.vanishing(given)))
-    cut, inputs = _cut_groups(conv, live, reads.stored)
-    step = call.step(Channels(conv.out_channels, cut.rows, 1, rank), cut=cut)
-    step.wants = {call.source: reads.storing(inputs)} if given is not None else _opaque(call).wants
-    return step
+    cut, inputs = _cut_groups(conv, live, given.stored)
+    return call.step(Channels(conv.out_channels, cut.rows, 1, rank), wants={call.source: given.storing(inputs)}, cut=cut)
 
 
 def _cut_groups(conv: nn.Module, live: Sequence[int], stored: Sequence[int]) -> tuple[LayerCut, tuple[int, ...]]:

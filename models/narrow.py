@@ -33,7 +33,7 @@ from utils.errors import UserError
 RELAYOUTS = "relayouts"  # the submodule that holds the steps between layers
 
 
-def narrow(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> "NarrowNetwork":
+def narrow(model: nn.Module, kept: Mapping[str, Sequence[int]], *, wide_sums: bool = False) -> "NarrowNetwork":
     """The network that is left of `model` when each layer in `kept` has only the output channels listed for it.
 
     `kept` maps names of convolutions, batch norms and linear layers to ascending output channels, possibly none; a layer that
@@ -41,9 +41,15 @@ def narrow(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> "NarrowNetwor
     tensor with `model`, and computes in training and evaluation what `model` computes with every other output of the listed
     layers (a batch norm's, where one follows) at zero. Raises UserError for names or channels that the network does not
     have, and where torch.fx cannot trace it.
+
+    `wide_sums` leaves the outputs of layers that meet other channels in a sum at full width, with zeros: more arithmetic,
+    but plain sums, for runtimes that add into places slowly (onnxruntime).
     """
     kept = {name: _checked_channels(model, name, channels) for name, channels in kept.items()}
     traces = {method: trace_network(model, method) for method in ("forward", "outputs") if hasattr(model, method)}
+    if wide_sums:
+        summed = {name for plan in _plan_all(model, traces, kept).values() for name in _layers_of_uneven_sums(plan)}
+        kept = {name: channels for name, channels in kept.items() if name not in summed}
     plans = _plan_all(model, traces, kept)
     return NarrowNetwork(model, kept, plans, trainable=all(trace.both_modes for trace in traces.values()))
 
@@ -53,10 +59,10 @@ def _checked_channels(model: nn.Module, name: str, channels: Sequence[int]) -> t
     full = output_channels(layers[name]) if name in layers else None
     if full is None:
         raise UserError(f"kept channels: {type(model).__name__} has no convolution, batch norm or linear layer named {name!r}")
-    channels = tuple(int(channel) for channel in channels)
-    if list(channels) != sorted(set(channels)) or any(not 0 <= channel < full for channel in channels):
+    whole_numbers = all(isinstance(channel, int) and 0 <= channel < full for channel in channels)
+    if not whole_numbers or list(channels) != sorted(set(channels)):
         raise UserError(f"kept channels of {name!r}: ascending numbers from 0 to {full - 1} expected, not {list(channels)}")
-    return channels
+    return tuple(channels)
 
 
 def _plan_all(model: nn.Module, traces: Mapping[str, Trace], kept: Mapping[str, tuple[int, ...]]) -> dict[str, Plan]:
@@ -75,6 +81,22 @@ def _plan_all(model: nn.Module, traces: Mapping[str, Trace], kept: Mapping[str, 
         if missing <= carriers:
             return plans
         carriers |= missing
+
+
+def _layers_of_uneven_sums(plan: Plan) -> set[str]:
+    """The layers whose outputs reach a sum of different channels with nothing but operations on single channels between."""
+    names: set[str] = set()
+    uneven = [step for step in plan.steps.values() if step.form == "sum" and len({w.stored for w in step.wants.values()}) > 1]
+    pending = [source for step in uneven for source in step.wants]
+    seen = set(pending)
+    while pending:
+        step = plan.steps[pending.pop()]
+        if step.cut is not None:
+            names.add(step.node.target)
+        if step.exists and (step.cut is None or step.cut.columns is None):
+            pending += [source for source in step.node.all_input_nodes if source not in seen]
+            seen.update(step.node.all_input_nodes)
+    return names
 
 
 class NarrowNetwork(nn.Module):
@@ -253,8 +275,8 @@ class Relayout(nn.Module):
             shape = list(x.shape)
             shape[axis] = self.width
             return x.new_zeros(shape).index_add_(axis, self.places, x)  # on a CPU faster than index_copy
-        zero = torch.zeros_like(x.narrow(axis, 0, 1))  # a compiler fuses this gather with its neighbours
-        return torch.cat([x, zero], axis).index_select(axis, self.origins)
+        behind = x.dim() - 1 - axis % x.dim()  # axes behind the channels; a compiler fuses this gather with its neighbours
+        return F.pad(x, (0, 0) * behind + (0, 1)).index_select(axis, self.origins)
 
 
 class AddInto(nn.Module):
@@ -339,7 +361,8 @@ class _GraphWriter:
 
     def given(self, step: Step, source: fx.Node) -> fx.Node:
         """The new node that holds `source` as the step wants it."""
-        written, out, want = self.written[source], self.plan.steps[source].out, step.wants.get(source)
+        written, want = self.written[source], step.wants.get(source)
+        out = self.plan.steps[source].out or (want and want.whole())  # what is not known has not been cut
         if want is None or out.stored == want.stored:
             return written
         key = (source, want.stored)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models import MODELS, build_model
 from models.narrow import narrow
-from utils.errors import UserError
+from utils.errors import UserError, naming
 from utils.files import FORMAT, load_checkpoint
 
 SHOWN_DIFFERENCES = 3
@@ -75,7 +75,8 @@ def load_network(path: str | os.PathLike, *, flag: str, model: str | None = None
     compact = bool(checkpoint.get("compact"))
     network = build_model(name, num_classes=num_classes)
     if compact:
-        network = _narrowed(network, kept, origin)
+        with naming(origin):
+            network = narrow(network, kept)
     _load_state(network, state, origin, name)
     metrics = checkpoint.get("metrics") or {}
     return NetworkFile(network.eval(), name, num_classes, kept, compact, metrics)
@@ -86,14 +87,16 @@ def _checked_fields(checkpoint: Mapping[str, Any], origin: str) -> tuple[str, in
     if version != FORMAT:
         raise UserError(f"{origin}: checkpoint format {version!r} is none that this version reads ({FORMAT})")
     name, num_classes = checkpoint.get("model"), checkpoint.get("num_classes")
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise UserError(f"{origin}: holds a network {name!r}, known are {', '.join(MODELS)}")
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise UserError(f"{origin}: num_classes is {num_classes!r}, expected a positive number")
+    state = _checked_state(checkpoint.get("state_dict"), origin)
+    # a wrong number must not become an allocation without bounds
+    if not isinstance(num_classes, int) or not 1 <= num_classes <= _most_rows(state):
+        raise UserError(f"{origin}: num_classes is {num_classes!r}, expected the number of rows of its linear layer")
     kept = checkpoint.get("kept") or {}
     if not isinstance(kept, dict) or not all(isinstance(channels, list) for channels in kept.values()):
         raise UserError(f"{origin}: kept is no mapping from layers to lists of channels")
-    return name, num_classes, _checked_state(checkpoint.get("state_dict"), origin), kept
+    return name, num_classes, state, kept
 
 
 def _checked_state(state: Any, origin: str) -> dict[str, Tensor]:
@@ -102,11 +105,8 @@ def _checked_state(state: Any, origin: str) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _narrowed(network: nn.Module, kept: Mapping[str, Sequence[int]], origin: str) -> nn.Module:
-    try:
-        return narrow(network, kept)
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from error
+def _most_rows(state: Mapping[str, Tensor]) -> int:
+    return max((len(value) for value in state.values() if value.ndim), default=0)
 
 
 def _load_bare(checkpoint: Mapping[str, Any], origin: str, model: str | None, model_flag: str) -> NetworkFile:
@@ -141,4 +141,7 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], origin: str, mo
         shown = "; ".join(differences[:SHOWN_DIFFERENCES])
         more = f" and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
         raise UserError(f"{origin}: does not fit {model}: {shown}{more}")
+    spoilt = [name for name, value in state.items() if not value.isfinite().all()]
+    if spoilt:
+        raise UserError(f"{origin}: {spoilt[0]} holds NaN or infinite numbers, expected those of a trained network")
     network.load_state_dict(state)

@@ -132,12 +132,18 @@ def check_pruned_zeros(state: Mapping[str, Tensor], kept: Mapping[str, Sequence[
     """Raises UserError where a layer has a weight or bias that is not exactly zero outside of its `kept` channels."""
     for name, channels in kept.items():
         for key in (f"{name}.weight", f"{name}.bias"):
-            if key not in state:
-                continue
-            pruned = torch.ones(len(state[key]), dtype=torch.bool, device=state[key].device)
-            pruned[list(channels)] = False
-            left = state[key][pruned].abs()
-            if left.numel() and not float(left.max()) == 0:
-                raise UserError(
-                    f"{key}: pruned channels must be exactly 0, the largest entry left there is {float(left.max()):.3g}"
+            if key in state:
+                largest = (
+                    float(_pruned_entries(state[key], name, channels).abs().amax()) if len(channels) < len(state[key]) else 0
                 )
+                if largest != 0:
+                    raise UserError(f"{key}: pruned channels must be exactly 0, the largest entry left there is {largest:.3g}")
+
+
+def _pruned_entries(tensor: Tensor, name: str, channels: Sequence[int]) -> Tensor:
+    pruned = set(range(len(tensor))).difference(channels)
+    if len(pruned) + len(channels) != len(tensor):
+        raise UserError(
+            f"kept channels of {name!r}: different numbers from 0 to {len(tensor) - 1} expected, not {list(channels)}"
+        )
+    return tensor[sorted(pruned)]

@@ -1,217 +1,258 @@
-"""Bad command lines and files: each ends with status 2 and one line that names the flag and the value, and writes nothing."""
+"""Bad command lines and files: one line on stderr that names flag and value, exit status 2, and nothing written."""
 
+import json
 import os
-import pickle
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from models import build_model
+from models.network_file import describe_network
 from utils.files import load_checkpoint, save_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
-class _Malicious:
-    """Makes a file when it is unpickled."""
+class Malicious:
+    """Unpickling it makes a folder."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, marker: Path):
+        self.marker = marker
 
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return (os.mkdir, (str(self.marker),))
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, trained_run) -> dict[str, str]:
-    """Damaged, foreign and malicious files by name, and the whole checkpoint that they come from."""
-    folder = tmp_path_factory.mktemp("files")
-    good = trained_run / "model_best.pt"
-    content = good.read_bytes()
-    checkpoint = load_checkpoint(good)
-    state = checkpoint["state_dict"]
-    paths = {name: folder / name for name in ("truncated", "flipped", "text", "empty", "malicious", "list")}
-    paths["truncated"].write_bytes(content[: len(content) // 2])
-    middle = len(content) // 2
-    paths["flipped"].write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    paths["text"].write_text("no network")
-    paths["empty"].write_bytes(b"")
-    with open(paths["malicious"], "wb") as file:
-        pickle.dump(_Malicious(folder / "owned"), file)
-    torch.save([1, 2], paths["list"])
-    five_classes = {"classifier.weight": torch.ones(5, 64), "classifier.bias": torch.ones(5)}
-    variants = {
-        "newer": {**checkpoint, "format": 99},
-        "unknown_model": {**checkpoint, "model": "resnet999"},
-        "missing_layer": {**checkpoint, "state_dict": {key: value for key, value in state.items() if "classifier" not in key}},
-        "wrong_shape": {**checkpoint, "state_dict": {**state, "bn_1.weight": torch.ones(3)}},
-        "five_classes": {**checkpoint, "num_classes": 5, "state_dict": {**state, **five_classes}},
-        "half_pruned": {**checkpoint, "kept": {"conv_1_3x3": [0, 1]}},
-        "kept_too_far": {**checkpoint, "kept": {"conv_1_3x3": [0, 99]}, "compact": True},
+def places(tmp_path_factory, trained_run, image_writer, mixed_size_images) -> dict[str, Path]:
+    """Good and bad files and folders, by the name that the table below calls them."""
+    folder = tmp_path_factory.mktemp("places")
+    places = {name: folder / name for name in (*CHECKPOINTS, "gone", "text", "truncated", "malicious", "marker", "flipped")}
+    places |= {"teacher": trained_run / "model_best.pt", "run": trained_run, "trained": trained_run.parent, "folder": folder}
+    write_checkpoints(places)
+    write_damaged(places)
+    return places | write_image_folders(folder, image_writer) | {"mixed": mixed_size_images}
+
+
+CHECKPOINTS = ("resnet32", "seven_classes", "newer", "bare", "regrown", "nothing_pruned", "nan")
+
+
+def write_checkpoints(places: dict[str, Path]) -> None:
+    trained = load_checkpoint(places["teacher"])
+    describe = {"model": "resnet20", "num_classes": 10, "config": {}}
+    others = {
+        "resnet32": describe_network(build_model("resnet32", num_classes=10).state_dict(), **{**describe, "model": "resnet32"}),
+        "seven_classes": describe_network(build_model("resnet20", num_classes=7).state_dict(), **{**describe, "num_classes": 7}),
+        "newer": {**trained, "format": 99},
+        "regrown": describe_network(trained["state_dict"], **describe, kept={"stage_1.0.conv_a": [0, 1]}),
+        "nan": describe_network(
+            {
+                name: torch.full_like(value, torch.nan) if value.ndim == 4 else value
+                for name, value in trained["state_dict"].items()
+            },
+            **describe,
+        ),
     }
-    for name, variant in variants.items():
-        paths[name] = folder / name
-        save_checkpoint(paths[name], variant)
-    paths["bare"] = folder / "bare"
-    torch.save(state, paths["bare"])
-    return {"good": str(good), "folder": str(folder), **{name: str(path) for name, path in paths.items()}}
+    for name, checkpoint in others.items():
+        save_checkpoint(places[name], checkpoint)
+    torch.save(trained["state_dict"], places["bare"])
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory, image_writer) -> dict[str, str]:
-    """Folders of images that each have one thing wrong."""
-    root = tmp_path_factory.mktemp("images")
-
-    def build(name: str, **sizes: tuple[int, ...]) -> Path:
-        for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
-            image_writer(root / name / place, sizes=sizes.get(place.replace("/", "_"), (8, 8)))
-        return root / name
-
-    build("empty_class", train_dog=())
-    (build("unreadable") / "train/cat/0.png").write_bytes(b"no image")
-    (build("other_classes") / "test/dog").rename(root / "other_classes/test/horse")
-    (root / "no_test/train/cat").mkdir(parents=True)
-    (root / "no_classes/train").mkdir(parents=True)
-    (root / "no_classes/test").mkdir()
-    return {path.name: str(path) for path in root.iterdir()}
+def write_damaged(places: dict[str, Path]) -> None:
+    whole = places["teacher"].read_bytes()
+    places["truncated"].write_bytes(whole[: len(whole) // 2])
+    places["text"].write_text("version https://git-lfs.github.com/spec/v1\n")
+    places["flipped"].write_bytes(whole[:500_000] + bytes([whole[500_000] ^ 4]) + whole[500_001:])
+    torch.save({"state_dict": Malicious(places["marker"])}, places["malicious"])
 
 
-TRAIN = "initial_train.py --model resnet20"
-PRUNE = "pruning.py --t-model resnet20 --t-path {good} --s-copy-t"
-QUANTIZE = "quantize_encode.py --load-path {good}"
+def write_image_folders(folder: Path, image_writer) -> dict[str, Path]:
+    """Sets of 8x8 images: a whole one, and one for each thing that can be wrong."""
+    names = ("tiny", "no_test", "empty_class", "unreadable", "other_classes", "single")
+    places = {name: folder / name for name in names}
+    for name, path in places.items():
+        count = 1 if name == "single" else 3
+        labels = ("cat",) if name == "single" else ("cat", "dog")
+        for split in ("train", "test"):
+            for label in labels:
+                image_writer(path / split / label, sizes=(8,) * count)
+    shutil.rmtree(places["no_test"] / "test")
+    for image in (places["empty_class"] / "train" / "dog").iterdir():
+        image.unlink()
+    (places["unreadable"] / "test" / "dog" / "1.png").write_bytes(b"no image")
+    (places["other_classes"] / "test" / "dog").rename(places["other_classes"] / "test" / "wolf")
+    return places
 
-# command line (words in braces are files of the fixtures), and what its message must name
-BAD_COMMANDS = [
-    ("initial_train.py", "--model"),
-    ("initial_train.py --model resnet21", "resnet21"),
-    (f"{TRAIN} --dataset mnist", "mnist"),
-    (f"{TRAIN} --no-such-flag", "--no-such-flag"),
-    (f"{TRAIN} --lr 0", "--lr"),
-    (f"{TRAIN} --lr nan", "--lr"),
-    (f"{TRAIN} --lr fast", "fast"),
-    (f"{TRAIN} --momentum 1", "--momentum"),
-    (f"{TRAIN} --weight-decay -1", "--weight-decay"),
-    (f"{TRAIN} --n-epochs 0", "--n-epochs"),
-    (f"{TRAIN} --batch-size 0", "--batch-size"),
-    (f"{TRAIN} --seed -1", "--seed"),
-    (f"{TRAIN} --schedule 1 2 --lr-drops 0.1", "--lr-drops"),
-    (f"{TRAIN} --schedule 1 2", "--lr-drops"),
-    (f"{TRAIN} --schedule 2 1 --lr-drops 0.1 0.1", "--schedule"),
-    (f"{TRAIN} --schedule 1 --lr-drops 0", "--lr-drops"),
-    (f"{TRAIN} --pretrained", "--pretrained"),
-    (f"{TRAIN} --run-name a/b", "a/b"),
-    (f"{TRAIN} --log-name ..", "--log-name"),
-    (f"{TRAIN} --resume {{folder}}", "--resume"),
-    (f"{TRAIN} --sync-bn", "--sync-bn"),
-    (f"{TRAIN} --dataset cifar10 --data-dir {{folder}} --dry-run", "cifar-10-python.tar.gz"),
-    (f"{TRAIN} --dataset folder --data-dir /no/such/folder", "/no/such/folder"),
-    (f"{TRAIN} --dataset folder --data-dir {{empty_class}}", "empty_class/train/dog"),
-    (f"{TRAIN} --dataset folder --data-dir {{unreadable}}", "0.png"),
-    (f"{TRAIN} --dataset folder --data-dir {{other_classes}}", "class folders"),
-    (f"{TRAIN} --dataset folder --data-dir {{no_test}}", "test"),
-    (f"{TRAIN} --dataset folder --data-dir {{no_classes}}", "no_classes/train"),
-    ("initial_train.py --evaluate", "--load-path"),
-    ("initial_train.py --evaluate --load-path {five_classes}", "5 classes"),
-    ("pruning.py", "--s-model"),
-    ("pruning.py --t-model resnet20 --s-copy-t", "--t-path"),
-    ("pruning.py --t-model resnet20 --t-path {good} --s-model resnet32 --s-copy-t", "resnet32"),
-    (f"{PRUNE} --s-path {{good}}", "--s-path"),
-    (f"{PRUNE} --prune-mode filter-x", "filter-x"),
-    (f"{PRUNE} --prune-rates 0", "--prune-rates"),
-    (f"{PRUNE} --prune-rates 1.5", "1.5"),
-    (f"{PRUNE} --prune-rates 0.5 0.6", "19 conv layers"),
-    (f"{PRUNE} --exclude-layers stem", "stem"),
-    (f"{PRUNE} --channel-multiple 0", "--channel-multiple"),
-    (f"{PRUNE} --prune-interval 2", "--prune-interval"),
-    (f"{PRUNE} --soft-prune", "--soft-prune"),
-    (f"{PRUNE} --soft-prune --prune-mode filter-r", "filter-r"),
-    (f"{PRUNE} --soft-prune --prune-mode filter-a --train-form compact", "--train-form"),
-    (f"{PRUNE} --gamma 2", "--gamma"),
-    (f"{PRUNE} --samp-batches 0", "--samp-batches"),
-    (f"{PRUNE} --distill fitnet", "fitnet"),
-    (f"{PRUNE} --distill none kd", "--distill"),
-    (f"{PRUNE} --distill at at", "--distill"),
-    (f"{PRUNE} --distill kd --alpha 0", "--alpha"),
-    (f"{PRUNE} --distill at --betas 1 2", "--betas"),
-    (f"{PRUNE} --betas 100", "--betas"),
-    (f"{PRUNE} --distill hap --hap-ts 100", "--hap-ts 100"),
-    ("pruning.py --s-model resnet20 --distill at", "--t-path"),
-    ("pruning.py --t-model resnet32 --t-path {good} --s-copy-t", "resnet32"),
-    *[
-        (f"pruning.py --t-model resnet20 --t-path {{{name}}} --s-copy-t", what)
-        for name, what in {
-            "truncated": "truncated",
-            "flipped": "flipped",
-            "text": "text",
-            "empty": "empty",
-            "malicious": "refused",
-            "list": "list",
-            "newer": "99",
-            "unknown_model": "resnet999",
-            "missing_layer": "classifier.weight is missing",
-            "wrong_shape": "bn_1.weight is (3,)",
-            "five_classes": "5 classes",
-            "half_pruned": "conv_1_3x3",
-            "kept_too_far": "99",
-        }.items()
-    ],
-    ("pruning.py --t-path {bare} --s-copy-t", "--t-model"),
-    ("pruning.py --t-model resnet32 --t-path {bare} --s-copy-t", "does not fit resnet32"),
-    ("pruning.py --t-path /no/such/file --s-copy-t", "/no/such/file"),
-    ("pruning.py --evaluate", "--t-path"),
-    ("quantize_encode.py", "--load-path"),
-    (f"{QUANTIZE} --quan-bits 0", "--quan-bits"),
-    (f"{QUANTIZE} --quan-bits 17", "17"),
-    (f"{QUANTIZE} --quan-bits stem=4", "stem"),
-    (f"{QUANTIZE} --quan-mode half-quan", "half-quan"),
-    (f"{QUANTIZE} --model resnet32", "resnet32"),
-    ("quantize_encode.py --inspect {text}", "text"),
-    ("quantize_encode.py --decode {text}", "--output"),
-    ("quantize_encode.py --decode {text} --output {good}", "exists"),
-    ("export.py --load-path {good}", "--output"),
-    ("export.py --load-path {good} --output {good}", "exists"),
-    ("export.py --load-path {good} --output /no/such/folder/net.onnx", "/no/such/folder"),
+
+TRAIN, PRUNE, QUANTIZE = "initial_train", "pruning", "quantize_encode"
+COPY = "--t-model resnet20 --t-path {teacher} --s-copy-t"
+
+# script, command line, and what its error must say
+COMMANDS = [
+    (TRAIN, "", ["--model is required"]),
+    (TRAIN, "--model resnet21", ["--model", "resnet21", "resnet20"]),
+    (TRAIN, "--model resnet20 --dataset mnist", ["--dataset", "mnist", "cifar10"]),
+    (TRAIN, "--model resnet20 --frobnicate 3", ["--frobnicate"]),
+    (TRAIN, "--model resnet20 --mod", ["--mod"]),
+    (TRAIN, "--model resnet20 --lr 0", ["--lr", "'0'", "above 0"]),
+    (TRAIN, "--model resnet20 --lr nan", ["--lr", "'nan'"]),
+    (TRAIN, "--model resnet20 --lr fast", ["--lr", "'fast'"]),
+    (TRAIN, "--model resnet20 --lr", ["--lr"]),
+    (TRAIN, "--model resnet20 --momentum 1", ["--momentum", "'1'"]),
+    (TRAIN, "--model resnet20 --weight-decay -0.1", ["--weight-decay", "'-0.1'"]),
+    (TRAIN, "--model resnet20 --schedule 1 60 --lr-drops 0.1", ["--lr-drops", "1 factors for the 2 epochs of --schedule"]),
+    (TRAIN, "--model resnet20 --schedule 60", ["--lr-drops", "--schedule"]),
+    (TRAIN, "--model resnet20 --schedule 60 1 --lr-drops 1 1", ["--schedule 60 1", "rise"]),
+    (TRAIN, "--model resnet20 --schedule 1.5 --lr-drops 1", ["--schedule", "'1.5'"]),
+    (TRAIN, "--model resnet20 --lr-drops 0 --schedule 1", ["--lr-drops", "'0'"]),
+    (TRAIN, "--model resnet20 --batch-size 0", ["--batch-size", "'0'"]),
+    (TRAIN, "--model resnet20 --batch-size 1", ["--batch-size 1", "batch normalisation"]),
+    (TRAIN, "--model resnet20 --n-epochs 0", ["--n-epochs", "'0'"]),
+    (TRAIN, "--model resnet20 --limit-batches 0", ["--limit-batches", "'0'"]),
+    (TRAIN, "--model resnet20 --seed -1", ["--seed", "'-1'"]),
+    (TRAIN, "--model resnet20 --seed 9223372036854775808", ["--seed"]),
+    (TRAIN, "--model resnet20 --workers -1", ["--workers", "'-1'"]),
+    (TRAIN, "--model resnet20 --checkpoint-interval 0", ["--checkpoint-interval", "'0'"]),
+    (TRAIN, "--model resnet20 --checkpoint-minutes -1", ["--checkpoint-minutes", "'-1'"]),
+    (TRAIN, "--model resnet20 --device tpu", ["--device", "tpu", "cuda"]),
+    pytest.param(TRAIN, "--model resnet20 --device cuda", ["--device cuda", "no CUDA device"], marks=NO_CUDA),
+    pytest.param(TRAIN, "--model resnet20 --dev-idx 7", ["--dev-idx 7", "no CUDA device"], marks=NO_CUDA),
+    (TRAIN, "--model resnet20 --device cpu --sync-bn", ["--sync-bn", "CUDA"]),
+    (TRAIN, "--model resnet20 --pretrained", ["--pretrained", "resnet20", "resnet50"]),
+    (TRAIN, "--model resnet20 --run-name a/b", ["--run-name", "a/b"]),
+    (TRAIN, "--model resnet20 --run-name ..", ["--run-name", ".."]),
+    (TRAIN, "--model resnet20 --log-name ../log.txt", ["--log-name", "../log.txt"]),
+    (TRAIN, "--model resnet20 --save-dir {text}", ["--save-dir", "{text}"]),
+    (TRAIN, "--model resnet20 --save-dir {trained} --run-name teacher", ["--run-name teacher", "exists", "--resume"]),
+    (TRAIN, "--model resnet20 --dataset folder --data-dir {gone}", ["--data-dir {gone}", "no such folder"]),
+    (TRAIN, "--model resnet20 --dataset folder --data-dir {text}", ["--data-dir {text}"]),
+    (TRAIN, "--model resnet20 --dataset folder --data-dir {no_test}", ["--data-dir {no_test}", "test"]),
+    (TRAIN, "--model resnet20 --dataset folder --data-dir {empty_class}", ["{empty_class}/train/dog", "holds no image"]),
+    (TRAIN, "--model resnet20 --dataset folder --data-dir {unreadable}", ["{unreadable}/test/dog/1.png", "cannot be read"]),
+    (TRAIN, "--model resnet20 --dataset folder --data-dir {other_classes}", ["{other_classes}", "different class folders"]),
+    (TRAIN, "--model resnet20 --dataset folder --data-dir {single}", ["--data-dir {single}", "1 training images are too few"]),
+    (TRAIN, "--model alexnet --dataset folder --data-dir {tiny}", ["--model alexnet", "8x8"]),
+    (TRAIN, "--model resnet20 --dataset cifar10 --data-dir {gone} --dry-run", ["{gone}/cifar-10-python.tar.gz", "--data-dir"]),
+    (TRAIN, "--evaluate", ["--load-path is required"]),
+    (TRAIN, "--evaluate --load-path {gone}", ["--load-path {gone}", "no such file"]),
+    (TRAIN, "--evaluate --load-path {folder}", ["--load-path {folder}", "cannot be read"]),
+    (TRAIN, "--evaluate --load-path {text}", ["--load-path {text}", "not a checkpoint file"]),
+    (TRAIN, "--evaluate --load-path {truncated}", ["--load-path {truncated}", "damaged or truncated"]),
+    (TRAIN, "--evaluate --load-path {flipped}", ["--load-path {flipped}", "damaged"]),
+    (TRAIN, "--evaluate --load-path {malicious}", ["--load-path {malicious}", "refused"]),
+    (TRAIN, "--evaluate --load-path {newer}", ["--load-path {newer}", "format 99", "newer"]),
+    (TRAIN, "--evaluate --load-path {bare}", ["--load-path {bare}", "--model"]),
+    (TRAIN, "--evaluate --load-path {bare} --model resnet32", ["--load-path {bare}", "does not fit resnet32", "is missing"]),
+    (TRAIN, "--evaluate --load-path {teacher} --model resnet32", ["{teacher}", "holds a resnet20", "resnet32 of --model"]),
+    (TRAIN, "--evaluate --load-path {seven_classes}", ["{seven_classes}", "7 classes", "digits has 10"]),
+    (TRAIN, "--resume {gone}", ["--resume {gone}", "config.json"]),
+    (TRAIN, "--resume {folder}", ["--resume {folder}", "config.json"]),
+    (TRAIN, "--resume {run} --lr 0.2", ["--lr 0.2", "contradicts 0.05"]),
+    (TRAIN, "--resume {run} --n-epochs 1", ["--n-epochs 1", "may only be raised"]),
+    (TRAIN, "--resume {run} --model resnet32", ["--model resnet32", "contradicts resnet20"]),
+    (TRAIN, "--resume {run} --evaluate", ["--evaluate", "contradicts"]),
+    (PRUNE, "--resume {run}", ["--resume {run}", "a run of initial_train.py"]),
+    (PRUNE, "", ["--s-model"]),
+    (PRUNE, "--s-copy-t", ["--s-copy-t", "--t-path"]),
+    (PRUNE, f"{COPY} --s-model resnet32", ["--s-copy-t", "resnet32", "resnet20"]),
+    (PRUNE, f"{COPY} --s-path {{teacher}}", ["--s-path", "--s-copy-t"]),
+    (PRUNE, f"{COPY} --prune-rates 0", ["--prune-rates", "'0'"]),
+    (PRUNE, f"{COPY} --prune-rates 1.2", ["--prune-rates", "'1.2'"]),
+    (PRUNE, f"{COPY} --prune-rates 0.5 0.5", ["--prune-rates", "2 values for 19 conv layers"]),
+    (PRUNE, f"{COPY} --prune-mode filter-x", ["--prune-mode", "filter-x", "filter-nggm"]),
+    (PRUNE, f"{COPY} --exclude-layers conv1", ["--exclude-layers conv1", "conv_1_3x3"]),
+    (PRUNE, f"{COPY} --channel-multiple 0", ["--channel-multiple", "'0'"]),
+    (PRUNE, f"{COPY} --samp-batches 0", ["--samp-batches", "'0'"]),
+    (PRUNE, f"{COPY} --gamma 1.5", ["--gamma", "'1.5'"]),
+    (PRUNE, f"{COPY} --prune-mode filter-a --prune-interval 2", ["--prune-interval 2", "--soft-prune"]),
+    (PRUNE, f"{COPY} --prune-mode filter-r --soft-prune", ["--soft-prune", "filter-r", "filter-l2"]),
+    (PRUNE, f"{COPY} --prune-mode filter-a --soft-prune --train-form compact", ["--train-form compact", "--soft-prune"]),
+    (PRUNE, f"{COPY} --distill mse", ["--distill", "mse", "hap"]),
+    (PRUNE, f"{COPY} --distill at at", ["--distill at at"]),
+    (PRUNE, f"{COPY} --distill none at", ["--distill none at"]),
+    (PRUNE, f"{COPY} --distill at --betas 1 2", ["--betas", "2 values for the 1 losses"]),
+    (PRUNE, f"{COPY} --distill kd --betas 1", ["--betas"]),
+    (PRUNE, f"{COPY} --distill kd --alpha 0", ["--alpha 0", "--distill none"]),
+    (PRUNE, f"{COPY} --distill kd --kd-t 0", ["--kd-t", "'0'"]),
+    (PRUNE, f"{COPY} --distill hap --hap-ts 0", ["--hap-ts", "'0'"]),
+    (PRUNE, f"{COPY} --distill hap --hap-ts 99", ["--hap-ts 99"]),
+    (PRUNE, "--s-model resnet20 --distill at", ["--distill at", "--t-path"]),
+    (PRUNE, "--t-model resnet32 --t-path {teacher} --s-copy-t", ["{teacher}", "resnet20", "resnet32 of --t-model"]),
+    (PRUNE, "--t-path {seven_classes} --s-copy-t", ["--t-path {seven_classes}", "7 classes"]),
+    (PRUNE, "--t-path {truncated} --s-copy-t", ["--t-path {truncated}", "damaged or truncated"]),
+    (PRUNE, "--t-path {malicious} --s-copy-t --t-model resnet20", ["--t-path {malicious}", "refused"]),
+    (PRUNE, "--t-path {teacher} --s-path {resnet32} --s-model resnet20", ["--s-path {resnet32}", "--s-model"]),
+    (PRUNE, "--s-path {regrown}", ["--s-path {regrown}", "stage_1.0.conv_a"]),
+    (PRUNE, "--s-path {nan}", ["--s-path {nan}", "conv_1_3x3.weight", "NaN"]),
+    (PRUNE, "--evaluate", ["--t-path"]),
+    (PRUNE, f"{COPY} --dataset folder --data-dir {{tiny}}", ["{teacher}", "10 classes", "folder has 2"]),
+    (QUANTIZE, "", ["--load-path is required"]),
+    (QUANTIZE, "--load-path {gone}", ["--load-path {gone}", "no such file"]),
+    (QUANTIZE, "--load-path {teacher} --quan-bits 0", ["--quan-bits"]),
+    (QUANTIZE, "--load-path {teacher} --quan-bits 17", ["--quan-bits", "17"]),
+    (QUANTIZE, "--load-path {teacher} --quan-bits no_such_layer=4", ["--quan-bits", "no_such_layer"]),
+    (QUANTIZE, "--load-path {teacher} --quan-mode most", ["--quan-mode", "most"]),
+    (QUANTIZE, "--load-path {malicious} --model resnet20", ["--load-path {malicious}", "refused"]),
 ]
 
 
-@pytest.mark.parametrize(("command", "named"), BAD_COMMANDS)
-def test_one_line_and_nothing_written(command: str, named: str, files, images, tmp_path, run_script: Callable):
-    script, *words = command.format(**files, **images).split()
-    run_flags = [] if script == "export.py" else ["--save-dir", str(tmp_path / "saves"), "--device", "cpu"]
-    before = sorted(Path(files["folder"]).iterdir())
-    ended = run_script(script.removesuffix(".py"), *words, *run_flags)
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def check_line(errors: str, script: str, parts: list[str], places: dict[str, Path]) -> None:
+    lines = errors.splitlines()
+    assert len(lines) == 1, errors
+    assert lines[0].startswith(f"{script}.py: error: ")
+    for part in parts:
+        assert part.format(**places) in lines[0]
+
+
+@pytest.mark.parametrize(("script", "command", "parts"), COMMANDS)
+def test_is_refused(script, command, parts, places, tmp_path, run_script, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where ./saves and ./data would be
+    before = contents(places["trained"])
+    ended = run_script(script, *command.format(**places).split())
     assert ended.status == 2
-    assert named in ended.errors
-    assert ended.errors.startswith(f"{script}: error: ")
-    assert ended.errors.count("\n") == 1 and ended.errors.endswith("\n")
+    check_line(ended.errors, script, parts, places)
+    assert ended.output == ""
     assert list(tmp_path.iterdir()) == []
-    assert sorted(Path(files["folder"]).iterdir()) == before  # and no code of a file has run
+    assert contents(places["trained"]) == before
+    assert not places["marker"].exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-@pytest.mark.parametrize("flags", [("--device", "cuda"), ("--dev-idx", "3")])
-def test_a_cuda_device_that_is_not_there(flags, tmp_path, run_script: Callable):
-    ended = run_script("initial_train", "--model", "resnet20", *flags, "--save-dir", str(tmp_path / "saves"))
-    assert ended.status == 2
-    assert " ".join(flags) in ended.errors and ended.errors.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_real_command_prints_no_traceback(tmp_path):
-    command = [
-        sys.executable,
-        "pruning.py",
-        "--t-path",
-        str(tmp_path / "missing.pt"),
-        "--s-copy-t",
-        "--save-dir",
-        str(tmp_path / "saves"),
-    ]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize(
+    ("script", "command", "parts"),
+    [
+        (TRAIN, "--model resnet20 --schedule 3 --lr-drops", ["--lr-drops", "--schedule"]),
+        (PRUNE, "--t-path {malicious} --t-model resnet20 --s-copy-t", ["--t-path {malicious}", "refused"]),
+        (TRAIN, "--resume {run} --seed 3", ["--seed 3", "contradicts 1"]),
+    ],
+)
+def test_is_refused_from_a_shell(script, command, parts, places, tmp_path):
+    words = [sys.executable, str(REPOSITORY / f"{script}.py"), *command.format(**places).split()]
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert ended.returncode == 2
+    check_line(ended.stderr, script, parts, places)
     assert ended.stdout == ""
-    assert ended.stderr == f"pruning.py: error: --t-path {tmp_path / 'missing.pt'}: no such file\n"
     assert list(tmp_path.iterdir()) == []
+    assert not places["marker"].exists()
+
+
+def test_unknown_flags_in_config_are_refused(places, tmp_path, run_script):
+    shutil.copytree(places["run"], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["flags"]["turbo"] = 3
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    ended = run_script(TRAIN, "--resume", str(tmp_path / "run"))
+    assert ended.status == 2
+    assert "config.json does not fit this script: unrecognized arguments: --turbo=3" in ended.errors
+
+
+def test_the_table_is_long_enough():
+    assert len(COMMANDS) >= 100

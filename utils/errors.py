@@ -1,11 +1,23 @@
 """The exceptions whose message is meant for the person at the terminal. Entry scripts print it as one line on stderr."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """Bad input, found before anything is trained; exit status 2.
 
     The message is one line that names the flag or file, the value, and what would be right.
     """
+
+
+@contextlib.contextmanager
+def naming(origin: str) -> Iterator[None]:
+    """Puts `origin`, a flag and its value, before the message of a UserError that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
 
 
 class NonFiniteLoss(RuntimeError):

@@ -44,6 +44,7 @@ CONFIG, METRICS, SUMMARY, LOCK, TENSORBOARD = "config.json", "metrics.jsonl", "s
 # where a run is computed, not what is computed: may differ when it is resumed
 PLACEMENT_FLAGS = frozenset(("resume", "dry_run", "data_dir", "device", "dev_idx", "workers"))
 STATE_KEYS = frozenset(("epoch", "batch", "best", "last", "sums", "objective", "optimizer", "hooks", "random"))
+NAME_BYTES = 200  # of the 255 that file systems allow; temporary names are longer
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -146,9 +147,10 @@ class Run:
         spare.unlink(missing_ok=True)
         try:
             os.link(last, spare)
-        except OSError:  # a file system without hard links
-            return write_atomic(previous, last.read_bytes())
-        os.replace(spare, previous)
+            os.replace(spare, previous)
+            spare.unlink(missing_ok=True)  # renaming does nothing where both are already names of one file
+        except OSError:  # a file system without hard links; if it is full or read-only, this says so
+            write_atomic(previous, last.read_bytes())
 
     def save_json(self, name: str, value: Any) -> None:
         if self.world.is_main:
@@ -242,7 +244,7 @@ def read_config(folder: str | os.PathLike, *, script: str) -> dict[str, Any]:
 def check_save_dir(save_dir: str, *, name: str | None, log_name: str) -> None:
     """Raises UserError if a new run could not be written; writes nothing."""
     for flag, value in (("--run-name", name), ("--log-name", log_name)):
-        if value is not None and (not value or Path(value).name != value or value in (".", "..")):
+        if value is not None and (Path(value).name != value or value in ("", "..") or len(os.fsencode(value)) > NAME_BYTES):
             raise UserError(f"{flag} {value!r}: must be a plain name, it is created inside --save-dir")
     folder = Path(save_dir)
     if name is not None and (folder / name).exists():

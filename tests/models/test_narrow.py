@@ -213,6 +213,24 @@ def test_a_network_without_any_filter_still_gives_its_bias():
     torch.testing.assert_close(small(images()), model.classifier.bias.expand(3, -1))
 
 
+def test_wide_sums_cut_only_inside_of_blocks():
+    model, kept = masked_resnet()
+    small = narrow(model.eval(), kept, wide_sums=True)
+    assert small.get_submodule("stage_3.0.conv_a").out_channels == 38
+    assert small.get_submodule("stage_3.0.conv_b").weight.shape == (64, 38, 3, 3)
+    assert small.get_submodule("conv_1_3x3").out_channels == 16
+    torch.testing.assert_close(small.outputs(images()), model.outputs(images()))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_channels_last_stays_and_computes_the_same(training):
+    model, kept = masked_resnet()
+    small = narrow(model.train(training), kept).to(memory_format=torch.channels_last)
+    outputs = small.outputs(images().to(memory_format=torch.channels_last))
+    torch.testing.assert_close(outputs, model.outputs(images()))
+    assert all(block.is_contiguous(memory_format=torch.channels_last) for block in outputs.blocks)
+
+
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
@@ -221,6 +239,7 @@ def test_a_network_without_any_filter_still_gives_its_bias():
         ({"bn_1": [0, 16]}, "'bn_1': ascending numbers from 0 to 15"),
         ({"bn_1": [3, 2]}, "'bn_1': ascending numbers"),
         ({"bn_1": [-1]}, "'bn_1': ascending numbers"),
+        ({"bn_1": ["2"]}, "'bn_1': ascending numbers"),
         ({"bn_1": [2, 2]}, "'bn_1': ascending numbers"),
     ],
 )

@@ -241,6 +241,12 @@ def test_pruned_channels_must_be_zero():
         check_pruned_zeros(model.state_dict(), {"bn_1": [0, 1]})
 
 
+@pytest.mark.parametrize("channels", [[0, 16], [-1], [3, 3], ["3"]])
+def test_kept_channels_that_the_layer_has_not_got(channels):
+    with pytest.raises(UserError, match="kept channels of 'bn_1': different numbers from 0 to 15"):
+        check_pruned_zeros(CifarResNet(depth=8, num_classes=3).state_dict(), {"bn_1": channels})
+
+
 # ---- random networks ---------------------------------------------------------------------------------------------------
 
 ACTIVATIONS = (F.relu, F.silu, torch.sigmoid, F.leaky_relu, F.gelu, torch.tanh)

@@ -1,0 +1,126 @@
+"""How much faster a small network is: dense beside compact, PyTorch beside onnxruntime, and a plain training step.
+
+    python -m benchmarks.inference --model resnet56
+
+Filters are chosen at random, which asks most of the residual sums. `wide sums` is the form that export.py writes as ONNX.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import add_common_flags, interleaved_seconds, machine, median_ratio, report, synthetic_batch
+from models import MODELS, build_model
+from models.narrow import narrow
+from prune.masks import choose_filters, keep_ratios, prunable_layers
+from prune.schedule import PhysicalPruning
+from utils import cli
+from utils.data import Batch
+from utils.distributed import World
+from utils.engine import CrossEntropyObjective, sgd, train_step
+from utils.profile import profile_network
+from utils.setup import choose_device, to_device
+
+PRUNINGS = ((0.6, 1), (0.5, 8))  # keep ratio, channel multiple
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(prog="inference.py", description="Speed of dense and compact networks.")
+    parser.add_argument("--model", default="resnet56", choices=MODELS, help="the network")
+    parser.add_argument("--batch-sizes", type=cli.positive_int, nargs="+", default=[1, 64], help="images a forward pass")
+    parser.add_argument("--train-batch-size", type=cli.positive_int, default=128, help="images a training step")
+    parser.add_argument("--onnx", action="store_true", help="time onnxruntime too (CPU)")
+    add_common_flags(parser, name="inference", rounds=15)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    device = choose_device(args.device, None, World())
+    rows = [row for keep_ratio, multiple in PRUNINGS for row in measure(args, keep_ratio, multiple, device=device)]
+    report("inference", rows, output=args.output, machine=machine(device), model=args.model, rounds=args.rounds)
+
+
+def measure(args: argparse.Namespace, keep_ratio: float, multiple: int, *, device: torch.device) -> list[dict[str, Any]]:
+    networks = build_forms(args.model, keep_ratio, multiple, device=device)
+    image = synthetic_batch(1, device=device).images
+    sizes = {form: profile_network(network, image) for form, network in networks.items()}
+    rows = []
+    for task, functions in tasks(args, networks, device=device).items():
+        seconds = interleaved_seconds(functions, device=device, rounds=args.rounds)
+        for form in functions:
+            rows.append(
+                {
+                    "retained": f"{keep_ratio} by {multiple}",
+                    "task": task,
+                    "form": form,
+                    "parameters": sizes[form]["parameters"] / sizes["dense"]["parameters"],
+                    "MACs": sizes[form]["macs"] / sizes["dense"]["macs"],
+                    "ms (least)": 1000 * min(seconds[form]),
+                    "times faster": median_ratio(seconds["dense"], seconds[form]),
+                }
+            )
+    return rows
+
+
+def build_forms(name: str, keep_ratio: float, multiple: int, *, device: torch.device) -> dict[str, nn.Module]:
+    """One function in three forms: all filters with zeros, without them, and with zeros in the residual sums alone."""
+    torch.manual_seed(0)
+    dense = build_model(name, num_classes=10)
+    layers = prunable_layers(dense)
+    generator = torch.Generator().manual_seed(0)
+    kept = choose_filters(layers, keep_ratios(layers, [keep_ratio]), criterion="filter-r", multiple=multiple, generator=generator)
+    pruning = PhysicalPruning(dense, kept)
+    live = pruning.live_channels(pruning.kept)
+    forms = {"dense": dense, "compact": narrow(dense, live), "wide sums": narrow(dense, live, wide_sums=True)}
+    return {form: to_device(network, device) for form, network in forms.items()}
+
+
+def tasks(
+    args: argparse.Namespace, networks: Mapping[str, nn.Module], *, device: torch.device
+) -> dict[str, dict[str, Callable[[], object]]]:
+    """What is timed, and for each of it one function a form."""
+    evaluated = {form: copy.deepcopy(network).eval() for form, network in networks.items()}
+    result = {}
+    for size in args.batch_sizes:
+        images = synthetic_batch(size, device=device).images
+        result[f"forward, batch {size}"] = {form: forward(network, images) for form, network in evaluated.items()}
+        if args.onnx and device.type == "cpu":
+            result[f"onnxruntime, batch {size}"] = {form: onnx_session(net, images) for form, net in evaluated.items()}
+    batch = synthetic_batch(args.train_batch_size, device=device)
+    result[f"training step, batch {args.train_batch_size}"] = {form: step(net, batch) for form, net in networks.items()}
+    return result
+
+
+def forward(network: nn.Module, images: Tensor) -> Callable[[], object]:
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return network(images)
+
+    return run
+
+
+def step(network: nn.Module, batch: Batch) -> Callable[[], object]:
+    objective = CrossEntropyObjective(network.train())
+    optimizer = sgd(objective.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    return lambda: train_step(objective, batch, optimizer=optimizer)
+
+
+def onnx_session(network: nn.Module, images: Tensor) -> Callable[[], object]:
+    import onnxruntime
+
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.onnx.export(network, (images[:1].expand(2, -1, -1, -1),), dynamic_shapes=(batch,), dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: images.contiguous().numpy()}
+    return lambda: session.run(None, inputs)
+
+
+if __name__ == "__main__":
+    cli.execute(lambda: main(get_args_parser().parse_args()))

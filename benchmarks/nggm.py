@@ -1,0 +1,92 @@
+"""What `filter-nggm` costs: time and memory of its gradient pass, a batch, beside a plain training step.
+
+python -m benchmarks.nggm --model resnet56
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.common import add_common_flags, interleaved_seconds, machine, median_ratio, report, synthetic_batch
+from models import MODELS, build_model
+from prune.gradients import mean_gradients
+from prune.masks import prunable_layers
+from utils import cli
+from utils.distributed import World
+from utils.engine import CrossEntropyObjective, prepare_step, sgd, train_step
+from utils.setup import choose_device, to_device
+
+BATCHES = 2  # of one measured pass, and as many steps
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(prog="nggm.py", description="Cost of NGGM's gradient pass in units of a plain training step.")
+    parser.add_argument("--model", nargs="+", default=["resnet20", "resnet56"], choices=MODELS, help="the networks")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="images a batch")
+    add_common_flags(parser, name="nggm", rounds=9)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    device = choose_device(args.device, None, World())
+    rows = [measure(model, args, device=device) for model in args.model]
+    report("nggm", rows, output=args.output, machine=machine(device), batch_size=args.batch_size, rounds=args.rounds)
+
+
+def measure(model: str, args: argparse.Namespace, *, device: torch.device) -> dict[str, object]:
+    """One row: milliseconds a batch, their ratio, and how far memory rises above what network and batch take."""
+    work = {kind: prepare(kind, model, args.batch_size, device) for kind in ("plain steps", "NGGM pass")}
+    seconds = interleaved_seconds(work, device=device, rounds=args.rounds)
+    peaks = {kind: peak_mebibytes(kind, model, args.batch_size, device) for kind in work}
+    plain, scoring = ([value / BATCHES for value in seconds[kind]] for kind in work)
+    return {
+        "model": model,
+        "plain step ms": 1000 * statistics.median(plain),
+        "NGGM ms a batch": 1000 * statistics.median(scoring),
+        "plain steps": median_ratio(scoring, plain),
+        "plain step MiB": peaks["plain steps"],
+        "NGGM MiB": peaks["NGGM pass"],
+    }
+
+
+def prepare(kind: str, model: str, batch_size: int, device: torch.device) -> Callable[[], object]:
+    torch.manual_seed(0)
+    network = to_device(build_model(model, num_classes=10), device).train()
+    batch = synthetic_batch(batch_size, device=device)
+    if kind == "NGGM pass":
+        layers = prunable_layers(network)
+        return lambda: mean_gradients(network, [(batch.images, batch.labels)] * BATCHES, layers=layers)
+    objective = CrossEntropyObjective(network)
+    step = prepare_step(objective, device=device, world=World(), compiled=False)
+    optimizer = sgd(objective.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    return lambda: [train_step(step, batch, optimizer=optimizer) for _ in range(BATCHES)]
+
+
+def peak_mebibytes(kind: str, model: str, batch_size: int, device: torch.device) -> int:
+    """How far memory rises above what the network and a batch take; on a CPU by the resident set of a fresh process."""
+    if device.type == "cuda":
+        return _cuda_peak(prepare(kind, model, batch_size, device), device)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_resident_peak, (kind, model, batch_size))
+
+
+def _cuda_peak(work: Callable[[], object], device: torch.device) -> int:
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+
+
+def _resident_peak(kind: str, model: str, batch_size: int) -> int:
+    work = prepare(kind, model, batch_size, torch.device("cpu"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+if __name__ == "__main__":
+    cli.execute(lambda: main(get_args_parser().parse_args()))

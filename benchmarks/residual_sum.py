@@ -1,0 +1,106 @@
+"""Ways to add a few channels into their places among many: why `models.narrow` does it as it does.
+
+    python -m benchmarks.residual_sum
+
+The residual sums of ResNet-56: `whole` (B, F, H, W) holds all channels, `part` the filters that its block retains. `conv`
+is the block's second convolution writing only those filters, `wide conv` the same writing all of them, zeros included,
+which needs nothing but a plain sum behind it: the difference of the two is what a sum by places may cost.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import add_common_flags, interleaved_seconds, machine, report
+from models.cifar_resnet import STAGE_WIDTHS
+from prune.masks import keep_count
+from utils import cli
+from utils.distributed import World
+from utils.setup import choose_device
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+STAGE_SIDES_PIXELS = (32, 16, 8)
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(prog="residual_sum.py", description="Sums of maps that store different channels.")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=64, help="images")
+    parser.add_argument("--keep-ratio", type=cli.keep_proportion, default=0.5, help="proportion of filters retained")
+    add_common_flags(parser, name="residual_sum", rounds=15)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    device = choose_device(args.device, None, World())
+    rows = [
+        {
+            "layout": name,
+            "task": task,
+            "channels": width,
+            **measure(args, width, side, layout, train=task == "training", device=device),
+        }
+        for name, layout in LAYOUTS.items()
+        for task in ("inference", "training")
+        for width, side in zip(STAGE_WIDTHS, STAGE_SIDES_PIXELS, strict=True)
+    ]
+    settings = {"batch_size": args.batch_size, "keep_ratio": args.keep_ratio, "rounds": args.rounds, "figures": "least ms"}
+    report("residual_sum", rows, output=args.output, machine=machine(device), **settings)
+
+
+def measure(
+    args: argparse.Namespace, width: int, side: int, layout: torch.memory_format, *, train: bool, device: torch.device
+) -> dict[str, float]:
+    """The least milliseconds of each form, with its backward pass if `train`."""
+    torch.manual_seed(0)
+    kept = torch.randperm(width)[: keep_count(width, args.keep_ratio)].sort().values.to(device)
+    whole, part = (
+        torch.randn(args.batch_size, channels, side, side, device=device).to(memory_format=layout).requires_grad_(train)
+        for channels in (width, len(kept))
+    )
+    functions = {name: runnable(form, train=train) for name, form in forms(whole, part, kept).items()}
+    seconds = interleaved_seconds(functions, device=device, rounds=args.rounds)
+    return {name: 1000 * min(times) for name, times in seconds.items()}
+
+
+def runnable(form: Callable[[], Tensor], *, train: bool) -> Callable[[], object]:
+    def infer() -> Tensor:
+        with torch.inference_mode():
+            return form()
+
+    def step() -> None:
+        form().sum().backward()
+
+    return step if train else infer
+
+
+def forms(whole: Tensor, part: Tensor, kept: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Each form as a function without arguments."""
+    width, count = whole.shape[1], len(kept)
+    origins = torch.full((width,), count, device=kept.device).index_copy(0, kept, torch.arange(count, device=kept.device))
+    selection = F.one_hot(kept, width).t().to(whole.dtype)[:, :, None, None].contiguous()  # (F, kept, 1, 1)
+    weight = torch.randn(width, count, 3, 3, device=whole.device)
+    narrow_weight = weight[kept].contiguous()
+
+    def rows(x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+    def add_rows() -> Tensor:
+        batch, _, height, side = whole.shape
+        return rows(whole).index_add(1, kept, rows(part)).view(batch, height, side, width).permute(0, 3, 1, 2)
+
+    return {
+        "plain sum of all": lambda: whole + whole,
+        "index_add": lambda: whole.index_add(1, kept, part),
+        "index_add of rows": add_rows,
+        "gather from padded": lambda: whole + F.pad(part, (0, 0, 0, 0, 0, 1)).index_select(1, origins),
+        "1x1 selection": lambda: whole + F.conv2d(part, selection),
+        "conv": lambda: F.conv2d(part, narrow_weight, padding=1),
+        "wide conv": lambda: F.conv2d(part, weight, padding=1),
+    }
+
+
+if __name__ == "__main__":
+    cli.execute(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,162 @@
+"""Checkpoint files to networks and back, and what is refused with a message that says what differs."""
+
+import copy
+
+import pytest
+import torch
+
+from models import build_model
+from models.narrow import narrow
+from models.network_file import describe_network, load_network
+from utils.errors import UserError
+from utils.files import load_checkpoint, save_checkpoint
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+KEPT = {"stage_1.0.conv_a": [0, 3, 7], "stage_1.0.bn_a": [0, 3, 7]}
+
+
+@pytest.fixture(scope="module")
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    network = build_model("resnet20", num_classes=7)
+    network(IMAGES)  # so that the running statistics are none that a new network has
+    return network.eval()
+
+
+def write(path, network, **changes) -> str:
+    description = describe_network(network.state_dict(), model="resnet20", num_classes=7, config={"lr": 0.1}, kept=None)
+    save_checkpoint(path, {**description, "epoch": 3, "metrics": {"top1": 88.5}, **changes})
+    return str(path)
+
+
+def refuse(path, *parts: str, **options) -> None:
+    with pytest.raises(UserError) as raised:
+        load_network(path, flag="--t-path", **options)
+    message = str(raised.value)
+    assert message.startswith(f"--t-path {path}: ")
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+class TestRoundTrip:
+    def test_dense(self, network, tmp_path):
+        file = load_network(write(tmp_path / "a.pt", network), flag="--t-path", model="resnet20")
+        assert (file.model, file.num_classes, file.kept, file.compact) == ("resnet20", 7, {}, False)
+        assert file.metrics == {"top1": 88.5}
+        assert not file.network.training
+        assert torch.equal(file.network(IMAGES), network(IMAGES))
+
+    def test_compact(self, network, tmp_path):
+        small = narrow(copy.deepcopy(network), KEPT).eval()
+        description = describe_network(
+            small.state_dict(), model="resnet20", num_classes=7, config={}, kept=small.kept, compact=True
+        )
+        save_checkpoint(tmp_path / "a.pt", {**description, "epoch": 0, "metrics": {}})
+        file = load_network(tmp_path / "a.pt", flag="--t-path")
+        assert file.compact
+        assert file.network.get_submodule("stage_1.0.conv_a").out_channels == 3
+        assert torch.equal(file.network(IMAGES), small(IMAGES))
+
+    def test_description_is_a_copy_in_plain_layout(self, network):
+        trained = copy.deepcopy(network).to(memory_format=torch.channels_last)
+        described = describe_network(trained.state_dict(), model="resnet20", num_classes=7, config={})["state_dict"]
+        with torch.no_grad():
+            trained.conv_1_3x3.weight.zero_()
+        assert torch.equal(described["conv_1_3x3.weight"], network.conv_1_3x3.weight)
+        assert described["conv_1_3x3.weight"].is_contiguous()
+
+    def test_holds_nothing_but_tensors_and_plain_values(self, network, tmp_path):
+        checkpoint = load_checkpoint(write(tmp_path / "a.pt", network))
+        assert set(checkpoint) == {"format", "model", "num_classes", "state_dict", "config", "epoch", "metrics"}
+
+
+class TestBareStateDict:
+    """Files that people already have."""
+
+    @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state}], ids=["bare", "wrapped"])
+    @pytest.mark.parametrize("prefix", ["", "module."])
+    def test_loads(self, wrap, prefix, network, tmp_path):
+        state = {prefix + name: value for name, value in network.state_dict().items()}
+        torch.save(wrap(state), tmp_path / "a.pt")
+        file = load_network(tmp_path / "a.pt", flag="--t-path", model="resnet20")
+        assert file.num_classes == 7
+        assert torch.equal(file.network(IMAGES), network(IMAGES))
+
+    def test_without_batch_counters(self, network, tmp_path):
+        state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
+        torch.save(state, tmp_path / "a.pt")
+        assert torch.equal(load_network(tmp_path / "a.pt", flag="--t-path", model="resnet20").network(IMAGES), network(IMAGES))
+
+    def test_needs_the_name_of_its_network(self, network, tmp_path):
+        torch.save(network.state_dict(), tmp_path / "a.pt")
+        refuse(tmp_path / "a.pt", "name it with --t-model", model_flag="--t-model")
+
+    def test_of_another_network(self, network, tmp_path):
+        torch.save(network.state_dict(), tmp_path / "a.pt")
+        refuse(tmp_path / "a.pt", "does not fit resnet32", "stage_1.3.conv_a.weight is missing", "more", model="resnet32")
+
+    def test_without_a_classifier(self, tmp_path):
+        torch.save({"weight": torch.zeros(3)}, tmp_path / "a.pt")
+        refuse(tmp_path / "a.pt", "holds no linear layer", model="resnet20")
+
+    def test_no_tensors(self, tmp_path):
+        torch.save({"lr": 0.1}, tmp_path / "a.pt")
+        refuse(tmp_path / "a.pt", "holds no state_dict", model="resnet20")
+
+
+class TestRefused:
+    def test_another_model(self, network, tmp_path):
+        path = write(tmp_path / "a.pt", network)
+        refuse(path, "holds a resnet20, not the resnet56 of --t-model", model="resnet56", model_flag="--t-model")
+
+    @pytest.mark.parametrize(
+        ("changes", "part"),
+        [
+            ({"format": 2}, "checkpoint format 2 is newer than what this version reads (1)"),
+            ({"format": "one"}, "checkpoint format 'one' is none that this version reads (1)"),
+            ({"model": "resnet21"}, "holds a network 'resnet21', known are alexnet"),
+            ({"model": ["resnet20"]}, "holds a network ['resnet20']"),
+            ({"num_classes": 0}, "num_classes is 0, expected the number of rows of its linear layer"),
+            ({"num_classes": "7"}, "num_classes is '7'"),
+            ({"num_classes": 10**12}, "num_classes is 1000000000000"),
+            ({"num_classes": 10}, "classifier.weight is (7, 64), not (10, 64)"),
+            ({"state_dict": {}}, "holds no state_dict"),
+            ({"state_dict": {"a": 1}}, "holds no state_dict"),
+            ({"state_dict": {"a": torch.tensor(1)}}, "num_classes is 7"),
+            ({"kept": [1, 2]}, "kept is no mapping"),
+            ({"kept": {"conv_1_3x3": 3}}, "kept is no mapping"),
+        ],
+    )
+    def test_fields(self, changes, part, network, tmp_path):
+        refuse(write(tmp_path / "a.pt", network, **changes), part)
+
+    @pytest.mark.parametrize(
+        ("kept", "part"),
+        [
+            ({"no_such_layer": [0]}, "no_such_layer"),
+            ({"conv_1_3x3": [0, 99]}, "99"),
+            ({"conv_1_3x3": [-1]}, "-1"),
+            ({"conv_1_3x3": [2, 1]}, "conv_1_3x3"),
+            ({"conv_1_3x3": [1, 1]}, "conv_1_3x3"),
+            ({"conv_1_3x3": ["a"]}, "conv_1_3x3"),
+        ],
+    )
+    def test_channels_of_a_compact_network(self, kept, part, network, tmp_path):
+        refuse(write(tmp_path / "a.pt", network, kept=kept, compact=True), part)
+
+    def test_names_and_shapes(self, network, tmp_path):
+        state = dict(network.state_dict())
+        del state["conv_1_3x3.weight"]
+        state["conv_one.weight"] = torch.zeros(1)
+        state["bn_1.weight"] = torch.zeros(17)
+        path = write(tmp_path / "a.pt", network, state_dict=state)
+        refuse(path, "conv_1_3x3.weight is missing", "conv_one.weight is unknown", "bn_1.weight is (17,), not (16,)")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_numbers_that_are_none(self, value, network, tmp_path):
+        state = {**network.state_dict(), "bn_1.running_var": torch.full((16,), value)}
+        refuse(write(tmp_path / "a.pt", network, state_dict=state), "bn_1.running_var holds NaN or infinite numbers")
+
+    def test_says_how_many_more_differ(self, network, tmp_path):
+        refuse(write(tmp_path / "a.pt", network, state_dict={"a": torch.zeros(7)}), "and ", " more")

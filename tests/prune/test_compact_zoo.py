@@ -1,0 +1,32 @@
+"""Networks of torchvision that the code has never seen come out smaller, and the same function."""
+
+import pytest
+import torch
+
+from benchmarks.compaction_zoo import example_images, pruned_network
+from prune.compact import compact
+
+# The most parameters that may be left where 40 % of all channels are dead; some have operations that need all channels.
+PARAMETERS_LEFT = {
+    "vgg16_bn": 0.4,
+    "mobilenet_v2": 0.45,
+    "densenet121": 0.55,
+    "squeezenet1_1": 0.4,
+    "googlenet": 0.4,
+    "resnext50_32x4d": 0.5,
+    "shufflenet_v2_x0_5": 0.4,
+    "regnet_y_400mf": 0.5,
+    "efficientnet_b0": 0.45,
+    "convnext_tiny": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS_LEFT)
+def test_smaller_and_equal(name):
+    network, images = pruned_network(name), example_images(name)
+    small = compact(network, images, tolerance=1e-5)
+    left, all_of_them = (sum(parameter.numel() for parameter in net.parameters()) for net in (small, network))
+    assert left < PARAMETERS_LEFT[name] * all_of_them
+    with torch.no_grad():
+        expected, found = network(images), small(images)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -1,0 +1,150 @@
+"""The exported file is one that others can run, for any batch size, and nothing is written that is not the same function."""
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import export
+from models import build_model
+from models.network_file import describe_network, load_network
+from prune.compact import compact
+from utils import cli, profile
+from utils.files import save_checkpoint
+
+FLAGS = ("--limit-batches", "1", "--batch-size", "8", "--workers", "0")
+
+
+@pytest.fixture
+def run_export(capsys):
+    """Runs the script in this process; returns its exit status and what it printed."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        words = [str(word) for word in words]
+        with (
+            mock.patch.object(sys, "argv", ["export.py", *words]),
+            mock.patch.object(profile, "MIN_RUN_SECONDS", 0.0),
+            pytest.raises(SystemExit) as end,
+        ):
+            cli.execute(lambda: export.main(export.get_args_parser().parse_args(words)))
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return run
+
+
+def pruned_network() -> tuple[nn.Module, dict[str, list[int]]]:
+    torch.manual_seed(0)
+    network = build_model("resnet20", num_classes=10).eval()
+    kept = {}
+    for block in (*network.stage_1, *network.stage_2, *network.stage_3):
+        for conv, norm in ((block.conv_a, block.bn_a), (block.conv_b, block.bn_b)):
+            for tensor in (conv.weight, norm.weight, norm.bias):
+                tensor.data[::2] = 0
+    for name, module in network.named_modules():
+        if name.startswith("stage") and isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            kept[name] = list(range(1, len(module.weight), 2))
+    return network, kept
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """The same function as a dense, a pruned and a compact checkpoint, and one that claims zeros where there are none."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    network, kept = pruned_network()
+    small = compact(network, torch.randn(2, 3, 32, 32))
+    contents = {
+        "dense": (network.state_dict(), {}, False),
+        "pruned": (network.state_dict(), kept, False),
+        "compact": (small.state_dict(), small.kept, True),
+        "dishonest": (build_model("resnet20", num_classes=10).state_dict(), kept, False),
+    }
+    for name, (state, channels, is_compact) in contents.items():
+        description = describe_network(state, model="resnet20", num_classes=10, config={}, kept=channels, compact=is_compact)
+        save_checkpoint(folder / f"{name}.pt", {**description, "epoch": 0, "metrics": {}})
+    return {name: folder / f"{name}.pt" for name in contents}
+
+
+@pytest.mark.parametrize("form", ["dense", "pruned", "compact"])
+def test_onnx_runs_with_any_batch_size(form, checkpoints, run_export, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    output = tmp_path / "small.onnx"
+    status, printed, _ = run_export("--load-path", checkpoints[form], "--format", "onnx", "--output", output, *FLAGS)
+    assert status == 0
+    assert "onnxruntime" in printed
+    session = onnxruntime.InferenceSession(output.read_bytes(), providers=["CPUExecutionProvider"])
+    images = torch.randn(5, 3, 32, 32)
+    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    with torch.no_grad():
+        expected = load_network(checkpoints["dense"], flag="--load-path").network(images).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_pt2_runs_with_any_batch_size(checkpoints, run_export, tmp_path):
+    output = tmp_path / "small.pt2"
+    status, printed, _ = run_export("--load-path", checkpoints["compact"], "--format", "pt2", "--output", output, *FLAGS)
+    assert status == 0 and "batch 64" in printed
+    program = torch.export.load(output).module()
+    images = torch.randn(3, 3, 32, 32)
+    expected = load_network(checkpoints["dense"], flag="--load-path").network(images)
+    torch.testing.assert_close(program(images), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_the_table_compares_dense_and_compact(checkpoints, run_export, tmp_path):
+    _, printed, _ = run_export("--load-path", checkpoints["pruned"], "--format", "pt2", "--output", tmp_path / "a.pt2", *FLAGS)
+    assert "dense: 269,722 parameters, 40,551,040 MACs" in printed
+    assert "largest difference of the logits" in printed and "top1 on digits" in printed
+
+
+def test_an_existing_file_is_kept_unless_forced(checkpoints, run_export, tmp_path):
+    output = tmp_path / "small.pt2"
+    output.write_text("mine")
+    words = ("--load-path", checkpoints["compact"], "--format", "pt2", "--output", output, *FLAGS)
+    status, _, errors = run_export(*words)
+    assert (status, output.read_text()) == (2, "mine")
+    assert "exists, choose another name or give --force" in errors
+    assert run_export(*words, "--force")[0] == 0
+    assert output.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--load-path", "{dishonest}", "--output", "{folder}/a.onnx"), "pruned channels must be exactly 0"),
+        (("--load-path", "{folder}/none.pt", "--output", "{folder}/a.onnx"), "no such file"),
+        (("--load-path", "{dense}", "--output", "{folder}/none/a.onnx"), "there is no folder"),
+        (("--load-path", "{dense}", "--output", "{folder}", "--force"), "cannot be written"),
+        (("--load-path", "{dense}", "--output", "{folder}/a.tflite", "--format", "tflite"), "invalid choice: 'tflite'"),
+        (("--output", "{folder}/a.onnx"), "--load-path is required"),
+        (("--load-path", "{dense}"), "--output is required"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(words, message, checkpoints, run_export, tmp_path):
+    status, printed, errors = run_export(*(word.format(folder=tmp_path, **checkpoints) for word in words), *FLAGS)
+    assert status == 2 and printed == ""
+    assert message in errors and errors.count("\n") == 1 and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_named(checkpoints, run_export, tmp_path):
+    with mock.patch.dict(sys.modules, {"onnxruntime": None}):
+        status, _, errors = run_export("--load-path", checkpoints["dense"], "--output", tmp_path / "a.onnx", *FLAGS)
+    assert status == 2 and "pip install -r requirements-export.txt" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_computes_something_else_is_not_written(checkpoints, run_export, tmp_path):
+    def broken(dense: nn.Module, small: nn.Module, images: torch.Tensor) -> export.Export:
+        return export.Export(b"wrong", "nothing", lambda batch: small(batch) + 1)
+
+    with mock.patch.dict(export.EXPORTERS, {"pt2": broken}):
+        status, _, errors = run_export(
+            "--load-path", checkpoints["dense"], "--format", "pt2", "--output", tmp_path / "a.pt2", *FLAGS
+        )
+    assert status == 2 and "the exported network differs" in errors
+    assert list(tmp_path.iterdir()) == []
