@@ -179,7 +179,7 @@ def differences(expected: Path, actual: Path) -> list[str]:
     found += ["metrics.jsonl differs"] if lines[0] != lines[1] else []
     points = [curves(folder / "log") for folder in (expected, actual)]
     found += ["TensorBoard's curves differ"] if points[0] != points[1] else []
-    found += [f"{path.name} is left over" for path in actual.parent.rglob(f"{files.TEMPORARY_PREFIX}*")]
+    found += [f"{path.name} is left over" for path in actual.rglob(f"{files.TEMPORARY_PREFIX}*")]
     return found
 
 

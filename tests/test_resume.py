@@ -163,15 +163,16 @@ def test_streamed_images_go_on_within_an_epoch(tmp_path, mixed_size_images):
     assert differences(tmp_path / "untouched" / RUN, stopped / RUN) == []
 
 
-class TestDamaged:
-    @pytest.fixture(scope="class")
-    def killed(self, tmp_path_factory, untouched, trained_run) -> Path:
-        """A run that was killed in its last epoch."""
-        folder = tmp_path_factory.mktemp("killed")
-        fatal = nth(untouched(HARD), "before _train_step", 6)
-        assert begin(HARD, folder, trained_run, fatal=fatal) == -signal.SIGKILL
-        return folder
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, untouched, trained_run) -> Path:
+    """The folder of a run that was killed in its last epoch."""
+    folder = tmp_path_factory.mktemp("killed")
+    fatal = nth(untouched(HARD), "before _train_step", 6)
+    assert begin(HARD, folder, trained_run, fatal=fatal) == -signal.SIGKILL
+    return folder
 
+
+class TestDamaged:
     @pytest.fixture
     def interrupted(self, killed, tmp_path) -> Path:
         return shutil.copytree(killed, tmp_path / "interrupted")

@@ -187,7 +187,7 @@ class _StreamedSplit:
             num_workers=workers,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=_ignore_stop_signals,
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # its own: a pass over the data must not move the stream that dropout draws from
         )
 
@@ -234,10 +234,13 @@ class _Files(torch.utils.data.Dataset):
             return self.transform(image), self.split.labels[row]
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """A signal to the whole process group, as Ctrl-C is, leaves the end to the main process, which finishes its step first."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C, which reaches the whole process group, leaves the end to the main process; it finishes its step first.
+
+    SIGTERM must go on ending a worker: it is how multiprocessing ends those that are left when the program exits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _transform(augment: bool, *, flip: bool) -> v2.Transform:

@@ -44,6 +44,7 @@ CONFIG, METRICS, SUMMARY, LOCK, TENSORBOARD = "config.json", "metrics.jsonl", "s
 # where a run is computed, not what is computed: may differ when it is resumed
 PLACEMENT_FLAGS = frozenset(("resume", "dry_run", "data_dir", "device", "dev_idx", "workers"))
 STATE_KEYS = frozenset(("epoch", "batch", "best", "last", "sums", "objective", "optimizer", "hooks", "random"))
+UNNAMED_PREFIX, DEAD_AFTER_SECONDS = f"{TEMPORARY_PREFIX}run-", 3600
 NAME_BYTES = 200  # of the 255 that file systems allow; temporary names are longer
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -260,7 +261,8 @@ def _new_folder(save_dir: Path, name: str | None, config: Mapping[str, Any]) -> 
     """A folder that appears under its name with its config.json inside: the renaming is what claims the name."""
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
-        unnamed = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}run-", dir=save_dir))
+        _remove_dead_folders(save_dir)
+        unnamed = Path(tempfile.mkdtemp(prefix=UNNAMED_PREFIX, dir=save_dir))
         try:
             unnamed.chmod(0o777 & ~current_umask())
             write_json(unnamed / CONFIG, config)
@@ -270,6 +272,14 @@ def _new_folder(save_dir: Path, name: str | None, config: Mapping[str, Any]) -> 
             raise
     except OSError as error:
         raise UserError(f"--save-dir {save_dir}: cannot be written: {error.strerror}") from error
+
+
+def _remove_dead_folders(save_dir: Path) -> None:
+    """Clears what runs that were killed while they made their folder left long ago; it takes milliseconds to make one."""
+    for folder in save_dir.glob(f"{UNNAMED_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another run may have just cleared it
+            if time.time() - folder.stat().st_mtime > DEAD_AFTER_SECONDS:
+                shutil.rmtree(folder)
 
 
 def _claim_name(unnamed: Path, save_dir: Path, name: str | None) -> Path:

@@ -75,6 +75,14 @@ class TestCreate:
             create(tmp_path)
         assert list(tmp_path.iterdir()) == []
 
+    def test_clears_what_a_killed_one_left_long_ago(self, tmp_path):
+        for name, age in (("old", 7200), ("new", 0)):
+            folder = tmp_path / f"{files.TEMPORARY_PREFIX}run-{name}"
+            folder.mkdir()
+            os.utime(folder, (time.time() - age,) * 2)
+        create(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"{files.TEMPORARY_PREFIX}run-new", "run"]
+
     def test_only_the_main_process_writes(self, tmp_path):
         run = Run(tmp_path / "run", log_path=tmp_path / "log.txt", world=World(rank=1, size=2, local_rank=1))
         run._open(epochs=0)

@@ -1,0 +1,129 @@
+"""Flags of the entry scripts: what is accepted, what a resumed run takes over, how a script ends."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from utils import cli
+from utils.errors import Interrupted, NonFiniteLoss, UserError
+
+
+@pytest.fixture
+def parser() -> cli.Parser:
+    parser = cli.Parser(prog="train.py")
+    parser.add_argument("--model")
+    parser.add_argument("--names", nargs="+", default=[])
+    cli.add_data_flags(parser)
+    cli.add_training_flags(parser, lr=0.01, n_epochs=200, schedule=(60, 120), lr_drops=(0.2, 0.2))
+    cli.add_run_flags(parser, log_name="train.txt")
+    return parser
+
+
+def start_run(folder: Path, parser: cli.Parser, *words: str) -> str:
+    """A folder as a run with these flags leaves it."""
+    args = cli.parse_flags(parser, words)
+    flags = {name: value for name, value in vars(args).items() if name not in ("resume", "dry_run")}
+    (folder / "config.json").write_text(json.dumps({"script": "train.py", "flags": flags}))
+    return str(folder)
+
+
+class TestSchedule:
+    def test_is_the_default_unless_given(self, parser):
+        args = cli.parse_flags(parser, [])
+        assert (args.schedule, args.lr_drops) == ([60, 120], [0.2, 0.2])
+
+    def test_as_given(self, parser):
+        args = cli.parse_flags(parser, ["--schedule", "1", "60", "--lr-drops", "10", "0.2"])
+        assert (args.schedule, args.lr_drops) == ([1, 60], [10.0, 0.2])
+
+    def test_none(self, parser):
+        args = cli.parse_flags(parser, ["--schedule", "--lr-drops"])
+        assert (args.schedule, args.lr_drops) == ([], [])
+
+
+class TestResume:
+    WORDS = "--model a --names x y --lr 0.3 --schedule 2 --lr-drops 0.1 --amp --checkpoint-minutes 0 --workers 3 --n-epochs 9"
+
+    def test_needs_no_other_flag(self, parser, tmp_path):
+        folder = start_run(tmp_path, parser, *self.WORDS.split())
+        resumed, first = cli.parse_flags(parser, ["--resume", folder]), cli.parse_flags(parser, self.WORDS.split())
+        assert vars(resumed) == {**vars(first), "resume": folder}
+
+    def test_with_the_same_flags_is_no_contradiction(self, parser, tmp_path):
+        folder = start_run(tmp_path, parser, *self.WORDS.split())
+        assert cli.parse_flags(parser, [*self.WORDS.split(), "--resume", folder]).lr == 0.3
+
+    def test_epochs_may_be_raised(self, parser, tmp_path):
+        folder = start_run(tmp_path, parser, *self.WORDS.split())
+        assert cli.parse_flags(parser, ["--resume", folder, "--n-epochs", "10"]).n_epochs == 10
+
+    def test_placement_may_change_back_to_the_default_too(self, parser, tmp_path):
+        folder = start_run(tmp_path, parser, "--device", "cuda", "--workers", "3")
+        args = cli.parse_flags(parser, ["--resume", folder, "--device", "auto", "--data-dir", "/elsewhere", "--dry-run"])
+        assert (args.device, args.workers, args.data_dir, args.dry_run) == ("auto", 3, "/elsewhere", True)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ("--lr 0.2", "--lr 0.2: contradicts 0.3"),
+            ("--schedule 3 --lr-drops 0.1", "--schedule 3: contradicts 2"),
+            ("--n-epochs 8", "--n-epochs 8: contradicts 9 of .*; may only be raised"),
+            ("--names x", "--names x: contradicts x y"),
+            ("--seed 2", "--seed 2: contradicts 1"),
+            ("--compile", "--compile True: contradicts False"),
+        ],
+    )
+    def test_contradictions(self, words, message, parser, tmp_path):
+        folder = start_run(tmp_path, parser, *self.WORDS.split())
+        with pytest.raises(UserError, match=message):
+            cli.parse_flags(parser, ["--resume", folder, *words.split()])
+
+
+class TestExecute:
+    @pytest.mark.parametrize(
+        ("error", "status"),
+        [
+            (UserError("--lr 0: wrong"), 2),
+            (NonFiniteLoss("at epoch 3"), 1),
+            (Interrupted("stopped", signal_number=15), 143),
+            (Interrupted("stopped", signal_number=2), 130),
+        ],
+    )
+    def test_ends_with_one_line(self, error, status, capsys, monkeypatch):
+        def fail() -> None:
+            raise error
+
+        monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
+        with pytest.raises(SystemExit) as ended:
+            cli.execute(fail)
+        assert ended.value.code == status
+        assert capsys.readouterr().err == f"train.py: error: {error}\n"
+
+    def test_a_message_of_many_lines_becomes_one(self, capsys):
+        def fail() -> None:
+            raise UserError("first\n  second\n")
+
+        with pytest.raises(SystemExit):
+            cli.execute(fail)
+        assert capsys.readouterr().err.endswith(": error: first second\n")
+
+    def test_an_interrupt_outside_of_training(self):
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(SystemExit) as ended:
+            cli.execute(interrupt)
+        assert ended.value.code == 130
+
+    def test_a_good_end(self):
+        with pytest.raises(SystemExit) as ended:
+            cli.execute(lambda: None)
+        assert ended.value.code == 0
+
+    def test_a_mistake_of_ours_is_not_hidden(self):
+        def fail() -> None:
+            raise RuntimeError("a bug")
+
+        with pytest.raises(RuntimeError, match="a bug"):
+            cli.execute(fail)
