@@ -230,16 +230,17 @@ def test_a_run_that_is_alive_is_not_resumed(tmp_path, trained_run):
     assert wait(alive) == -signal.SIGKILL
 
 
-def test_an_interrupt_of_the_whole_process_group_leaves_the_workers_to_the_main_process(tmp_path, mixed_size_images):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_all_processes_leaves_the_workers_to_the_main_one(number, status, tmp_path, mixed_size_images):
     words = [*FOLDER_FLAGS.split(), "--data-dir", str(mixed_size_images), "--workers", "1", "--n-epochs", "100000"]
     child = start("initial_train", words, folder=tmp_path)
     try:
         os.setpgid(child, child)
         wait_for_an_epoch(tmp_path)
     finally:
-        os.killpg(child, signal.SIGINT)
-    assert wait(child) == 130, output(tmp_path)
-    assert "stopped by SIGINT" in output(tmp_path).splitlines()[-1]
+        os.killpg(child, number)
+    assert wait(child) == status, output(tmp_path)
+    assert f"stopped by {number.name}" in output(tmp_path).splitlines()[-1]
     assert "resume" in load_checkpoint(tmp_path / RUN / "model_last.pt")
 
 

@@ -23,6 +23,7 @@ from utils.seed import derived_seed, generator
 CROP_PADDING_PIXELS = 4
 STREAMED_SIDE_PIXELS = 224
 RESIZED_SIDE_PIXELS = 256
+GRACE_SECONDS = 10
 
 
 class Batch(NamedTuple):
@@ -187,7 +188,7 @@ class _StreamedSplit:
             num_workers=workers,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_outlive_stop_signals,
             generator=torch.Generator(),  # its own: a pass over the data must not move the stream that dropout draws from
         )
 
@@ -234,13 +235,14 @@ class _Files(torch.utils.data.Dataset):
             return self.transform(image), self.split.labels[row]
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C, which reaches the whole process group, leaves the end to the main process; it finishes its step first.
+def _outlive_stop_signals(worker: int) -> None:
+    """A signal to all processes, as Ctrl-C or a preemption is, leaves the end to the main one, which finishes its step first.
 
-    SIGTERM must go on ending a worker: it is how multiprocessing ends those that are left when the program exits.
+    SIGTERM still ends a worker, but later: with it multiprocessing ends those that are left when the program exits.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
 def _transform(augment: bool, *, flip: bool) -> v2.Transform:
