@@ -38,6 +38,7 @@ from utils.engine import Trainer
 
 RUN = Path("saves", "run")
 TIMINGS = frozenset(("seconds", "images_per_second", "latency"))
+VARYING = TIMINGS | {"git_sha"}  # the repository may change meanwhile
 CHECKPOINTS = ("model_last.pt", "model_best.pt", "model_compact.pt")
 ARCHIVE = "model.huff"
 JSON_FILES = ("kept_filters.json", "before_training.json", "summary.json", "config.json")
@@ -192,17 +193,17 @@ def _bytes(path: Path) -> bytes | None:
 
 
 def _json(path: Path) -> Any:
-    return _without_timings(json.loads(path.read_text())) if path.exists() else None
+    return _without_varying(json.loads(path.read_text())) if path.exists() else None
 
 
-def _without_timings(value: Any) -> Any:
+def _without_varying(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_timings(item) for name, item in value.items() if name not in TIMINGS}
+        return {name: _without_varying(item) for name, item in value.items() if name not in VARYING}
     return value
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    return [_without_timings(json.loads(line)) for line in path.read_text().splitlines()]
+    return [_without_varying(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def curves(folder: Path) -> Counter[tuple[str, int, float]]:

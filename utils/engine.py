@@ -5,6 +5,7 @@ and detached the (b, classes) logits and each named 0-dim term of the loss. Noth
 """
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -281,6 +282,8 @@ class Trainer:
         with self.hooks.shipped() as kept:
             test = evaluate(self.network, self.data, amp=self.plan.amp)
             test_seconds = time.monotonic() - began
+            if not math.isfinite(test["loss"]):
+                raise NonFiniteLoss(f"the test loss is no finite number after epoch {self.epoch + 1}; try a lower --lr")
             self.last = {"epoch": self.epoch, **{name: test[name] for name in ("loss", "top1", "top5")}}
             is_best = self.best is None or self.last["top1"] > self.best["top1"]
             self.best = self.last if is_best else self.best

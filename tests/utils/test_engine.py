@@ -216,6 +216,15 @@ class TestDiverging:
             trainer(run, objective, checkpoint_minutes=0).fit()
         assert all(value.isfinite().all() for value in load_checkpoint(run.folder / LAST)["state_dict"].values())
 
+    def test_weights_so_large_that_only_the_test_loss_overflows(self, run):
+        def explode(loss: torch.Tensor, step: int) -> torch.Tensor:
+            return loss if step < 5 else loss + 1.5e38 * sum(parameter.sum() for parameter in objective.parameters())
+
+        objective = Spoiling(tiny_network(), explode)
+        with pytest.raises(NonFiniteLoss, match="the test loss is no finite number after epoch 2"):
+            trainer(run, objective, lr=1.0).fit()
+        self.check_last_good_state(run)
+
     def check_last_good_state(self, run: Run) -> None:
         state = load_checkpoint(run.folder / LAST)
         assert state["resume"]["epoch"] == 1

@@ -1,0 +1,84 @@
+"""What a run says before it trains: the plan of --dry-run, and warnings of what most often goes wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import build_model
+from models.network_file import describe_network, load_network
+from prune.masks import keep_count, prunable_layers
+from utils.files import load_checkpoint, save_checkpoint
+
+TINY = "--n-epochs 1 --limit-batches 2 --batch-size 16 --device cpu"
+
+
+@pytest.fixture
+def teacher(trained_run) -> str:
+    return str(trained_run / "model_best.pt")
+
+
+class TestDryRun:
+    """Every check of a real run, the plan, and not a byte written."""
+
+    def plan(self, run_script, script: str, folder: Path, *words: str) -> str:
+        before = sorted(folder.rglob("*"))
+        ended = run_script(script, *words, *TINY.split(), "--save-dir", str(folder / "new" / "saves"), "--dry-run")
+        assert ended.status == 0, ended.errors
+        assert sorted(folder.rglob("*")) == before
+        assert ended.output.endswith("dry run: nothing was written\n")
+        assert f"would write to {folder}/new/saves/" in ended.output
+        assert "MiB free" in ended.output
+        assert "training: 1 epochs of 2 steps of 16 images" in ended.output
+        return ended.output
+
+    def test_pruning_tells_the_width_of_every_layer(self, teacher, tmp_path, run_script):
+        words = ["--t-path", teacher, "--s-copy-t", "--prune-rates", "0.6", "--channel-multiple", "8"]
+        plan = self.plan(run_script, "pruning", tmp_path, *words, "--schedule", "0", "--lr-drops", "0.5")
+        for layer in prunable_layers(load_network(teacher, flag="").network):
+            keep = keep_count(layer.filters, 0.6, multiple=8)
+            assert f"{layer.name} would keep {keep} of {layer.filters}\n" in plan
+        assert "learning rate: 0.005 from epoch 1" in plan
+        sizes = [int(line.split()[1].replace(",", "")) for line in plan.splitlines() if line.startswith(("dense:", "pruned:"))]
+        assert sizes[0] == sum(parameter.numel() for parameter in build_model("resnet20", num_classes=10).parameters())
+        assert sizes[1] < 0.4 * sizes[0]
+
+    def test_quantization_tells_the_shared_values(self, teacher, tmp_path, run_script):
+        words = ["--load-path", teacher, "--quan-mode", "fc-quan", "--quan-bits", "3"]
+        assert "classifier would share 8 values\n" in self.plan(run_script, "quantize_encode", tmp_path, *words)
+
+    def test_of_a_resumed_run_leaves_it_alone(self, trained_run, run_script):
+        before = {path: path.read_bytes() for path in trained_run.rglob("*") if path.is_file()}
+        ended = run_script("initial_train", "--resume", str(trained_run), "--dry-run", "--n-epochs", "9")
+        assert ended.status == 0, ended.errors
+        assert f"would write to {trained_run} and " in ended.output
+        assert {path: path.read_bytes() for path in trained_run.rglob("*") if path.is_file()} == before
+
+
+class TestWarnings:
+    def output(self, run_script, folder: Path, *words: str) -> str:
+        ended = run_script("pruning", *words, *TINY.split(), "--save-dir", str(folder))
+        assert ended.status == 0, ended.errors
+        return ended.output
+
+    def test_a_teacher_at_chance(self, tmp_path, run_script):
+        network = build_model("resnet20", num_classes=10)
+        torch.nn.init.zeros_(network.classifier.weight)  # every image is the class of the largest bias
+        checkpoint = describe_network(network.state_dict(), model="resnet20", num_classes=10, config={})
+        save_checkpoint(tmp_path / "wrong.pt", checkpoint)
+        printed = self.output(run_script, tmp_path / "saves", "--t-path", str(tmp_path / "wrong.pt"), "--s-copy-t")
+        assert "WARNING: the teacher scores at chance (10.0) on digits: is --t-path the right file?" in printed
+
+    def test_a_schedule_behind_the_last_epoch(self, teacher, tmp_path, run_script):
+        words = ["--t-path", teacher, "--s-copy-t", "--schedule", "5", "--lr-drops", "0.1"]
+        assert "WARNING: --schedule 5 lies behind the last epoch, 0" in self.output(run_script, tmp_path, *words)
+
+    def test_a_layer_without_filters(self, teacher, tmp_path, run_script):
+        trained = load_checkpoint(teacher)
+        state = {name: value.clone() for name, value in trained["state_dict"].items()}
+        for name in ("conv_a.weight", "bn_a.weight", "bn_a.bias"):
+            state[f"stage_1.0.{name}"].zero_()
+        kept = {"stage_1.0.conv_a": [], "stage_1.0.bn_a": []}
+        save_checkpoint(tmp_path / "emptied.pt", {**trained, "state_dict": state, "kept": kept})
+        printed = self.output(run_script, tmp_path / "saves", "--s-path", str(tmp_path / "emptied.pt"))
+        assert "WARNING: stage_1.0.conv_a has lost every filter" in printed
