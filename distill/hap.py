@@ -17,14 +17,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.base import Distiller, attention_map, register_distiller, row_similarity, stacked_energies
+from distill.base import Distiller, register_distiller, stacked_energies
 from models.outputs import Outputs
 from utils.errors import UserError
+
+SMALLEST_SQUARE = 1e-24  # of the norm of a map
 
 
 def attention_similarity(blocks: Sequence[Tensor]) -> Tensor:
     """G of each block: n maps (b, c_i, h_i, w_i) -> (n, b, b)."""
-    return torch.cat([row_similarity(attention_map(energy)) for energy in stacked_energies(blocks)])
+    return torch.cat([_similarity(energy.flatten(-2)) for energy in stacked_energies(blocks)])
+
+
+def _similarity(energy: Tensor) -> Tensor:
+    """`rownorm(a a^T)` for `a = normalize(energy)`: (n, b, h * w) -> (n, b, b).
+
+    The product comes first, for it is smaller than the maps: its diagonal holds the squares of their norms, of which those
+    of the rows cancel.
+    """
+    products = energy @ energy.mT
+    squares = products.diagonal(dim1=-2, dim2=-1).clamp_min(SMALLEST_SQUARE)  # or a map of zeros would give NaN
+    return F.normalize(products * squares.rsqrt().unsqueeze(-2), dim=-1)
 
 
 def hap_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]) -> Tensor:
