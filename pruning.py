@@ -234,7 +234,8 @@ def build_schedule(
     if args.soft_prune:
         return SoftPruning(student.network, choose, interval=args.prune_interval or 1, last_epoch=args.n_epochs - 1)
     kept = state["resume"]["hooks"]["kept"] if state is not None else choose()
-    small = args.train_form == "compact" or (args.train_form == "auto" and data.device.type == "cpu")
+    faster_small = data.device.type == "cpu" and not args.amp  # as measured, docs/performance.md
+    small = args.train_form == "compact" or (args.train_form == "auto" and faster_small)
     if state is not None:
         small = was_trained_small(state)
     return (PhysicalPruning if small else HardPruning)(student.network, kept)

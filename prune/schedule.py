@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.batch_norm import quicken_batch_norms
 from models.narrow import NarrowNetwork, narrow
 from prune.masks import PrunableLayer, prunable_layers
 from utils.engine import Hooks
@@ -86,7 +87,9 @@ class PhysicalPruning(PruningSchedule):
         self.kept = HardPruning(model, kept).kept
 
     def trained_network(self) -> NarrowNetwork:
-        return narrow(self.model, self.live_channels(self.kept))
+        network = narrow(self.model, self.live_channels(self.kept))
+        quicken_batch_norms(network)
+        return network
 
 
 class SoftPruning(PruningSchedule):
