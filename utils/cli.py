@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from utils.datasets import DATASETS
 from utils.distributed import is_lost_process, leave
 from utils.errors import Interrupted, NonFiniteLoss, UserError
+from utils.memory import keep_freed_memory
 from utils.runs import CONFIG, PLACEMENT_FLAGS, read_config
 
 SILENCE_SECONDS = 5.0
@@ -170,6 +171,7 @@ def require(args: argparse.Namespace, *names: str) -> None:
 def execute(main: Callable[[], None]) -> NoReturn:
     """Runs an entry script's `main` and exits: 2 for bad input, 1 for a failed training, 128 + number for a signal."""
     status = 0
+    keep_freed_memory()
     try:
         main()
         leave()  # not after an error: a group that lost a member cannot be left in good order
