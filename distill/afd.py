@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.base import Distiller, attention_map, full_precision, register_distiller, stacked_energies
@@ -33,20 +34,38 @@ def afd_loss(attention: Tensor, distances: Tensor) -> Tensor:
 def value_distances(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]) -> Tensor:
     """`mean((v_s - v_t)^2)` of every pair of blocks: n_s and n_t maps (b, c_i, h_i, w_i) -> (b, n_t, n_s)."""
     student_energies = stacked_energies(student_blocks)
-    distances = []
-    for teacher_energy in stacked_energies(teacher_blocks):  # (n, b, h, w)
-        size = teacher_energy.shape[-2:]
-        student_values = torch.cat([attention_map(energy, size) for energy in student_energies])  # (n_s, b, h * w)
-        distances.append(_mean_squared_differences(student_values, attention_map(teacher_energy)))
-    return torch.cat(distances, dim=1)
+    rows = [
+        torch.cat([_energy_distances(student, teacher) for student in student_energies], dim=2)
+        for teacher in stacked_energies(teacher_blocks)
+    ]
+    return torch.cat(rows, dim=1)
 
 
-def _mean_squared_differences(student: Tensor, teacher: Tensor) -> Tensor:
-    """(n_s, b, d), (n_t, b, d) -> (b, n_t, n_s), through products: the differences themselves are n_s * n_t maps."""
-    student_squares = student.square().sum(-1).T.unsqueeze(1)  # (b, 1, n_s)
-    teacher_squares = teacher.square().sum(-1).T.unsqueeze(2)  # (b, n_t, 1)
+def _energy_distances(student: Tensor, teacher: Tensor) -> Tensor:
+    """(n_s, b, h, w), (n_t, b, H, W) energies -> (b, n_t, n_s), at the teacher's size."""
+    values = attention_map(teacher)  # (n_t, b, H * W)
+    squares = torch.linalg.vector_norm(values, dim=-1).square()
+    coarse, fine = student.shape[-2:], teacher.shape[-2:]
+    repeats = [own // other for own, other in zip(fine, coarse, strict=True)]
+    is_fraction = [count * other for count, other in zip(repeats, coarse, strict=True)] == list(fine)
+    if is_fraction and coarse != fine:
+        # Pooled to the finer size, the student's map repeats each value. Its products with the teacher's are those of the
+        # values themselves with the sums of the teacher's over the places where they are repeated.
+        count = math.prod(repeats)
+        sums = count * F.avg_pool2d(values.view_as(teacher), repeats).flatten(-2)
+        return _mean_squared_differences(attention_map(student), sums / math.sqrt(count), squares, size=values.shape[-1])
+    return _mean_squared_differences(attention_map(student, fine), values, squares, size=values.shape[-1])
+
+
+def _mean_squared_differences(student: Tensor, teacher: Tensor, teacher_squares: Tensor, *, size: int) -> Tensor:
+    """Values (n_s, b, d), (n_t, b, d) to multiply and the teacher's squares (n_t, b) -> (b, n_t, n_s).
+
+    The differences themselves would be n_s * n_t maps of `size` numbers.
+    """
+    # Values have length 1, or 0 where a map is all zero: that does not change with the student.
+    student_squares = torch.linalg.vector_norm(student.detach(), dim=-1).square()  # (n_s, b)
     products = torch.einsum("tbd,sbd->bts", teacher, student)
-    return (student_squares + teacher_squares - 2 * products) / student.shape[-1]
+    return (student_squares.T.unsqueeze(1) + teacher_squares.T.unsqueeze(2) - 2 * products) / size
 
 
 def bilinear_scores(key: Tensor, query: Tensor, weight: Tensor, gain: Tensor) -> Tensor:

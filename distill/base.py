@@ -86,8 +86,9 @@ class _ChannelEnergy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feature_map: Tensor) -> Tensor:
         ctx.save_for_backward(feature_map)
-        feature_map = full_precision(feature_map)
-        return torch.linalg.vecdot(feature_map, feature_map, dim=1) / feature_map.shape[1]
+        dtype = torch.promote_types(feature_map.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(feature_map, dim=1, dtype=dtype)  # unlike a product, without a map in between
+        return norm.square_().div_(feature_map.shape[1])
 
     @staticmethod
     @once_differentiable

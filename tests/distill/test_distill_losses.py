@@ -146,7 +146,7 @@ def official_afd_loss(distiller, student, teacher):
 
 def test_afd_equals_its_official_code():
     torch.manual_seed(0)
-    student = random_maps([(6, 3, 8, 8), (6, 3, 8, 8), (6, 5, 4, 4)])
+    student = random_maps([(6, 3, 8, 8), (6, 3, 8, 8), (6, 4, 5, 5), (6, 5, 4, 4), (6, 5, 2, 4)])
     teacher = random_maps([(6, 4, 8, 8), (6, 7, 2, 2)], seed=1)
     logits = torch.zeros(6, 2, dtype=torch.float64)
     outputs = [Outputs(logits, tuple(blocks), tuple(blocks), logits) for blocks in (student, teacher)]
