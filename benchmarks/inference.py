@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import add_common_flags, interleaved_seconds, machine, median_ratio, report, synthetic_batch
 from models import MODELS, build_model
+from models.batch_norm import quicken_batch_norms
 from models.narrow import narrow
 from prune.masks import choose_filters, keep_ratios, prunable_layers
 from prune.schedule import PhysicalPruning
@@ -75,7 +76,8 @@ def build_forms(name: str, keep_ratio: float, multiple: int, *, device: torch.de
     kept = choose_filters(layers, keep_ratios(layers, [keep_ratio]), criterion="filter-r", multiple=multiple, generator=generator)
     pruning = PhysicalPruning(dense, kept)
     live = pruning.live_channels(pruning.kept)
-    forms = {"dense": dense, "compact": narrow(dense, live), "wide sums": narrow(dense, live, wide_sums=True)}
+    forms = {"dense": dense, "compact": pruning.trained_network(), "wide sums": narrow(dense, live, wide_sums=True)}
+    quicken_batch_norms(forms["wide sums"])
     return {form: to_device(network, device) for form, network in forms.items()}
 
 

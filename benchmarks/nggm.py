@@ -5,9 +5,10 @@ python -m benchmarks.nggm --model resnet56
 
 import argparse
 import multiprocessing
-import resource
+import re
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -83,9 +84,15 @@ def _cuda_peak(work: Callable[[], object], device: torch.device) -> int:
 
 def _resident_peak(kind: str, model: str, batch_size: int) -> int:
     work = prepare(kind, model, batch_size, torch.device("cpu"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kibibytes()
     work()
-    return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    return round((_peak_kibibytes() - before) / 1024)
+
+
+def _peak_kibibytes() -> int:
+    """Of this process alone: getrusage's figure begins at that of the process which started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
 
 
 if __name__ == "__main__":
