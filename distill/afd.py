@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.base import Distiller, attention_map, full_precision, register_distiller, stacked_energies
+from distill.base import Distiller, attention_map, full_precision_type, register_distiller, stacked_energies
 from models.outputs import Outputs
 
 WIDTH = 128  # of queries and keys
@@ -134,7 +134,7 @@ class AFD(Distiller):
 def _global_average(block: Tensor) -> Tensor:
     """(b, c, h, w) -> (b, c), in full precision."""
     # The gradient of a sum is a view, that of a mean is a new tensor of the map's size.
-    return full_precision(block).sum((2, 3)) / block[0, 0].numel()
+    return block.sum((2, 3), dtype=full_precision_type(block)) / block[0, 0].numel()
 
 
 def candidates(blocks: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -75,9 +75,14 @@ def register_distiller(name: str, *, beta: float | None, **option_help: str) -> 
     return register
 
 
+def full_precision_type(x: Tensor) -> torch.dtype:
+    """float32, or the type of `x` where that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def full_precision(x: Tensor) -> Tensor:
     """`x` in float32, or as it is in a wider type."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(full_precision_type(x))
 
 
 class _ChannelEnergy(torch.autograd.Function):
@@ -86,8 +91,8 @@ class _ChannelEnergy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feature_map: Tensor) -> Tensor:
         ctx.save_for_backward(feature_map)
-        dtype = torch.promote_types(feature_map.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(feature_map, dim=1, dtype=dtype)  # unlike a product, without a map in between
+        # unlike the sum of a product, a norm needs no map in between
+        norm = torch.linalg.vector_norm(feature_map, dim=1, dtype=full_precision_type(feature_map))
         return norm.square_().div_(feature_map.shape[1])
 
     @staticmethod
