@@ -13,8 +13,9 @@ start_script() {
   take_arguments "$@"
   mapfile -t SHARED < <(shared_arguments)
   [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS: must be a whole number of 1 or more"
+  [[ $GPUS =~ ^[0-9\ ]*$ ]] || fail "GPUS=$GPUS: must be numbers of GPUs, separated by spaces"
   [[ $DRY =~ ^[01]$ ]] || fail "DRY=$DRY: must be 1, to print the commands only, or 0"
-  FOLDERS=() ENTRY_SCRIPTS=() COMMANDS=() NEEDED=() FAILED=() LISTED=0 PRINTED=0
+  FOLDERS=() ENTRY_SCRIPTS=() COMMANDS=() NEEDED=() FAILED=() SLOTS=() LISTED=0 PRINTED=0
   trap 'stop 130' INT
   trap 'stop 143' TERM
   trap 'stop 129' HUP
@@ -23,7 +24,10 @@ start_script() {
 set_defaults() {
   SEEDS=${SEEDS:-8152 1011 6162 2177} DATASETS=${DATASETS:-$DEFAULT_DATASETS} MODEL=${MODEL:-resnet56} KEEP=${KEEP:-0.6}
   DATA_DIR=${DATA_DIR:-./data} SAVE_DIR=${SAVE_DIR:-./saves} REPORT_DIR=${REPORT_DIR:-./report/${SCRIPT%.sh}}
-  T_PATH=${T_PATH:-} LOAD_PATH=${LOAD_PATH:-} JOBS=${JOBS:-1} DRY=${DRY:-0}
+  T_PATH=${T_PATH:-} LOAD_PATH=${LOAD_PATH:-} DRY=${DRY:-0} GPUS=${GPUS:-}
+  local gpus
+  read -ra gpus <<<"$GPUS"
+  JOBS=${JOBS:-$((${#gpus[@]} ? ${#gpus[@]} : 1))}
   if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
@@ -173,10 +177,10 @@ run_all() {
     elif [[ -n ${NEEDED[i]} && ! -f ${NEEDED[i]} ]]; then
       FAILED+=("$(basename "${FOLDERS[i]}"): not run, ${NEEDED[i]} is missing")
     else
-      while (($(jobs -rp | wc -l) >= JOBS)); do wait -n || true; done
+      take_slot
       echo "run $((i + 1)) of ${#FOLDERS[@]}: ${FOLDERS[i]}"
       launch "$i"
-      pids[i]=$!
+      pids[i]=$! SLOTS[SLOT]=$!
     fi
   done
   for i in "${!pids[@]}"; do
@@ -187,11 +191,25 @@ run_all() {
   LISTED=${#FOLDERS[@]}
 }
 
+# take_slot: waits until fewer than JOBS runs are going on; SLOT becomes the lowest number that none of them has.
+take_slot() {
+  local running
+  while true; do
+    running=" $(jobs -rp | tr '\n' ' ')"
+    for ((SLOT = 0; SLOT < JOBS; SLOT++)); do
+      if [[ -z ${SLOTS[SLOT]-} || $running != *" ${SLOTS[SLOT]} "* ]]; then return; fi
+    done
+    wait -n || true
+  done
+}
+
 # launch INDEX: starts the command in the background, in a process group of its own, so that Ctrl-C reaches it through stop
-# alone; with several at once every line of output begins with the name of its run.
+# alone; with several at once every line of output begins with the name of its run. Its slot says which of the GPUs it has.
 launch() {
-  local command=${COMMANDS[$1]} name
+  local command=${COMMANDS[$1]} name gpus
   name=$(basename "${FOLDERS[$1]}")
+  read -ra gpus <<<"$GPUS"
+  if ((${#gpus[@]})); then command="env CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]} $command"; fi
   set -m
   if ((JOBS > 1)); then
     (eval "exec $command" > >(exec sed -u "s|^|$name: |") 2>&1) &

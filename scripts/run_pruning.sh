@@ -2,8 +2,8 @@
 # Compares the methods: PFEC, SFP, FPGM and NGGM alone, AT, SP and AFD with KD on random pruning, and NGGM with HAP and KD.
 # Without T_PATH the teacher of each dataset is trained first, as run_vanilla.sh does. Arguments are passed on to every run:
 #   scripts/run_pruning.sh --dataset digits --n-epochs 1
-# Variables: DATASETS SEEDS MODEL KEEP T_PATH DATA_DIR SAVE_DIR REPORT_DIR PYTHON; JOBS=n runs n at a time, DRY=1 only prints
-# the commands.
+# Variables: DATASETS SEEDS MODEL KEEP T_PATH DATA_DIR SAVE_DIR REPORT_DIR PYTHON; JOBS=n runs n at a time, GPUS lists
+# where, DRY=1 only prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh

@@ -4,7 +4,7 @@
 # as run_pruning.sh does. Arguments are passed on to every run:
 #   scripts/run_quantization_encode.sh --dataset digits --n-epochs 1
 # Variables: BITS QUAN_MODE DATASETS SEEDS MODEL KEEP LOAD_PATH T_PATH DATA_DIR SAVE_DIR REPORT_DIR PYTHON; JOBS=n runs n at a
-# time, DRY=1 only prints the commands.
+# time, GPUS lists where, DRY=1 only prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh

@@ -2,8 +2,8 @@
 # How much NGGM with HAP depends on beta, gamma, hap-ts and samp-batches: each is varied while the others keep their value.
 # Without T_PATH the teacher of each dataset is trained first, as run_vanilla.sh does. Arguments are passed on to every run:
 #   scripts/run_sensitivity.sh --dataset digits --n-epochs 1
-# Variables: DATASETS SEEDS MODEL KEEP T_PATH DATA_DIR SAVE_DIR REPORT_DIR PYTHON; JOBS=n runs n at a time, DRY=1 only prints
-# the commands.
+# Variables: DATASETS SEEDS MODEL KEEP T_PATH DATA_DIR SAVE_DIR REPORT_DIR PYTHON; JOBS=n runs n at a time, GPUS lists
+# where, DRY=1 only prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh

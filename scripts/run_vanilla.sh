@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains the unpruned network on every dataset with every seed. Arguments are passed on to every run:
 #   scripts/run_vanilla.sh --dataset digits --n-epochs 1
-# Variables: DATASETS SEEDS MODEL DATA_DIR SAVE_DIR REPORT_DIR PYTHON; JOBS=n runs n at a time, DRY=1 only prints the commands.
+# Variables: DATASETS SEEDS MODEL DATA_DIR SAVE_DIR REPORT_DIR PYTHON; JOBS=n runs n at a time, GPUS lists where,
+# DRY=1 only prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh

@@ -26,7 +26,7 @@ ENTRY_SCRIPTS = ("initial_train", "pruning", "quantize_encode")
 # What the scripts call instead of Python: notes its arguments and leaves what a run leaves. A run whose name begins with
 # $FAILING fails; one that begins with $HOLDING goes on until it is stopped; each waits until $TOGETHER runs have started.
 FAKE_PYTHON = """#!/usr/bin/env bash
-echo "$(date +%s.%N) start $*" >>"$NOTES"
+echo "$(date +%s.%N) start $*${CUDA_VISIBLE_DEVICES:+ on GPU $CUDA_VISIBLE_DEVICES}" >>"$NOTES"
 entry=$1 folder=
 while (($#)); do
   case $1 in
@@ -55,7 +55,7 @@ echo '{}' >"$folder/summary.json"
 def environment(**variables):
     """This process's environment without what the scripts would follow."""
     own = {"DRY", "JOBS", "SEEDS", "DATASETS", "MODEL", "KEEP", "T_PATH", "LOAD_PATH", "BITS", "QUAN_MODE"}
-    own |= {"SAVE_DIR", "DATA_DIR", "REPORT_DIR", "PYTHON"}
+    own |= {"SAVE_DIR", "DATA_DIR", "REPORT_DIR", "PYTHON", "GPUS", "CUDA_VISIBLE_DEVICES"}
     return {**{name: value for name, value in os.environ.items() if name not in own}, **variables}
 
 
@@ -197,6 +197,7 @@ def test_given_networks_replace_their_training():
         (["--dry-run"], {}, "DRY=1"),
         (["--dataset"], {}, "--dataset: expected a value"),
         ([], {"JOBS": "0"}, "JOBS=0"),
+        ([], {"GPUS": "0,1"}, "GPUS=0,1: must be numbers of GPUs, separated by spaces"),
         ([], {"DRY": "yes"}, "DRY=yes"),
         ([], {"T_PATH": "one.pt"}, "{dataset}"),
         (["--dataset", "digits"], {"T_PATH": "missing.pt"}, "missing.pt"),
@@ -277,6 +278,30 @@ def test_jobs_run_at_a_time(workplace):
             running += 1 if " start " in line else -1
             most = max(most, running)
     assert most == 3 and running == 0
+
+
+def test_runs_are_spread_over_gpus(workplace):
+    variables = {"DATASETS": "digits", "SEEDS": "1 2 3 4", "GPUS": "3 5", **workplace}
+    assert call("run_vanilla", JOBS="4", TOGETHER="4", **variables).returncode == 0
+    *runs, report = calls(workplace)
+    assert Counter(run.rpartition(" on GPU ")[2] for run in runs) == {"3": 2, "5": 2}
+    assert "on GPU" not in report
+
+
+def test_as_many_runs_at_a_time_as_gpus_and_a_freed_one_is_taken_again(workplace):
+    variables = {"DATASETS": "digits", "SEEDS": "1 2 3 4 5", "GPUS": "3 5", "TOGETHER": "2", **workplace}
+    assert call("run_vanilla", **variables).returncode == 0
+    lines = sorted(Path(workplace["NOTES"]).read_text().splitlines())
+    busy, gpu_of = set(), {}
+    for line in lines[:-1]:  # the last one is the report's
+        name = re.search(r"vanilla-\S+", line)[0]
+        if " start " in line:
+            gpu_of[name] = line.rpartition(" on GPU ")[2]
+            assert gpu_of[name] not in busy
+            busy.add(gpu_of[name])
+        else:
+            busy.remove(gpu_of[name])
+    assert {*gpu_of.values()} == {"3", "5"} and len(gpu_of) == 5
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
