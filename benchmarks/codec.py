@@ -23,7 +23,7 @@ def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog="codec.py", description="Speed and size of the Huffman coder beside zlib's Huffman-only mode.")
     parser.add_argument("--load-path", metavar="FILE", help="checkpoint whose weights are quantized and coded as well")
     parser.add_argument("--symbols", type=cli.positive_int, default=1_000_000, help="length of each message")
-    add_common_flags(parser, name="codec", rounds=9)
+    add_common_flags(parser, name="codec", rounds=9, cpu_only=True)
     return parser
 
 

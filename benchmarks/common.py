@@ -20,9 +20,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 IMAGE_SIDE_PIXELS = 32
 
 
-def add_common_flags(parser: cli.Parser, *, name: str, rounds: int) -> None:
-    """`--device`, `--rounds` and `--output`, which every benchmark has."""
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA where there is a device")
+def add_common_flags(parser: cli.Parser, *, name: str, rounds: int, cpu_only: bool = False) -> None:
+    """`--rounds` and `--output`, which every benchmark has, and `--device` unless it is about CPUs."""
+    if not cpu_only:
+        parser.add_argument(
+            "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA where there is a device"
+        )
     parser.add_argument("--rounds", type=cli.positive_int, default=rounds, help="measurements of each figure")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="where the JSON goes")
 
