@@ -7,7 +7,7 @@ from pathlib import Path
 from reporting.gather import KEPT_FILTERS, Group, Results
 from reporting.page import GENERATOR, Picture, page
 from reporting.pictures import PICTURES, draw_pictures
-from reporting.tables import CAPTION, comma_separated, markdown, notes
+from reporting.tables import KEY_MEASURES, caption, comma_separated, markdown, markdown_by_subject, notes
 from utils.errors import UserError
 from utils.files import write_atomic
 from utils.runs import CONFIG, METRICS, SUMMARY
@@ -39,23 +39,24 @@ def write_report(folder: Path, results: Results, *, title: str, extra_pictures: 
         (folder / f"{name}.png").unlink(missing_ok=True)
     for picture in pictures:
         write_atomic(folder / picture.file_name, picture.png)
-    write_atomic(folder / MARKDOWN, results_block(results.groups, pictures, folder=".").encode())
+    table = f"{markdown(results.groups)}\n{caption(results.groups)}\n"
+    write_atomic(folder / MARKDOWN, with_remarks(table, results.groups, pictures, folder=".").encode())
     write_atomic(folder / CSV, comma_separated(results.groups).encode())
-    document = page(results, title=title, caption=CAPTION, pictures=pictures)
+    document = page(results, title=title, caption=caption(results.groups), pictures=pictures)
     write_atomic(folder / PAGE, document.encode())
     print(markdown(results.groups), end="")
     print(f"{len(results.groups)} methods, {len(pictures)} pictures -> {folder / PAGE}")
 
 
-def results_block(groups: Sequence[Group], pictures: Sequence[Picture], *, folder: str) -> str:
-    """The table and its pictures in Markdown; `folder` holds the pictures, as seen from the Markdown file."""
+def with_remarks(table: str, groups: Sequence[Group], pictures: Sequence[Picture], *, folder: str) -> str:
+    """The table with notes and pictures in Markdown; `folder` holds the pictures, as seen from the Markdown file."""
     links = [f"![{picture.title}]({folder}/{picture.file_name})\n\n{picture.caption}\n" for picture in pictures]
     remarks = [f"- {note}" for note in notes(groups)]
-    return "\n".join([markdown(groups), f"{CAPTION}\n", *([*remarks, ""] if remarks else []), *links])
+    return "\n".join([table, *([*remarks, ""] if remarks else []), *links])
 
 
 def update_readme(path: Path, groups: Sequence[Group], *, figures: Path) -> None:
-    """Puts table and pictures between the markers of a Markdown file; the pictures themselves go to `figures`.
+    """Puts tables of the key measures and pictures between the markers of a Markdown file; the PNG files go to `figures`.
 
     Raises UserError if the file cannot be read or does not have each marker once, in order.
     """
@@ -69,7 +70,8 @@ def update_readme(path: Path, groups: Sequence[Group], *, figures: Path) -> None
     _make_folder(figures, "--output")
     for picture in pictures:
         write_atomic(figures / picture.file_name, picture.png)
-    block = results_block(groups, pictures, folder=os.path.relpath(figures, path.parent))
+    table = f"{markdown_by_subject(groups, KEY_MEASURES)}\n{caption(groups, KEY_MEASURES)}\n"
+    block = with_remarks(table, groups, pictures, folder=os.path.relpath(figures, path.parent))
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     write_atomic(path, f"{before}{BEGIN}\n{block}{END}{after}".encode())
     print(f"{len(groups)} methods, {len(pictures)} pictures -> {path}")

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from reporting.gather import Group, Statistic
@@ -11,11 +11,12 @@ from reporting.naming import model_label
 
 
 class Column(NamedTuple):
-    """A measure as a column: its name in `Record.measures`, its heading, and how a figure of it is written."""
+    """A measure as a column: its name in `Record.measures`, its heading, how a figure of it is written, and what it means."""
 
     measure: str
     title: str
     show: Callable[[Statistic], str]
+    meaning: str = ""
 
 
 class Cell(NamedTuple):
@@ -46,42 +47,70 @@ def bytes_text(figure: Statistic) -> str:
 
 
 COLUMNS = (
-    Column("last_top1", "last top-1 %", accuracy_text),
-    Column("best_top1", "best top-1 %", accuracy_text),
-    Column("drop", "drop", accuracy_text),
+    Column("last_top1", "last top-1 %", accuracy_text, "Last: after the last epoch."),
+    Column("best_top1", "best top-1 %", accuracy_text, "Best: the best epoch as picked on the test set."),
+    Column(
+        "drop",
+        "drop",
+        accuracy_text,
+        "Drop: top-1 of the teacher, or of the network that was quantized, minus the last, in points; below 0 is a gain.",
+    ),
     Column("parameters", "parameters", scaled_text),
-    Column("macs", "MACs", scaled_text),
+    Column("macs", "MACs", scaled_text, "MACs of one image."),
     Column("dense_bytes", "dense file", bytes_text),
     Column("compact_bytes", "compact file", bytes_text),
     Column("archive_bytes", "archive", bytes_text),
-    Column("latency_ms", "latency", lambda figure: f"{figure.mean:.3g} ms"),
-    Column("speedup", "speed-up", lambda figure: f"{figure.mean:.2f}x"),
-    Column("minutes", "minutes", lambda figure: f"{figure.mean:.1f}"),
+    Column(
+        "latency_ms",
+        "latency",
+        lambda figure: f"{figure.mean:.3g} ms",
+        f"Latency: of one batch of {LATENCY_BATCH} images on the device of the run.",
+    ),
+    Column("speedup", "speed-up", lambda figure: f"{figure.mean:.2f}x", "Speed-up: over the unpruned network in the same run."),
+    Column("minutes", "minutes", lambda figure: f"{figure.mean:.1f}", "Minutes: wall time of training."),
 )
-CAPTION = (
-    "Mean ± sample standard deviation over n seeds. Last: after the last epoch. Best: the best epoch as picked on the test "
-    "set. Drop: top-1 of the teacher, or of the network that was quantized, minus the last, in points; below 0 is a gain. "
-    "MACs of one image. "
-    f"Latency: of one batch of {LATENCY_BATCH} images on the device of the run; speed-up: over the unpruned network in the same "
-    "run. Minutes: wall time of training."
-)
+SUBJECT_TITLES = ("dataset", "network")
+ALL_MEASURES = tuple(column.measure for column in COLUMNS)
+KEY_MEASURES = ("last_top1", "best_top1", "drop", "parameters", "macs", "compact_bytes", "archive_bytes")
 
 
 def headings(groups: Sequence[Group]) -> list[str]:
-    return ["dataset", "network", "method", "n", *(column.title for column in _used(groups))]
+    return [*SUBJECT_TITLES, "method", "n", *(column.title for column in _used(groups))]
 
 
 def rows(groups: Sequence[Group]) -> list[list[Cell]]:
     """A row for each group under `headings(groups)`; columns of which no group has a figure are left out."""
-    columns = _used(groups)
-    return [[*_subject_cells(group), *(_cell(group, column) for column in columns)] for group in groups]
+    return [[*_subject_cells(group), *_method_cells(group, _used(groups))] for group in groups]
+
+
+def caption(groups: Sequence[Group], measures: Collection[str] = ALL_MEASURES) -> str:
+    """How to read the columns of these measures."""
+    meanings = [column.meaning for column in _used(groups, measures)]
+    return " ".join(["Mean ± sample standard deviation over n seeds.", *filter(None, meanings)])
 
 
 def markdown(groups: Sequence[Group]) -> str:
     """The table in GitHub's Markdown."""
-    titles = headings(groups)
-    lines = [titles, ["---"] * 3 + ["---:"] * (len(titles) - 3)]
-    lines += [[cell.text.replace("|", "\\|") for cell in row] for row in rows(groups)]
+    return _markdown(headings(groups), rows(groups), text_columns=len(SUBJECT_TITLES) + 1)
+
+
+def markdown_by_subject(groups: Sequence[Group], measures: Collection[str]) -> str:
+    """A table of its own for each network on each dataset, with these measures alone."""
+    subjects: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        subjects.setdefault(group.subject, []).append(group)
+    tables = []
+    for (dataset, model), members in subjects.items():
+        columns = _used(members, measures)
+        titles = ["method", "n", *(column.title for column in columns)]
+        table = _markdown(titles, [_method_cells(group, columns) for group in members], text_columns=1)
+        tables.append(f"**{model_label(model)} on {dataset}**\n\n{table}")
+    return "\n".join(tables)
+
+
+def _markdown(titles: Sequence[str], body: Sequence[Sequence[Cell]], *, text_columns: int) -> str:
+    lines = [titles, ["---"] * text_columns + ["---:"] * (len(titles) - text_columns)]
+    lines += [[cell.text.replace("|", "\\|") for cell in row] for row in body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -89,13 +118,12 @@ def comma_separated(groups: Sequence[Group]) -> str:
     """Every measure unrounded, mean and deviation in columns of their own, in percent, bytes, milliseconds, minutes."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    measures = [column.measure for column in COLUMNS]
-    figures = [name for measure in measures for name in (f"{measure}_mean", f"{measure}_std")]
+    figures = [name for measure in ALL_MEASURES for name in (f"{measure}_mean", f"{measure}_std")]
     writer.writerow(["dataset", "model", "method", "differs_in", "n", "seeds", *figures])
     for group in groups:
         seeds = " ".join(str(record.seed) for record in group.records)
         head = [*group.subject, group.label, ", ".join(group.differs_in), len(group.records), seeds]
-        writer.writerow([*head, *(value for measure in measures for value in _mean_and_deviation(group, measure))])
+        writer.writerow([*head, *(value for measure in ALL_MEASURES for value in _mean_and_deviation(group, measure))])
     return buffer.getvalue()
 
 
@@ -104,14 +132,19 @@ def notes(groups: Iterable[Group]) -> list[str]:
     return [f"{', '.join(group.subject)}, {group.name}: {note}" for group in groups for note in group.notes]
 
 
-def _used(groups: Sequence[Group]) -> list[Column]:
-    return [column for column in COLUMNS if any(group.statistic(column.measure) for group in groups)]
+def _used(groups: Sequence[Group], measures: Collection[str] = ALL_MEASURES) -> list[Column]:
+    chosen = [column for column in COLUMNS if column.measure in measures]
+    return [column for column in chosen if any(group.statistic(column.measure) for group in groups)]
 
 
 def _subject_cells(group: Group) -> list[Cell]:
     dataset, model = group.subject
+    return [Cell(dataset, dataset), Cell(model_label(model), model)]
+
+
+def _method_cells(group: Group, columns: Sequence[Column]) -> list[Cell]:
     count = len(group.records)
-    return [Cell(dataset, dataset), Cell(model_label(model), model), Cell(group.name, group.name), Cell(str(count), count)]
+    return [Cell(group.name, group.name), Cell(str(count), count), *(_cell(group, column) for column in columns)]
 
 
 def _cell(group: Group, column: Column) -> Cell:

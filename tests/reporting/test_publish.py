@@ -53,7 +53,7 @@ def test_a_readme_changes_between_its_markers_only(tmp_path, results):
     readme.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nEnd without newline")
     update_readme(readme, results.groups, figures=tmp_path / "docs" / "figures")
     text = readme.read_text()
-    assert text.startswith(f"# Title\n\n{BEGIN}\n| dataset | network |")
+    assert text.startswith(f"# Title\n\n{BEGIN}\n**ResNet-20 on digits**\n\n| method | n |")
     assert text.endswith(f"{END}\n\nEnd without newline")
     assert "old" not in text
     links = [part.split(")")[0] for part in text.split("](")[1:]]

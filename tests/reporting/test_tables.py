@@ -5,7 +5,17 @@ import pytest
 from saved_runs import write_pruned, write_unpruned
 
 from reporting.gather import Statistic, gather
-from reporting.tables import accuracy_text, bytes_text, comma_separated, headings, markdown, scaled_text
+from reporting.tables import (
+    KEY_MEASURES,
+    accuracy_text,
+    bytes_text,
+    caption,
+    comma_separated,
+    headings,
+    markdown,
+    markdown_by_subject,
+    scaled_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +53,30 @@ def test_markdown_row_by_hand(groups):
         "| digits | ResNet-20 | NGGM + HAP + KD, 0.6 | 2 | 95.50 ± 0.71 | 97.00 ± 0.00 | 2.50 ± 0.71 | 100 k | 17.6 M | 1.11 MB "
         "| 430 kB | 40 ms | 1.50x | 1.5 |"
     )
+
+
+def test_a_table_for_each_network_and_dataset(groups, tmp_path):
+    write_pruned(tmp_path / "other" / "pruned", top1=50.0, dataset="cifar10")
+    both = [*gather([tmp_path / "other"]).groups, *groups]
+    assert markdown_by_subject(both, KEY_MEASURES).splitlines() == [
+        "**ResNet-20 on cifar10**",
+        "",
+        "| method | n | last top-1 % | best top-1 % | drop | parameters | MACs | compact file |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| NGGM + HAP + KD, 0.6 | 1 | 50.00 | 50.00 | 48.00 | 100 k | 17.6 M | 430 kB |",
+        "",
+        "**ResNet-20 on digits**",
+        "",
+        "| method | n | last top-1 % | best top-1 % | drop | parameters | MACs | compact file |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| unpruned | 1 | 98.00 | 98.00 |  | 270 k | 40.6 M |  |",
+        "| NGGM + HAP + KD, 0.6 | 2 | 95.50 ± 0.71 | 97.00 ± 0.00 | 2.50 ± 0.71 | 100 k | 17.6 M | 430 kB |",
+    ]
+
+
+def test_the_caption_explains_the_columns_that_are_there(groups):
+    assert "Latency: of one batch of 64 images" in caption(groups)
+    assert "Latency" not in caption(groups, KEY_MEASURES) and "Drop: top-1 of the teacher" in caption(groups, KEY_MEASURES)
 
 
 def test_csv_is_unrounded(groups):
