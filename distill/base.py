@@ -118,7 +118,7 @@ def stacked_energies(feature_maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def attention_map(energy: Tensor, size: Sequence[int] | None = None) -> Tensor:
-    """The attention map of AT, AFD and HAP, `normalize(vec(mean_c f^2))`: (..., b, h, w) -> (..., b, h * w).
+    """The attention map of AT and AFD, `normalize(vec(mean_c f^2))`: (..., b, h, w) -> (..., b, h * w).
 
     `energy` is the mean over channels, average-pooled to `size` (height, width) first if given. An image whose map is
     all zero stays zero, with finite gradients.

@@ -21,7 +21,7 @@ from distill.base import Distiller, register_distiller, stacked_energies
 from models.outputs import Outputs
 from utils.errors import UserError
 
-SMALLEST_SQUARE = 1e-24  # of the norm of a map
+SMALLEST_SQUARE = 1e-24  # of the norm of a map: F.normalize's smallest norm is 1e-12
 
 
 def attention_similarity(blocks: Sequence[Tensor]) -> Tensor:

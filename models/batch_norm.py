@@ -18,40 +18,38 @@ aten = torch.ops.aten
 
 
 class _WideBatchNorm(torch.autograd.Function):
-    """(b, c, h, w) in channels-last layout, weight and bias (c,) -> normalised images, and mean and variance (c,)."""
+    """Widened images, weight and bias (c,) -> the images normalised, as wide, and mean and variance (c,)."""
 
     @staticmethod
-    def forward(ctx, images: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        repeats = _repeats(images)
-        wide = _widened(images, repeats)
+    def forward(ctx, wide: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        repeats = wide.shape[1] // len(weight)
         unused = weight.new_zeros(wide.shape[1])  # running statistics, whose type the result has
         means, variances = (part.view(repeats, -1) for part in aten.batch_norm_update_stats(wide, unused, unused, 0.0))
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)
         statistics = [part.repeat(repeats) for part in (weight, bias, mean, variance)]
         normalised, *_ = aten.native_batch_norm(wide, *statistics, False, 0.0, eps)
-        ctx.save_for_backward(images, weight, mean, variance)
+        ctx.save_for_backward(wide, weight, mean, variance)
         ctx.repeats, ctx.eps = repeats, eps
         ctx.mark_non_differentiable(mean, variance)
-        return _narrowed(normalised, images), mean, variance
+        return normalised, mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """With z the normalised images before weight and bias: w / std * (g - mean(g) - z * mean(g * z))."""
-        images, weight, mean, variance = ctx.saved_tensors
-        wide, wide_gradient = _widened(images, ctx.repeats), _widened(gradient, ctx.repeats)
+        wide, weight, mean, variance = ctx.saved_tensors
         statistics = [part.repeat(ctx.repeats) for part in (weight, mean, variance)]
         needed = [False, True, True]  # not the gradient of the images, which knows nothing of the other repeats
-        sums = aten.native_batch_norm_backward(wide_gradient, wide, *statistics, None, None, False, ctx.eps, needed)
+        sums = aten.native_batch_norm_backward(gradient, wide, *statistics, None, None, False, ctx.eps, needed)
         weight_gradient, bias_gradient = (part.view(ctx.repeats, -1).sum(0) for part in sums[1:])
-        inverse, count = torch.rsqrt(variance + ctx.eps), images.numel() // len(weight)
+        inverse, count = torch.rsqrt(variance + ctx.eps), wide.numel() // len(weight)
         scale = weight * inverse
         slope = -scale * inverse * weight_gradient / count
         offset = -scale * bias_gradient / count - slope * mean
         offset, scale, slope = (part.repeat(ctx.repeats).view(1, -1, 1, 1) for part in (offset, scale, slope))
-        wide_gradient = torch.addcmul(offset, wide_gradient, scale).addcmul_(wide, slope).to(images.dtype)
-        return _narrowed(wide_gradient, images), weight_gradient, bias_gradient, None
+        images_gradient = torch.addcmul(offset, gradient, scale).addcmul_(wide, slope)
+        return images_gradient.to(wide.dtype), weight_gradient, bias_gradient, None
 
 
 def _repeats(images: Tensor) -> int:
@@ -66,9 +64,9 @@ def _repeats(images: Tensor) -> int:
     return repeats
 
 
-def _widened(images: Tensor, repeats: int) -> Tensor:
-    """(1, repeats * c, pixels / repeats, 1) in channels-last layout, a view where `images` have that layout."""
-    rows = images.permute(0, 2, 3, 1).reshape(1, -1, 1, repeats * images.shape[1])
+def _widened(images: Tensor) -> Tensor:
+    """(1, repeats * c, pixels / repeats, 1): a view, in channels-last layout as the images are."""
+    rows = images.permute(0, 2, 3, 1).reshape(1, -1, 1, _repeats(images) * images.shape[1])
     return rows.permute(0, 3, 1, 2)
 
 
@@ -83,14 +81,14 @@ class UnevenBatchNorm2d(nn.BatchNorm2d):
     def forward(self, images: Tensor) -> Tensor:
         if not self._is_slow_case(images):
             return super().forward(images)
-        normalised, mean, variance = _WideBatchNorm.apply(images, self.weight, self.bias, self.eps)
+        wide, mean, variance = _WideBatchNorm.apply(_widened(images), self.weight, self.bias, self.eps)
         if self.track_running_stats:
             count = images.numel() // images.shape[1]
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        return normalised
+        return _narrowed(wide, images)
 
     def _is_slow_case(self, images: Tensor) -> bool:
         return (
@@ -104,9 +102,7 @@ class UnevenBatchNorm2d(nn.BatchNorm2d):
 
 
 def quicken_batch_norms(network: nn.Module) -> None:
-    """Puts an `UnevenBatchNorm2d` with the same tensors in the place of each batch norm that it is for."""
-    for name, norm in list(network.named_modules()):
+    """Turns each batch norm that it is for into an `UnevenBatchNorm2d`, which is the same module otherwise."""
+    for norm in network.modules():
         if type(norm) is nn.BatchNorm2d and norm.num_features % LINE and norm.affine and norm.momentum is not None:
-            quick = UnevenBatchNorm2d(norm.num_features, norm.eps, norm.momentum, track_running_stats=norm.track_running_stats)
-            quick._parameters, quick._buffers = norm._parameters, norm._buffers
-            network.set_submodule(name, quick.train(norm.training))
+            norm.__class__ = UnevenBatchNorm2d

@@ -20,6 +20,7 @@ from torch import fx, nn
 from torchvision.models.shufflenetv2 import channel_shuffle
 from torchvision.ops import StochasticDepth
 
+from models.batch_norm import UnevenBatchNorm2d
 from utils.errors import UserError
 
 LiveOutputs = Callable[[str, nn.Module, "Channels | None"], Sequence[int]]
@@ -113,7 +114,7 @@ class _Tracer(fx.Tracer):
         self.traced_func_name = method
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, StochasticDepth) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, StochasticDepth | UnevenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace_network(model: nn.Module, method: str = "forward") -> Trace:
@@ -684,7 +685,7 @@ _DIFFERENCES = (operator.sub, torch.sub, "sub")
 
 _MODULE_RULES = _table(
     (_conv, [*_numbered("Conv")]),
-    (_batch_norm, [*_numbered("BatchNorm"), nn.SyncBatchNorm]),
+    (_batch_norm, [*_numbered("BatchNorm"), UnevenBatchNorm2d, nn.SyncBatchNorm]),
     (_linear, [nn.Linear]),
     (_prelu, [nn.PReLU]),
     (_pointwise, [nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish]),

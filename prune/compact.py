@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from models.batch_norm import UnevenBatchNorm2d
 from models.channel_flow import Channels, Plan, output_channels, plan_channels, trace_network
 from models.narrow import NarrowNetwork, narrow
 from utils.errors import UserError
@@ -91,7 +92,7 @@ def _stored(given: Channels | None, full: int, like: Tensor | None) -> Tensor:
     return reads
 
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, UnevenBatchNorm2d, nn.SyncBatchNorm)
 _LIVE = {
     nn.Conv1d: _live_filters,
     nn.Conv2d: _live_filters,

@@ -13,6 +13,7 @@ from models import MODELS, build_model
 from models.cifar_resnet import CifarResNet
 from models.network_file import describe_network
 from prune.criteria import CRITERIA
+from prune.schedule import HardPruning, PhysicalPruning
 from utils import cli, profile
 from utils.data import ImageData
 from utils.datasets import load_dataset
@@ -70,11 +71,21 @@ def train(teacher, name, *flags, device="cpu"):
     return {**terms, "test loss": test["loss"]}
 
 
-def test_amp_trains_in_bfloat16_and_stays_close(teacher):
-    flags = ("--prune-mode", "filter-nggm", "--samp-batches", "1", "--distill", "hap")
+@pytest.mark.parametrize("form", ["masked", "compact"])
+def test_amp_trains_in_bfloat16_and_stays_close(teacher, form):
+    flags = ("--prune-mode", "filter-nggm", "--samp-batches", "1", "--distill", "hap", "--train-form", form)
     exact, reduced = train(teacher, "float32", *flags), train(teacher, "amp", *flags, "--amp")
     assert reduced == pytest.approx(exact, rel=0.1)
     assert reduced["ce"] != pytest.approx(exact["ce"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("flags", "form"), [([], PhysicalPruning), (["--amp"], HardPruning)])
+def test_a_cpu_trains_the_form_that_is_faster_there(teacher, monkeypatch, flags, form):
+    made = []
+    build = pruning.build_schedule
+    monkeypatch.setattr(pruning, "build_schedule", lambda *args: made.append(build(*args)) or made[-1])
+    train(teacher, "run", "--prune-mode", "filter-gm", *flags)
+    assert [type(schedule) for schedule in made] == [form]
 
 
 def test_compiled_training_stays_close(teacher):

@@ -9,6 +9,9 @@ from torch import nn
 from models import batch_norm
 from models.batch_norm import UnevenBatchNorm2d, quicken_batch_norms
 from models.cifar_resnet import CifarResNet
+from prune.compact import compact
+from prune.masks import prunable_layers
+from prune.schedule import HardPruning
 
 
 def images(*shape, dtype=torch.float64, seed=0):
@@ -51,15 +54,42 @@ def test_output_gradients_and_statistics_are_those_of_torch(taken, channels):
     torch.testing.assert_close(quick.state_dict(), plain.state_dict())
 
 
-def test_gradient_against_finite_differences():
+def test_gradient_against_finite_differences(taken):
     _, quick = pair(3)
     torch.autograd.gradcheck(quick, images(2, 3, 4, 4).requires_grad_(), fast_mode=True)
+    assert taken
 
 
-def test_a_large_mean_costs_no_precision():
+def test_a_large_mean_costs_no_precision(taken):
     plain, quick = pair(10, dtype=torch.float32)
-    x = images(4, 10, 8, 8) + 1000
-    torch.testing.assert_close(quick(x.float()).double(), plain.double()(x), rtol=1e-3, atol=1e-3)
+    plain = plain.double()
+    exact = (images(4, 10, 8, 8) + 1000).float().double().requires_grad_()
+    x = exact.detach().float().requires_grad_()
+    weights = images(4, 10, 8, 8, seed=2)
+    outputs = quick(x), plain(exact)
+    (outputs[0] * weights.float()).sum().backward()
+    (outputs[1] * weights).sum().backward()
+    assert len(taken) == 1
+    torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(quick.running_var.double(), plain.running_var, rtol=1e-3, atol=0)
+
+
+def test_what_follows_may_write_into_its_output(taken):
+    plain, quick = pair(10)
+    x = images(4, 10, 8, 8).requires_grad_()
+    torch.testing.assert_close(nn.functional.relu(quick(x), inplace=True), nn.functional.relu(plain(x)))
+    assert taken
+
+
+def test_networks_with_it_are_traced_and_cut_as_with_any_batch_norm():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 4, 3), nn.BatchNorm2d(4))
+    quicken_batch_norms(network)
+    assert [layer.bn_name for layer in prunable_layers(network)] == ["1", "4"]
+    HardPruning(network, {"0": torch.arange(6)})
+    small = compact(network, torch.randn(2, 3, 8, 8))
+    assert small.get_submodule("0").out_channels == small.get_submodule("1").num_features == 6
 
 
 @pytest.mark.parametrize("case", ["evaluation", "contiguous", "odd pixels"])
@@ -88,12 +118,12 @@ def test_images_in_bfloat16_are_normalised_in_float32(taken):
     torch.testing.assert_close(quick.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-4)
 
 
-def test_only_uneven_ones_are_replaced_and_the_tensors_stay():
+def test_only_uneven_ones_change_and_stay_the_same_modules():
     network = nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.BatchNorm2d(16), nn.BatchNorm2d(7, affine=False)).eval()
-    weight, state = network[1].weight, copy.deepcopy(network.state_dict())
+    modules, weight, state = list(network), network[1].weight, copy.deepcopy(network.state_dict())
     quicken_batch_norms(network)
     assert [type(module) for module in network[1:]] == [UnevenBatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]
-    assert network[1].weight is weight and not network[1].training
+    assert list(network) == modules and network[1].weight is weight and not network[1].training
     torch.testing.assert_close(network.state_dict(), state, rtol=0, atol=0)
 
 
