@@ -13,7 +13,7 @@ start_script() {
   take_arguments "$@"
   mapfile -t SHARED < <(shared_arguments)
   [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS: must be a whole number of 1 or more"
-  [[ $GPUS =~ ^[0-9\ ]*$ ]] || fail "GPUS=$GPUS: must be numbers of GPUs, separated by spaces"
+  check_gpus
   [[ $DRY =~ ^[01]$ ]] || fail "DRY=$DRY: must be 1, to print the commands only, or 0"
   FOLDERS=() ENTRY_SCRIPTS=() COMMANDS=() NEEDED=() FAILED=() SLOTS=() LISTED=0 PRINTED=0
   trap 'stop 130' INT
@@ -31,6 +31,14 @@ set_defaults() {
   if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
+  fi
+}
+
+check_gpus() {
+  [[ $GPUS =~ ^[0-9\ ]*$ ]] || fail "GPUS=$GPUS: must be numbers of GPUs, separated by spaces"
+  if [[ -n $GPUS && $DRY == 1 ]]; then fail "GPUS=$GPUS: not with DRY=1, which GPU is free is known only while runs go on"; fi
+  if [[ -n $GPUS && " ${PASSED[*]} " =~ \ --(device|dev-idx)\  ]]; then
+    fail "--${BASH_REMATCH[1]}: not with GPUS=$GPUS, which says where the runs go"
   fi
 }
 
@@ -209,7 +217,7 @@ launch() {
   local command=${COMMANDS[$1]} name gpus
   name=$(basename "${FOLDERS[$1]}")
   read -ra gpus <<<"$GPUS"
-  if ((${#gpus[@]})); then command="env CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]} $command"; fi
+  if ((${#gpus[@]})); then command="env CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]} $command --device cuda"; fi
   set -m
   if ((JOBS > 1)); then
     (eval "exec $command" > >(exec sed -u "s|^|$name: |") 2>&1) &

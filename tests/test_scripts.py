@@ -24,7 +24,8 @@ RUN_SCRIPTS = ("run_vanilla", "run_pruning", "run_ablation", "run_sensitivity", 
 ENTRY_SCRIPTS = ("initial_train", "pruning", "quantize_encode")
 
 # What the scripts call instead of Python: notes its arguments and leaves what a run leaves. A run whose name begins with
-# $FAILING fails; one that begins with $HOLDING goes on until it is stopped; each waits until $TOGETHER runs have started.
+# $FAILING fails; one that begins with $HOLDING goes on until it is stopped, one that begins with $LASTING until $OTHERS runs have
+# ended; each waits until $TOGETHER runs have started.
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$(date +%s.%N) start $*${CUDA_VISIBLE_DEVICES:+ on GPU $CUDA_VISIBLE_DEVICES}" >>"$NOTES"
 entry=$1 folder=
@@ -45,6 +46,9 @@ if [[ -n ${HOLDING-} && $name == $HOLDING* ]]; then
   while true; do sleep 0.05; done
 fi
 until (($(grep -c ' start ' "$NOTES") >= ${TOGETHER:-0})); do sleep 0.05; done
+if [[ -n ${LASTING-} && $name == $LASTING* ]]; then
+  until (($(grep -c ' end ' "$NOTES") >= OTHERS)); do sleep 0.05; done
+fi
 echo "$(date +%s.%N) end $name" >>"$NOTES"
 if [[ -n ${FAILING-} && $name == $FAILING* ]]; then exit 3; fi
 touch "$folder/model_best.pt"
@@ -198,6 +202,9 @@ def test_given_networks_replace_their_training():
         (["--dataset"], {}, "--dataset: expected a value"),
         ([], {"JOBS": "0"}, "JOBS=0"),
         ([], {"GPUS": "0,1"}, "GPUS=0,1: must be numbers of GPUs, separated by spaces"),
+        ([], {"GPUS": "0 1", "DRY": "1"}, "GPUS=0 1: not with DRY=1"),
+        (["--dev-idx", "1"], {"GPUS": "0 1"}, "--dev-idx: not with GPUS=0 1"),
+        (["--device=cpu"], {"GPUS": "0"}, "--device: not with GPUS=0"),
         ([], {"DRY": "yes"}, "DRY=yes"),
         ([], {"T_PATH": "one.pt"}, "{dataset}"),
         (["--dataset", "digits"], {"T_PATH": "missing.pt"}, "missing.pt"),
@@ -284,24 +291,15 @@ def test_runs_are_spread_over_gpus(workplace):
     variables = {"DATASETS": "digits", "SEEDS": "1 2 3 4", "GPUS": "3 5", **workplace}
     assert call("run_vanilla", JOBS="4", TOGETHER="4", **variables).returncode == 0
     *runs, report = calls(workplace)
-    assert Counter(run.rpartition(" on GPU ")[2] for run in runs) == {"3": 2, "5": 2}
+    assert Counter(run.rpartition(" --device cuda on GPU ")[2] for run in runs) == {"3": 2, "5": 2}
     assert "on GPU" not in report
 
 
-def test_as_many_runs_at_a_time_as_gpus_and_a_freed_one_is_taken_again(workplace):
-    variables = {"DATASETS": "digits", "SEEDS": "1 2 3 4 5", "GPUS": "3 5", "TOGETHER": "2", **workplace}
-    assert call("run_vanilla", **variables).returncode == 0
-    lines = sorted(Path(workplace["NOTES"]).read_text().splitlines())
-    busy, gpu_of = set(), {}
-    for line in lines[:-1]:  # the last one is the report's
-        name = re.search(r"vanilla-\S+", line)[0]
-        if " start " in line:
-            gpu_of[name] = line.rpartition(" on GPU ")[2]
-            assert gpu_of[name] not in busy
-            busy.add(gpu_of[name])
-        else:
-            busy.remove(gpu_of[name])
-    assert {*gpu_of.values()} == {"3", "5"} and len(gpu_of) == 5
+def test_as_many_runs_as_gpus_at_a_time_and_the_next_gets_the_one_that_is_free(workplace):
+    variables = {"DATASETS": "digits", "SEEDS": "1 2 3 4 5", "GPUS": "3 5", **workplace}
+    assert call("run_vanilla", LASTING="vanilla-digits-resnet56-seed1", OTHERS="4", **variables).returncode == 0
+    *runs, _ = calls(workplace)
+    assert [run.rpartition(" on GPU ")[2] for run in runs] == ["3", "5", "5", "5", "5"]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
