@@ -40,7 +40,8 @@ LOOK = {
 }
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH, LEGEND_LINE = 4.6, 3.2, 3.4, 0.17  # inches
 DOTS_PER_INCH = 160
-DODGE = 0.06  # inches between points of the same value
+DODGE = 0.09  # inches between points of the same value
+FAR_BELOW = 5.0  # points of accuracy; a gap that is also twice as large as all that lies above it ends the axis
 
 
 class Style(NamedTuple):
@@ -129,7 +130,8 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Sequence[Group]], Figure | None]]
         "accuracy_macs",
         "Accuracy against MACs",
         "Mean top-1 accuracy after the last epoch, one standard deviation over seeds up and down; up and to the left is "
-        "better. Points of the same cost are drawn side by side around the dotted line that marks it.",
+        "better. Points of the same cost are drawn side by side around the dotted line that marks it. A hollow point lies below "
+        "the axis.",
         accuracy_over_macs,
     ),
     (
@@ -247,22 +249,38 @@ def _accuracy_over(
 def _draw_points(axes: Axes, groups: Sequence[Group], cost: Callable[[Group], Statistic | None]) -> None:
     costs = [cost(group).mean for group in groups]
     accuracies = [group.statistic("last_top1") for group in groups]
-    _fit_limits(axes, costs, accuracies)
+    lowest = _lowest_shown([accuracy.mean for accuracy in accuracies])
+    on_axis = [accuracy if accuracy.mean >= lowest else Statistic(lowest, None, accuracy.n) for accuracy in accuracies]
+    _fit_limits(axes, costs, on_axis)
     for group, style, x, accuracy, steps in zip(groups, _styles(groups), costs, accuracies, _dodges(costs), strict=True):
         aside = ScaledTranslation(steps * DODGE, 0, axes.figure.dpi_scale_trans)
+        is_shown = accuracy.mean >= lowest
         if steps:
             axes.axvline(x, color="#888888", linestyle=":", linewidth=0.8, zorder=0)
         axes.errorbar(
             x,
-            accuracy.mean,
-            yerr=accuracy.deviation,
+            accuracy.mean if is_shown else axes.get_ylim()[0],
+            yerr=accuracy.deviation if is_shown else None,
             fmt=style.marker,
             color=style.color,
+            markerfacecolor=style.color if is_shown else "white",
+            clip_on=is_shown,
             capsize=2,
             markersize=6,
-            label=_legend_name(group.name),
+            label=_legend_name(group.name if is_shown else f"{group.name}: below, {accuracy.mean:.1f} %"),
             transform=axes.transData + aside,
         )
+
+
+def _lowest_shown(accuracies: Sequence[float]) -> float:
+    """The lowest accuracy on the axis: one far below all others would press them into a line. At most a quarter is left out."""
+    ranked = sorted(accuracies)
+    lowest = ranked[0]
+    for index in range(len(ranked) // 4):
+        above = ranked[index + 1 :]
+        if above[0] - ranked[index] > max(FAR_BELOW, 2 * (above[-1] - above[0])):
+            lowest = above[0]
+    return lowest
 
 
 def _fit_limits(axes: Axes, costs: Sequence[float], accuracies: Sequence[Statistic]) -> None:
@@ -290,17 +308,21 @@ def _common_epochs(group: Group) -> list[int]:
 
 def _draw_curves(axes: Axes, groups: list[Group]) -> None:
     lows = []
+    lowest = _lowest_shown([group.statistic("last_top1").mean for group in groups])
     for group, style in zip(groups, _styles(groups), strict=True):
         epochs = _common_epochs(group)
         figures = [statistic([record.curve[epoch] for record in group.records]) for epoch in epochs]
         means = [figure.mean for figure in figures]
+        is_shown = group.statistic("last_top1").mean >= lowest
+        label = _legend_name(group.name if is_shown else f"{group.name}: below, ends at {means[-1]:.1f} %")
         shown = [epoch + 1 for epoch in epochs]
         axes.plot(shown, means, color=style.color, linestyle=style.linestyle, marker=style.marker, markersize=4,
-                  markevery=max(1, len(shown) // 8), label=_legend_name(group.name))  # fmt: skip
+                  markevery=max(1, len(shown) // 8), label=label)  # fmt: skip
         if figures[0].deviation is not None:
             spread = [figure.deviation for figure in figures]
             axes.fill_between(shown, *_band(means, spread), color=style.color, alpha=0.18, linewidth=0)
-        lows.append(sorted(means)[len(means) // 4 if len(means) > LONG_TRAINING else 0])
+        if is_shown:
+            lows.append(sorted(means)[len(means) // 4 if len(means) > LONG_TRAINING else 0])
     top = axes.get_ylim()[1]
     axes.set_ylim(max(0, min(lows) - 0.1 * (top - min(lows))), min(top, 100.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -62,6 +62,34 @@ def test_bytes_are_those_of_the_smallest_file(groups):
     assert sizes["network, quantized (all, 5 bits)"] == 30_000
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "lowest"),
+    [
+        ([10.0, 80.5, 81.0, 82.5], 80.5),
+        ([10.0, 75.0, 78.0, 83.0], 75.0),
+        ([79.0, 80.5, 81.0, 82.5], 79.0),  # near enough
+        ([60.0, 70.0, 80.0, 90.0], 60.0),  # a gap as large as others
+        ([10.0, 11.0, 80.5, 81.0], 10.0),  # half of them is no exception
+        ([10.0, 80.0, 81.0], 10.0),  # nor is one of three
+        ([10.0, 20.0, 80.5, 81.0, 81.5, 82.0, 82.0, 82.0], 80.5),
+    ],
+)
+def test_an_axis_begins_above_what_lies_far_below_all_others(accuracies, lowest):
+    assert pictures._lowest_shown(accuracies[::-1]) == lowest
+
+
+def test_what_lies_below_the_axis_is_marked_and_named(tmp_path):
+    for number, (mode, top1) in enumerate([("filter-a", 81.0), ("filter-gm", 82.0), ("filter-r", 80.0), ("filter-l2", 10.5)]):
+        write_pruned(tmp_path / str(number), top1=top1, prune_mode=mode, distill=["none"])
+    groups = gather([tmp_path]).groups
+    (axes,) = pictures.accuracy_over_macs(groups).axes
+    assert 75 < axes.get_ylim()[0] < 80
+    assert points(axes)["L2, 0.6: below, 10.5 %"] == (17_600_000, axes.get_ylim()[0])
+    (axes,) = pictures.learning_curves(groups).axes
+    assert "L2, 0.6: below, ends at 10.5 %" in [line.get_label() for line in axes.lines]
+    assert axes.get_ylim()[0] > 10.5 - 40 + 1  # that of the others' first epochs, 40 points lower
+
+
 def test_points_of_one_value_step_aside_and_balance():
     assert pictures._dodges([17.0, 40.0, 17.01, 16.99]) == [-1, 0, 0, 1]
 
