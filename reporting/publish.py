@@ -14,7 +14,7 @@ from utils.runs import CONFIG, METRICS, SUMMARY
 
 PAGE, MARKDOWN, CSV = "report.html", "table.md", "table.csv"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-README_PICTURES = ("accuracy_macs", "learning_curves", "bytes")
+README_PICTURES = ("accuracy_macs", "bytes")
 
 
 def check_output(folder: Path) -> None:

@@ -1,16 +1,19 @@
 """The entry script from its flags to its files, and the committed results."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
 
 import pytest
+from browser import browse, needs_chromium
 from saved_runs import write_pruned, write_unpruned
 
 import report
 from reporting.gather import gather
 from reporting.publish import BEGIN, update_readme
+from reporting.tables import headings
 from utils import cli
 
 ROOT = Path(report.__file__).resolve().parent
@@ -81,19 +84,31 @@ def test_a_thousand_runs_take_less_than_20_seconds(tmp_path):
     assert (tmp_path / "report" / "table.csv").read_text().count("\n") == 1 + 250
 
 
-def test_the_readme_has_the_committed_results(tmp_path):
-    if BEGIN not in (ROOT / "README.md").read_text():
-        pytest.skip("the README has no results yet")
-    copy = tmp_path / "README.md"
-    shutil.copyfile(ROOT / "README.md", copy)
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_documents_have_the_committed_results(tmp_path, name):
+    copy = tmp_path / name
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(ROOT / name, copy)
+    assert BEGIN in copy.read_text()
     update_readme(copy, gather([report.COMMITTED_RESULTS]).groups, figures=tmp_path / "docs" / "figures")
-    assert copy.read_text() == (ROOT / "README.md").read_text()
+    assert copy.read_text() == (ROOT / name).read_text()
 
 
-@pytest.mark.skipif(not list(report.COMMITTED_RESULTS.glob("*/config.json")), reason="no results are committed yet")
 def test_committed_results_are_all_whole():
     results = gather([report.COMMITTED_RESULTS])
     assert results.skipped == []
     for group in results.groups:
         for record in group.records:
             assert json.loads((record.folder / "summary.json").read_text())["script"] == record.script
+
+
+@needs_chromium
+def test_the_page_of_the_committed_results_sorts_in_a_browser(tmp_path):
+    assert run_report(report.COMMITTED_RESULTS, "--output", tmp_path / "report") == 0
+    groups = gather([report.COMMITTED_RESULTS]).groups
+    column = headings(groups).index("last top-1 %")
+    document, console = browse(tmp_path / "report" / "report.html", tmp_path / "profile", fragment=f"#sort=-{column + 1}")
+    shown = [re.findall(r"<td[^>]*>([^<]*)</td>", row)[column] for row in re.findall(r"<tr>(.*?)</tr>", document)[1:]]
+    accuracies = [float(text.split(" ")[0]) for text in shown]
+    assert accuracies == sorted((round(group.statistic("last_top1").mean, 2) for group in groups), reverse=True)
+    assert console == []

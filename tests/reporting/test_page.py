@@ -1,14 +1,11 @@
 import re
-import shutil
-import subprocess
 
 import pytest
+from browser import browse, needs_chromium
 from saved_runs import write_pruned, write_unpruned
 
 from reporting.gather import Skipped, gather
 from reporting.page import Picture, page
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture
@@ -44,20 +41,7 @@ def test_skipped_runs_and_commands_are_on_it(results):
     assert "<code>pruning.py --seed 1</code>" in document
 
 
-def browse(path, sort, tmp_path):
-    """The document after its script ran, and what the console said."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    command += [
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr",
-    ]
-    result = subprocess.run([*command, "--dump-dom", f"{path.as_uri()}{sort}"], capture_output=True, text=True, timeout=60)
-    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 @pytest.mark.parametrize(
     ("sort", "order"),
     [
@@ -72,7 +56,7 @@ def browse(path, sort, tmp_path):
 def test_the_table_sorts_in_a_browser(results, tmp_path, sort, order):
     path = tmp_path / "page.html"
     path.write_text(render(results))
-    document, console = browse(path, sort, tmp_path)
+    document, console = browse(path, tmp_path / "profile", fragment=sort)
     rows = re.findall(r'<td class="text name"[^>]*>(\w+)', document)
     assert rows == order
     assert console == []

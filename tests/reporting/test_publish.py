@@ -57,7 +57,7 @@ def test_a_readme_changes_between_its_markers_only(tmp_path, results):
     assert text.endswith(f"{END}\n\nEnd without newline")
     assert "old" not in text
     links = [part.split(")")[0] for part in text.split("](")[1:]]
-    assert links == ["docs/figures/accuracy_macs.png", "docs/figures/learning_curves.png", "docs/figures/bytes.png"]
+    assert links == ["docs/figures/accuracy_macs.png", "docs/figures/bytes.png"]
     assert all((tmp_path / link).is_file() for link in links)
     update_readme(readme, results.groups, figures=tmp_path / "docs" / "figures")
     assert readme.read_text() == text
