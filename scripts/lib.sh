@@ -203,7 +203,7 @@ run_all() {
 take_slot() {
   local running
   while true; do
-    running=" $(jobs -rp | tr '\n' ' ')"
+    running=" $(jobs -rp | tr '\n' ' ')" || continue # a Ctrl-C, which ends the pipe as well, is for the trap and not for set -e
     for ((SLOT = 0; SLOT < JOBS; SLOT++)); do
       if [[ -z ${SLOTS[SLOT]-} || $running != *" ${SLOTS[SLOT]} "* ]]; then return; fi
     done

@@ -33,4 +33,4 @@ def page_faults(word):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
 def test_freed_memory_is_used_again():
-    assert page_faults("keep") < 0.01 * page_faults("default")
+    assert page_faults("keep") < 0.2 * page_faults("default")
