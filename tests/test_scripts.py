@@ -307,7 +307,13 @@ def test_a_signal_lets_every_run_save_its_state(workplace, number, status):
     command = ["bash", str(ROOT / "scripts" / "run_vanilla.sh")]
     variables = environment(DATASETS="digits", SEEDS="1 2 3", JOBS="2", HOLDING="vanilla", **workplace)
     process = subprocess.Popen(
-        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # these tests may run where it is ignored
     )
     saves = Path(workplace["SAVE_DIR"])
     deadline = time.monotonic() + 20
