@@ -34,25 +34,25 @@ def afd_loss(attention: Tensor, distances: Tensor) -> Tensor:
 def value_distances(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]) -> Tensor:
     """`mean((v_s - v_t)^2)` of every pair of blocks: n_s and n_t maps (b, c_i, h_i, w_i) -> (b, n_t, n_s)."""
     student_energies = stacked_energies(student_blocks)
-    rows = [
-        torch.cat([_energy_distances(student, teacher) for student in student_energies], dim=2)
-        for teacher in stacked_energies(teacher_blocks)
-    ]
+    rows = []
+    for teacher_energy in stacked_energies(teacher_blocks):  # (n, b, h, w)
+        values = attention_map(teacher_energy).view_as(teacher_energy)
+        rows.append(torch.cat([_energy_distances(student, values) for student in student_energies], dim=2))
     return torch.cat(rows, dim=1)
 
 
-def _energy_distances(student: Tensor, teacher: Tensor) -> Tensor:
-    """(n_s, b, h, w), (n_t, b, H, W) energies -> (b, n_t, n_s), at the teacher's size."""
-    values = attention_map(teacher)  # (n_t, b, H * W)
+def _energy_distances(student: Tensor, teacher_values: Tensor) -> Tensor:
+    """Energies (n_s, b, h, w) and values (n_t, b, H, W) -> (b, n_t, n_s), at the teacher's size."""
+    values = teacher_values.flatten(-2)  # (n_t, b, H * W)
     squares = torch.linalg.vector_norm(values, dim=-1).square()
-    coarse, fine = student.shape[-2:], teacher.shape[-2:]
+    coarse, fine = student.shape[-2:], teacher_values.shape[-2:]
     repeats = [own // other for own, other in zip(fine, coarse, strict=True)]
     is_fraction = [count * other for count, other in zip(repeats, coarse, strict=True)] == list(fine)
     if is_fraction and coarse != fine:
         # Pooled to the finer size, the student's map repeats each value. Its products with the teacher's are those of the
         # values themselves with the sums of the teacher's over the places where they are repeated.
         count = math.prod(repeats)
-        sums = count * F.avg_pool2d(values.view_as(teacher), repeats).flatten(-2)
+        sums = count * F.avg_pool2d(teacher_values, repeats).flatten(-2)
         return _mean_squared_differences(attention_map(student), sums / math.sqrt(count), squares, size=values.shape[-1])
     return _mean_squared_differences(attention_map(student, fine), values, squares, size=values.shape[-1])
 
