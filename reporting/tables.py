@@ -80,7 +80,8 @@ def headings(groups: Sequence[Group]) -> list[str]:
 
 def rows(groups: Sequence[Group]) -> list[list[Cell]]:
     """A row for each group under `headings(groups)`; columns of which no group has a figure are left out."""
-    return [[*_subject_cells(group), *_method_cells(group, _used(groups))] for group in groups]
+    columns = _used(groups)
+    return [[*_subject_cells(group), *_method_cells(group, columns)] for group in groups]
 
 
 def caption(groups: Sequence[Group], measures: Collection[str] = ALL_MEASURES) -> str:
