@@ -25,9 +25,8 @@ set_defaults() {
   SEEDS=${SEEDS:-8152 1011 6162 2177} DATASETS=${DATASETS:-$DEFAULT_DATASETS} MODEL=${MODEL:-resnet56} KEEP=${KEEP:-0.6}
   DATA_DIR=${DATA_DIR:-./data} SAVE_DIR=${SAVE_DIR:-./saves} REPORT_DIR=${REPORT_DIR:-./report/${SCRIPT%.sh}}
   T_PATH=${T_PATH:-} LOAD_PATH=${LOAD_PATH:-} DRY=${DRY:-0} GPUS=${GPUS:-}
-  local gpus
-  read -ra gpus <<<"$GPUS"
-  JOBS=${JOBS:-$((${#gpus[@]} ? ${#gpus[@]} : 1))}
+  read -ra GPU_NUMBERS <<<"$GPUS"
+  JOBS=${JOBS:-$((${#GPU_NUMBERS[@]} ? ${#GPU_NUMBERS[@]} : 1))}
   if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
@@ -214,10 +213,9 @@ take_slot() {
 # launch INDEX: starts the command in the background, in a process group of its own, so that Ctrl-C reaches it through stop
 # alone; with several at once every line of output begins with the name of its run. Its slot says which of the GPUs it has.
 launch() {
-  local command=${COMMANDS[$1]} name gpus
+  local command=${COMMANDS[$1]} name gpus=${#GPU_NUMBERS[@]}
   name=$(basename "${FOLDERS[$1]}")
-  read -ra gpus <<<"$GPUS"
-  if ((${#gpus[@]})); then command="env CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]} $command --device cuda"; fi
+  if ((gpus)); then command="env CUDA_VISIBLE_DEVICES=${GPU_NUMBERS[SLOT % gpus]} $command --device cuda"; fi
   set -m
   if ((JOBS > 1)); then
     (eval "exec $command" > >(exec sed -u "s|^|$name: |") 2>&1) &
