@@ -299,7 +299,8 @@ def test_as_many_runs_as_gpus_at_a_time_and_the_next_gets_the_one_that_is_free(w
     variables = {"DATASETS": "digits", "SEEDS": "1 2 3 4 5", "GPUS": "3 5", **workplace}
     assert call("run_vanilla", LASTING="vanilla-digits-resnet56-seed1", OTHERS="4", **variables).returncode == 0
     *runs, _ = calls(workplace)
-    assert [run.rpartition(" on GPU ")[2] for run in runs] == ["3", "5", "5", "5", "5"]
+    gpus = {re.search(r"-seed(\d)-", run)[1]: run.rpartition(" on GPU ")[2] for run in runs}  # they may start in any order
+    assert gpus == {"1": "3", "2": "5", "3": "5", "4": "5", "5": "5"}
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
