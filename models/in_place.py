@@ -1,0 +1,76 @@
+"""In evaluation, a result is written over an operand that nothing reads any more: sums and ReLUs of a network need no memory.
+
+A pass over maps that are in the cache already takes less time than one that fetches memory for its result. Where gradients
+are recorded, and for compilers, which plan memory themselves, the operations are the ordinary ones.
+"""
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from models.relayout import AddInto, Relayout, may_overwrite
+
+LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, AddInto, Relayout)  # their result never shares memory with what they read
+SUMS = (operator.add, torch.add)
+RELUS = (F.relu, torch.relu)
+
+
+def relu_over(x: Tensor) -> Tensor:
+    """ReLU of `x`, which it may replace."""
+    return x.relu_() if may_overwrite() else F.relu(x)
+
+
+def add_over(x: Tensor, y: Tensor) -> Tensor:
+    """`x + y`, which may replace `x`."""
+    fits = may_overwrite() and x.shape == y.shape and x.dtype == y.dtype
+    return x.add_(y) if fits else x + y
+
+
+def reuse_memory(graph: fx.Graph, network: nn.Module) -> None:
+    """Turns the sums and ReLUs of `graph`, whose modules are those of `network`, into ones that overwrite what they read last.
+
+    Left alone is what a view may show, or the caller has: an operand must come from one of a few operations that give memory
+    of their own, and all that read it must be such operations.
+    """
+    fresh = {node for node in graph.nodes if _gives_fresh_memory(node, network)}
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in fresh:
+        free = [
+            source
+            for source in node.all_input_nodes
+            if source in fresh and _is_read_last(source, by=node, fresh=fresh, order=order)
+        ]
+        if isinstance(_layer(node, network), AddInto):
+            if node.args[0] in free:
+                node.kwargs = {"over": True}
+        elif _is_relu(node, network) and free:
+            node.op, node.target, node.args, node.kwargs = "call_function", relu_over, (free[0],), {}
+        elif _is_sum(node) and free:
+            other = next((source for source in node.all_input_nodes if source is not free[0]), free[0])
+            node.target, node.args, node.kwargs = add_over, (free[0], other), {}
+
+
+def _gives_fresh_memory(node: fx.Node, network: nn.Module) -> bool:
+    return isinstance(_layer(node, network), LAYERS) or _is_relu(node, network) or _is_sum(node)
+
+
+def _is_read_last(source: fx.Node, *, by: fx.Node, fresh: set[fx.Node], order: dict[fx.Node, int]) -> bool:
+    return all(reader in fresh and order[reader] <= order[by] for reader in source.users)
+
+
+def _layer(node: fx.Node, network: nn.Module) -> nn.Module | None:
+    return network.get_submodule(node.target) if node.op == "call_module" else None
+
+
+def _is_relu(node: fx.Node, network: nn.Module) -> bool:
+    if node.op == "call_method":
+        return node.target == "relu"
+    return isinstance(_layer(node, network), nn.ReLU) or (node.op == "call_function" and node.target in RELUS)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Whether the node adds two tensors, and nothing else."""
+    operands = len(node.args) == 2 and all(isinstance(operand, fx.Node) for operand in node.args)
+    return node.op == "call_function" and node.target in SUMS and operands and not node.kwargs
