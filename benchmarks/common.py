@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,35 @@ def interleaved_seconds(
 
     Whatever else happens on the machine thus meets all of them alike. Each waits for the device's work.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    stopwatches = {name: partial(seconds_of, function, device=device) for name, function in functions.items()}
+    return interleaved(stopwatches, rounds=rounds, warmups=warmups)
+
+
+def interleaved(
+    stopwatches: Mapping[str, Callable[[], float]], *, rounds: int, warmups: int = 2, pause_seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """What `interleaved_seconds` gives, of functions that return the seconds they took.
+
+    With a pause before each of them, for threads of the last one to fall asleep, it runs once more in advance, to wake its own.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in stopwatches}
     for index in range(-warmups, rounds):
-        for name, function in functions.items():
-            synchronise(device)
-            began = time.perf_counter()
-            function()
-            synchronise(device)
+        for name, stopwatch in stopwatches.items():
+            if pause_seconds:
+                time.sleep(pause_seconds)
+                stopwatch()
+            taken = stopwatch()
             if index >= 0:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(taken)
     return seconds
+
+
+def seconds_of(function: Callable[[], object], *, device: torch.device) -> float:
+    synchronise(device)
+    began = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - began
 
 
 def synchronise(device: torch.device) -> None:

@@ -3,17 +3,23 @@
     python -m benchmarks.inference --model resnet56
 
 Filters are chosen at random, which asks most of the residual sums. `wide sums` is the form that export.py writes as ONNX.
+On a CPU with AVX-512 the dense and the compact network are also timed with vectors of half that width, in a process of its own;
+all ratios are to the dense network as PyTorch runs it by itself.
 """
 
 import argparse
 import copy
+import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import add_common_flags, interleaved_seconds, machine, median_ratio, report, synthetic_batch
+from benchmarks.common import add_common_flags, interleaved, machine, median_ratio, report, seconds_of, synthetic_batch
+from benchmarks.worker import PAUSE_SECONDS, Worker
 from models import MODELS, build_model
 from models.batch_norm import quicken_batch_norms
 from models.narrow import narrow
@@ -27,6 +33,8 @@ from utils.profile import profile_network
 from utils.setup import choose_device, to_device
 
 PRUNINGS = ((0.6, 1), (0.5, 8))  # keep ratio, channel multiple
+ISA, HALF = "ONEDNN_MAX_CPU_ISA", "AVX2"  # the variable by which oneDNN takes narrower vectors; it reads it once
+HALF_FORMS = ("dense", "compact")
 
 
 def get_args_parser() -> cli.Parser:
@@ -50,21 +58,42 @@ def measure(args: argparse.Namespace, keep_ratio: float, multiple: int, *, devic
     image = synthetic_batch(1, device=device).images
     sizes = {form: profile_network(network, image) for form, network in networks.items()}
     rows = []
-    for task, functions in tasks(args, networks, device=device).items():
-        seconds = interleaved_seconds(functions, device=device, rounds=args.rounds)
-        for form in functions:
-            rows.append(
-                {
-                    "retained": f"{keep_ratio} by {multiple}",
-                    "task": task,
-                    "form": form,
-                    "parameters": sizes[form]["parameters"] / sizes["dense"]["parameters"],
-                    "MACs": sizes[form]["macs"] / sizes["dense"]["macs"],
-                    "ms (least)": 1000 * min(seconds[form]),
-                    "times faster": median_ratio(seconds["dense"], seconds[form]),
-                }
-            )
+    with half_vectors(args, keep_ratio, multiple, device=device) as worker:
+        for task, functions in tasks(args, networks, device=device, onnx=args.onnx).items():
+            stopwatches = {(form, "default"): partial(seconds_of, run, device=device) for form, run in functions.items()}
+            if worker is not None and not task.startswith("onnxruntime"):
+                stopwatches |= {(form, HALF): partial(worker.seconds, f"{task}: {form}") for form in HALF_FORMS}
+            seconds = interleaved(stopwatches, rounds=args.rounds, pause_seconds=PAUSE_SECONDS)
+            for form, vectors in stopwatches:
+                rows.append(
+                    {
+                        "retained": f"{keep_ratio} by {multiple}",
+                        "task": task,
+                        "form": form,
+                        "vectors": vectors,
+                        "parameters": sizes[form]["parameters"] / sizes["dense"]["parameters"],
+                        "MACs": sizes[form]["macs"] / sizes["dense"]["macs"],
+                        "ms (least)": 1000 * min(seconds[form, vectors]),
+                        "times faster": median_ratio(seconds["dense", "default"], seconds[form, vectors]),
+                    }
+                )
     return rows
+
+
+def half_vectors(
+    args: argparse.Namespace, keep_ratio: float, multiple: int, *, device: torch.device
+) -> AbstractContextManager[Worker | None]:
+    """A process that convolves with vectors of 256 bits, if this one takes 512."""
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512" or ISA in os.environ:
+        return nullcontext()
+    return Worker(partial(worker_functions, args, keep_ratio, multiple), {ISA: HALF})
+
+
+def worker_functions(args: argparse.Namespace, keep_ratio: float, multiple: int) -> dict[str, Callable[[], object]]:
+    device = torch.device("cpu")
+    forms = build_forms(args.model, keep_ratio, multiple, device=device)
+    found = tasks(args, {form: forms[form] for form in HALF_FORMS}, device=device, onnx=False)
+    return {f"{task}: {form}": function for task, functions in found.items() for form, function in functions.items()}
 
 
 def build_forms(name: str, keep_ratio: float, multiple: int, *, device: torch.device) -> dict[str, nn.Module]:
@@ -82,7 +111,7 @@ def build_forms(name: str, keep_ratio: float, multiple: int, *, device: torch.de
 
 
 def tasks(
-    args: argparse.Namespace, networks: Mapping[str, nn.Module], *, device: torch.device
+    args: argparse.Namespace, networks: Mapping[str, nn.Module], *, device: torch.device, onnx: bool
 ) -> dict[str, dict[str, Callable[[], object]]]:
     """What is timed, and for each of it one function a form."""
     evaluated = {form: copy.deepcopy(network).eval() for form, network in networks.items()}
@@ -90,7 +119,7 @@ def tasks(
     for size in args.batch_sizes:
         images = synthetic_batch(size, device=device).images
         result[f"forward, batch {size}"] = {form: forward(network, images) for form, network in evaluated.items()}
-        if args.onnx and device.type == "cpu":
+        if onnx and device.type == "cpu":
             result[f"onnxruntime, batch {size}"] = {form: onnx_session(net, images) for form, net in evaluated.items()}
     batch = synthetic_batch(args.train_batch_size, device=device)
     result[f"training step, batch {args.train_batch_size}"] = {form: step(net, batch) for form, net in networks.items()}
