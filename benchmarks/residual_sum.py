@@ -23,13 +23,25 @@ from utils.setup import choose_device
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 STAGE_SIDES_PIXELS = (32, 16, 8)
+FORMS = (
+    "plain sum of all",
+    "plain sum in place",
+    "index_add",
+    "index_add of rows",
+    "index_add of rows in place",
+    "product of rows",
+    "gather from padded",
+    "1x1 selection",
+    "conv",
+    "wide conv",
+)
 
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog="residual_sum.py", description="Sums of maps that store different channels.")
     parser.add_argument("--batch-size", type=cli.positive_int, default=64, help="images")
     parser.add_argument("--keep-ratio", type=cli.keep_proportion, default=0.5, help="proportion of filters retained")
-    add_common_flags(parser, name="residual_sum", rounds=15)
+    add_common_flags(parser, name="residual_sum", rounds=30)
     return parser
 
 
@@ -60,9 +72,9 @@ def measure(
         torch.randn(args.batch_size, channels, side, side, device=device).to(memory_format=layout).requires_grad_(train)
         for channels in (width, len(kept))
     )
-    functions = {name: runnable(form, train=train) for name, form in forms(whole, part, kept).items()}
+    functions = {name: runnable(form, train=train) for name, form in forms(whole, part, kept, train=train).items()}
     seconds = interleaved_seconds(functions, device=device, rounds=args.rounds)
-    return {name: 1000 * min(times) for name, times in seconds.items()}
+    return {name: 1000 * min(seconds[name]) if name in seconds else None for name in FORMS}
 
 
 def runnable(form: Callable[[], Tensor], *, train: bool) -> Callable[[], object]:
@@ -76,8 +88,8 @@ def runnable(form: Callable[[], Tensor], *, train: bool) -> Callable[[], object]
     return step if train else infer
 
 
-def forms(whole: Tensor, part: Tensor, kept: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Each form as a function without arguments."""
+def forms(whole: Tensor, part: Tensor, kept: Tensor, *, train: bool) -> dict[str, Callable[[], Tensor]]:
+    """Each form as a function without arguments; those that overwrite `whole` only where no gradient is asked for."""
     width, count = whole.shape[1], len(kept)
     origins = torch.full((width,), count, device=kept.device).index_copy(0, kept, torch.arange(count, device=kept.device))
     selection = F.one_hot(kept, width).t().to(whole.dtype)[:, :, None, None].contiguous()  # (F, kept, 1, 1)
@@ -87,19 +99,24 @@ def forms(whole: Tensor, part: Tensor, kept: Tensor) -> dict[str, Callable[[], T
     def rows(x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
-    def add_rows() -> Tensor:
+    def maps(rows: Tensor) -> Tensor:
         batch, _, height, side = whole.shape
-        return rows(whole).index_add(1, kept, rows(part)).view(batch, height, side, width).permute(0, 3, 1, 2)
+        return rows.view(batch, height, side, width).permute(0, 3, 1, 2)
 
-    return {
+    found = {
         "plain sum of all": lambda: whole + whole,
         "index_add": lambda: whole.index_add(1, kept, part),
-        "index_add of rows": add_rows,
+        "index_add of rows": lambda: maps(rows(whole).index_add(1, kept, rows(part))),
+        "product of rows": lambda: maps(torch.addmm(rows(whole), rows(part), selection[:, :, 0, 0].t())),
         "gather from padded": lambda: whole + F.pad(part, (0, 0, 0, 0, 0, 1)).index_select(1, origins),
         "1x1 selection": lambda: whole + F.conv2d(part, selection),
         "conv": lambda: F.conv2d(part, narrow_weight, padding=1),
         "wide conv": lambda: F.conv2d(part, weight, padding=1),
     }
+    if not train and whole.is_contiguous(memory_format=torch.channels_last):  # rows of other layouts are copies
+        found["plain sum in place"] = lambda: whole.add_(whole)
+        found["index_add of rows in place"] = lambda: maps(rows(whole).index_add_(1, kept, rows(part)))
+    return found
 
 
 if __name__ == "__main__":
