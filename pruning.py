@@ -100,7 +100,10 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return dry_run(args, plan, data, student, layers, ratios)
 
-    run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state)
+    networks = {"--t-path": teacher.network} if teacher is not None else {}
+    if args.s_path is not None:
+        networks["--s-path"] = student.network
+    run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
     setup.warn_about(run, plan, fallback)
     before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data)
     schedule = build_schedule(args, student, layers, ratios, data, state)
@@ -234,7 +237,7 @@ def build_schedule(
     if args.soft_prune:
         return SoftPruning(student.network, choose, interval=args.prune_interval or 1, last_epoch=args.n_epochs - 1)
     kept = state["resume"]["hooks"]["kept"] if state is not None else choose()
-    faster_small = data.device.type == "cpu" and not args.amp  # as measured, docs/performance.md
+    faster_small = data.device.type == "cpu" and not args.amp and not args.compile  # as measured, docs/performance.md
     small = args.train_form == "compact" or (args.train_form == "auto" and faster_small)
     if state is not None:
         small = was_trained_small(state)

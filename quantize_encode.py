@@ -79,7 +79,8 @@ def main(args: argparse.Namespace) -> None:
         lines = [f"{name} would share {2**count} values" for name, count in bits.items()]
         return print_plan(args, plan=plan, data=data, networks={"network": network}, lines=lines)
 
-    run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state)
+    networks = {"--load-path": file.network}
+    run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
     setup.warn_about(run, plan, fallback)
     network = setup.to_device(network, device, sync_bn=args.sync_bn)
     quantize(run, network, bits, data, is_new=state is None)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.kill_test import RECIPES, RUN, Recipe, differences, go_on, moments_of, start, wait
-from utils.files import load_checkpoint
+from utils.files import load_checkpoint, save_checkpoint
 
 HARD, SOFT, QUANTIZED = RECIPES
 DROPOUT = Recipe(
@@ -216,6 +216,25 @@ class TestDamaged:
         (interrupted / RUN / "config.json").write_text(json.dumps(config))
         assert finish(HARD, interrupted, trained_run) == 2
         assert "config.json does not fit this script: --lr: 'fast' is not a number above 0" in output(interrupted)
+
+
+@pytest.mark.parametrize("recipe", [HARD, QUANTIZED], ids=lambda recipe: recipe.name)
+def test_another_network_in_the_place_of_the_first_is_refused(recipe, tmp_path, untouched, trained_run):
+    network = tmp_path / "network.pt"
+    shutil.copy(trained_run / "model_best.pt", network)
+    words = recipe.words(network)
+    fatal = nth(untouched(recipe), "before _train_step", 4)
+    assert wait(start(recipe.script, words, folder=tmp_path, fatal=fatal)) == -signal.SIGKILL
+    checkpoint = load_checkpoint(network)
+    checkpoint["state_dict"]["classifier.bias"] += 1e-3
+    save_checkpoint(network, checkpoint)
+    before = (tmp_path / RUN / "metrics.jsonl").read_bytes()
+    assert wait(go_on(recipe.script, words, folder=tmp_path)) == 2
+    flag = "--t-path" if recipe is HARD else "--load-path"
+    assert f"error: {flag} {network}: holds other weights than when" in output(tmp_path).splitlines()[-1]
+    assert (tmp_path / RUN / "metrics.jsonl").read_bytes() == before
+    shutil.copy(trained_run / "model_best.pt", network)
+    assert wait(go_on(recipe.script, words, folder=tmp_path)) == 0, output(tmp_path)
 
 
 def test_a_run_that_is_alive_is_not_resumed(tmp_path, trained_run):

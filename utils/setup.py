@@ -14,7 +14,7 @@ from utils.datasets import load_dataset
 from utils.distributed import World, join, world_from_environment
 from utils.engine import Hooks, Trainer, TrainingPlan, check_acceleration, prepare_step, sgd
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import digest, read_json
 from utils.runs import CONFIG, Run, check_save_dir, check_state
 
 
@@ -64,18 +64,41 @@ def training_plan(args: argparse.Namespace) -> TrainingPlan:
     )
 
 
-def open_run(args: argparse.Namespace, *, script: str, device: torch.device, world: World, state: dict[str, Any] | None) -> Run:
-    """A new run's folder, or with --resume the old one; `state` is None where nothing was saved yet."""
+def open_run(
+    args: argparse.Namespace,
+    *,
+    script: str,
+    device: torch.device,
+    world: World,
+    state: dict[str, Any] | None,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> Run:
+    """A new run's folder, or with --resume the old one; `state` is None where nothing was saved yet.
+
+    `networks` holds, by flag, what was read from files: a resumed run must begin with the same ones.
+    """
+    digests = {flag: digest(network.state_dict()) for flag, network in (networks or {}).items()}
     if args.resume is not None:
-        return _reopen_run(args, world=world, state=state)
-    config = {"script": script, "flags": flags_of(args), "device": _device_name(device), "processes": world.size}
+        return _reopen_run(args, world=world, state=state, digests=digests)
+    config = {
+        "script": script,
+        "flags": flags_of(args),
+        "networks": digests,
+        "device": _device_name(device),
+        "processes": world.size,
+    }
     return Run.create(args.save_dir, name=args.run_name, log_name=args.log_name, config=config, world=world)
 
 
-def _reopen_run(args: argparse.Namespace, *, world: World, state: dict[str, Any] | None) -> Run:
+def _reopen_run(args: argparse.Namespace, *, world: World, state: dict[str, Any] | None, digests: Mapping[str, str]) -> Run:
     config = read_json(Path(args.resume) / CONFIG)
     if config.get("processes") != world.size:
         raise UserError(f"--resume {args.resume}: a run of {config.get('processes')} processes, started with {world.size} now")
+    recorded = config.get("networks") or {}  # runs of older versions say nothing
+    for flag, found in digests.items():
+        if recorded.get(flag, found) != found:
+            path = getattr(args, flag.removeprefix("--").replace("-", "_"))
+            raise UserError(f"{flag} {path}: holds other weights than when {args.resume} began; put that file back to resume it")
     if state is not None:
         check_state(state, flags_of(args), folder=args.resume)
     run = Run.reopen(args.resume, log_name=args.log_name, world=world, epochs=state["resume"]["epoch"] if state else 0)
