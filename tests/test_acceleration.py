@@ -79,7 +79,7 @@ def test_amp_trains_in_bfloat16_and_stays_close(teacher, form):
     assert reduced["ce"] != pytest.approx(exact["ce"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("flags", "form"), [([], PhysicalPruning), (["--amp"], HardPruning)])
+@pytest.mark.parametrize(("flags", "form"), [([], PhysicalPruning), (["--amp"], HardPruning), (["--compile"], HardPruning)])
 def test_a_cpu_trains_the_form_that_is_faster_there(teacher, monkeypatch, flags, form):
     made = []
     build = pruning.build_schedule
@@ -88,8 +88,10 @@ def test_a_cpu_trains_the_form_that_is_faster_there(teacher, monkeypatch, flags,
     assert [type(schedule) for schedule in made] == [form]
 
 
-def test_compiled_training_stays_close(teacher):
-    flags = ("--prune-mode", "filter-gm", "--distill", "hap")
+@pytest.mark.parametrize("form", ["masked", "compact"])
+def test_compiled_training_stays_close(teacher, form):
+    torch.compiler.reset()
+    flags = ("--prune-mode", "filter-gm", "--distill", "hap", "--train-form", form)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     eager, compiled = train(teacher, "eager", *flags), train(teacher, "compiled", *flags, "--compile")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
