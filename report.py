@@ -6,7 +6,8 @@ from pathlib import Path
 from reporting.attention import attention_pictures
 from reporting.gather import gather
 from reporting.page import Picture
-from reporting.publish import check_output, collect, update_readme, write_report
+from reporting.pictures import PICTURE_NAMES
+from reporting.publish import README_PICTURES, check_output, collect, update_readme, write_report
 from utils import cli
 from utils.errors import UserError
 
@@ -23,6 +24,9 @@ def get_args_parser() -> cli.Parser:
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="where the report goes, with --readme its pictures (default: report, or docs/figures)")  # fmt: skip
     parser.add_argument("--title", default="Pruning and distillation: results", help="title of the page")
+    parser.add_argument("--pictures", nargs="*", choices=PICTURE_NAMES, metavar="NAME",
+                        help=f"which to draw, of {', '.join(PICTURE_NAMES)} (default: all; with --readme "
+                        f"{', '.join(README_PICTURES)})")  # fmt: skip
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--attention", type=Path, metavar="RUN", help="also draw what this pruning run and its teacher attend to"
@@ -41,17 +45,21 @@ def main(args: argparse.Namespace) -> None:
     for name in ("images", "data_dir"):
         if getattr(args, name) is not None and args.attention is None:
             raise UserError(f"--{name.replace('_', '-')}: belongs to --attention RUN, which is not given")
+    if args.pictures is not None and args.collect is not None:
+        raise UserError("--pictures: not with --collect, which draws none")
     results = gather(args.runs or [COMMITTED_RESULTS if args.readme else Path("saves")])
     for folder, reason in results.skipped:
         print(f"left out {folder}: {reason}")
     if args.readme is not None:
-        update_readme(args.readme, results.groups, figures=args.output or FIGURES)
+        names = README_PICTURES if args.pictures is None else args.pictures
+        update_readme(args.readme, results.groups, figures=args.output or FIGURES, picture_names=names)
     elif args.collect is not None:
         collect(results.groups, args.collect)
     else:
         output = args.output or Path("report")
         check_output(output)
-        write_report(output, results, title=args.title, extra_pictures=draw_attention(args))
+        names = PICTURE_NAMES if args.pictures is None else args.pictures
+        write_report(output, results, title=args.title, picture_names=names, extra_pictures=draw_attention(args))
 
 
 def draw_attention(args: argparse.Namespace) -> list[Picture]:

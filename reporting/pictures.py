@@ -52,10 +52,10 @@ class Style(NamedTuple):
     linestyle: str
 
 
-def draw_pictures(groups: Sequence[Group]) -> list[Picture]:
-    """Every picture that the runs have something for."""
+def draw_pictures(groups: Sequence[Group], *, names: Sequence[str]) -> list[Picture]:
+    """Of the pictures called `names`, each that the runs have something for."""
     drawn = []
-    for name, title, caption, draw in PICTURES:
+    for name, title, caption, draw in (picture for picture in PICTURES if picture[0] in names):
         with matplotlib.rc_context(LOOK):
             figure = draw(groups)
             if figure is not None:
@@ -166,6 +166,8 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Sequence[Group]], Figure | None]]
         sensitivity,
     ),
 )
+
+PICTURE_NAMES = tuple(name for name, *_ in PICTURES)
 
 
 # ---- panels ------------------------------------------------------------------------------------------------------------

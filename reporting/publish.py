@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reporting.gather import KEPT_FILTERS, Group, Results
 from reporting.page import GENERATOR, Picture, page
-from reporting.pictures import PICTURES, draw_pictures
+from reporting.pictures import PICTURE_NAMES, draw_pictures
 from reporting.tables import KEY_MEASURES, caption, comma_separated, markdown, markdown_by_subject, notes
 from utils.errors import UserError
 from utils.files import write_atomic
@@ -31,11 +31,18 @@ def _is_report(path: Path) -> bool:
     return path.is_file() and GENERATOR in path.read_text(errors="replace")[:1000]
 
 
-def write_report(folder: Path, results: Results, *, title: str, extra_pictures: Sequence[Picture] = ()) -> None:
+def write_report(
+    folder: Path,
+    results: Results,
+    *,
+    title: str,
+    picture_names: Sequence[str] = PICTURE_NAMES,
+    extra_pictures: Sequence[Picture] = (),
+) -> None:
     """The page, the table as Markdown and CSV, and the pictures as files of their own."""
     _make_folder(folder, "--output")
-    pictures = [*draw_pictures(results.groups), *extra_pictures]
-    for name, *_ in PICTURES:  # an earlier report may have had pictures that this one has not
+    pictures = [*draw_pictures(results.groups, names=picture_names), *extra_pictures]
+    for name in PICTURE_NAMES:  # an earlier report may have had pictures that this one has not
         (folder / f"{name}.png").unlink(missing_ok=True)
     for picture in pictures:
         write_atomic(folder / picture.file_name, picture.png)
@@ -55,7 +62,7 @@ def with_remarks(table: str, groups: Sequence[Group], pictures: Sequence[Picture
     return "\n".join([table, *([*remarks, ""] if remarks else []), *links])
 
 
-def update_readme(path: Path, groups: Sequence[Group], *, figures: Path) -> None:
+def update_readme(path: Path, groups: Sequence[Group], *, figures: Path, picture_names: Sequence[str] = README_PICTURES) -> None:
     """Puts tables of the key measures and pictures between the markers of a Markdown file; the PNG files go to `figures`.
 
     Raises UserError if the file cannot be read or does not have each marker once, in order.
@@ -66,7 +73,7 @@ def update_readme(path: Path, groups: Sequence[Group], *, figures: Path) -> None
         raise UserError(f"--readme {path}: cannot be read: {error.strerror}") from error
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"--readme {path}: needs the lines {BEGIN} and {END} once each, for the results to go between")
-    pictures = [picture for picture in draw_pictures(groups) if picture.name in README_PICTURES]
+    pictures = draw_pictures(groups, names=picture_names)
     _make_folder(figures, "--output")
     for picture in pictures:
         write_atomic(figures / picture.file_name, picture.png)

@@ -12,7 +12,7 @@ from saved_runs import write_pruned, write_unpruned
 
 import report
 from reporting.gather import gather
-from reporting.publish import BEGIN, update_readme
+from reporting.publish import BEGIN, END, README_PICTURES, update_readme
 from reporting.tables import headings
 from utils import cli
 
@@ -45,6 +45,16 @@ def test_from_runs_to_a_page(saves, tmp_path, capsys):
     assert document.count("data:image/png") == 5
 
 
+def test_only_the_pictures_that_are_asked_for(saves, tmp_path):
+    assert run_report(saves, "--output", tmp_path / "report", "--pictures", "bytes", "accuracy_macs") == 0
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"bytes.png", "accuracy_macs.png"}
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    assert run_report(saves, "--readme", readme, "--output", tmp_path / "figures", "--pictures", "learning_curves") == 0
+    assert readme.read_text().count("![") == 1
+    assert "(figures/learning_curves.png)" in readme.read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -57,6 +67,8 @@ def test_from_runs_to_a_page(saves, tmp_path, capsys):
         (["{saves}", "--attention", "{saves}/pruned-1", "--images", "-1"], "--images: '-1' is not a whole number of 0 or more"),
         (["{saves}", "--readme", "{tmp}/mine/own.txt"], "needs the lines <!-- results:begin -->"),
         (["{saves}", "--readme", "a.md", "--collect", "b"], "not allowed with argument"),
+        (["{saves}", "--pictures", "bytes", "--collect", "b"], "--pictures: not with --collect"),
+        (["{saves}", "--pictures", "byte"], "--pictures: invalid choice: 'byte'"),
         (["{saves}", "--outptu", "x"], "unrecognized arguments: --outptu"),
         (["{saves}", "--output", "{tmp}/mine/own.txt/report"], "cannot be made"),
     ],
@@ -84,18 +96,27 @@ def test_a_thousand_runs_take_less_than_20_seconds(tmp_path):
     assert (tmp_path / "report" / "table.csv").read_text().count("\n") == 1 + 250
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
-def test_documents_have_the_committed_results(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "runs", "figures", "pictures"),
+    [
+        ("README.md", "docs/results", "docs/figures", README_PICTURES),
+        ("docs/results.md", "docs/results", "docs/figures", README_PICTURES),
+        ("docs/ablation.md", "docs/ablation", "docs/figures/ablation", ["accuracy_macs"]),
+        ("docs/sensitivity.md", "docs/sensitivity", "docs/figures", ["sensitivity"]),
+    ],
+)
+def test_documents_have_the_committed_results(tmp_path, name, runs, figures, pictures):
     copy = tmp_path / name
     copy.parent.mkdir(exist_ok=True)
     shutil.copyfile(ROOT / name, copy)
     assert BEGIN in copy.read_text()
-    update_readme(copy, gather([report.COMMITTED_RESULTS]).groups, figures=tmp_path / "docs" / "figures")
+    update_readme(copy, gather([ROOT / runs]).groups, figures=tmp_path / figures, picture_names=pictures)
     assert copy.read_text() == (ROOT / name).read_text()
 
 
-def test_committed_results_are_all_whole():
-    results = gather([report.COMMITTED_RESULTS])
+@pytest.mark.parametrize("runs", ["docs/results", "docs/ablation", "docs/sensitivity"])
+def test_committed_results_are_all_whole(runs):
+    results = gather([ROOT / runs])
     assert results.skipped == []
     for group in results.groups:
         for record in group.records:

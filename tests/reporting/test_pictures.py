@@ -32,7 +32,7 @@ def points(axes):
 
 
 def test_every_picture_is_drawn_and_has_ink(groups):
-    drawn = pictures.draw_pictures(groups)
+    drawn = pictures.draw_pictures(groups, names=pictures.PICTURE_NAMES)
     assert [picture.name for picture in drawn] == [name for name, *_ in pictures.PICTURES]
     for picture in drawn:
         pixels = matplotlib.image.imread(io.BytesIO(picture.png), format="png")[..., :3]
@@ -41,7 +41,7 @@ def test_every_picture_is_drawn_and_has_ink(groups):
 
 def test_nothing_is_drawn_from_nothing(tmp_path):
     (write_unpruned(tmp_path / "teacher") / "metrics.jsonl").write_text("")
-    assert pictures.draw_pictures(gather([tmp_path]).groups) == []
+    assert pictures.draw_pictures(gather([tmp_path]).groups, names=pictures.PICTURE_NAMES) == []
 
 
 def test_accuracy_is_drawn_where_it_was_measured(groups):
