@@ -1,7 +1,8 @@
 """In evaluation, a result is written over an operand that nothing reads any more: sums and ReLUs of a network need no memory.
 
 A pass over maps that are in the cache already takes less time than one that fetches memory for its result. Where gradients
-are recorded, and for compilers, which plan memory themselves, the operations are the ordinary ones.
+are recorded, and for compilers, which plan memory themselves, the operations are the ordinary ones. A forward hook that keeps
+the result of a convolution or batch norm must copy it, as in networks with in-place activations.
 """
 
 import operator
