@@ -47,18 +47,18 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: belongs to --attention RUN, which is not given")
     if args.pictures is not None and args.collect is not None:
         raise UserError("--pictures: not with --collect, which draws none")
+    default = PICTURE_NAMES if args.readme is None else README_PICTURES
+    names = default if args.pictures is None else args.pictures
     results = gather(args.runs or [COMMITTED_RESULTS if args.readme else Path("saves")])
     for folder, reason in results.skipped:
         print(f"left out {folder}: {reason}")
     if args.readme is not None:
-        names = README_PICTURES if args.pictures is None else args.pictures
         update_readme(args.readme, results.groups, figures=args.output or FIGURES, picture_names=names)
     elif args.collect is not None:
         collect(results.groups, args.collect)
     else:
         output = args.output or Path("report")
         check_output(output)
-        names = PICTURE_NAMES if args.pictures is None else args.pictures
         write_report(output, results, title=args.title, picture_names=names, extra_pictures=draw_attention(args))
 
 

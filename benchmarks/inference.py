@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import add_common_flags, interleaved, machine, median_ratio, report, seconds_of, synthetic_batch
-from benchmarks.worker import PAUSE_SECONDS, Worker
+from benchmarks.worker import PAUSE_SECONDS, timed_elsewhere
 from models import MODELS, build_model
 from models.batch_norm import quicken_batch_norms
 from models.narrow import narrow
@@ -58,11 +58,11 @@ def measure(args: argparse.Namespace, keep_ratio: float, multiple: int, *, devic
     image = synthetic_batch(1, device=device).images
     sizes = {form: profile_network(network, image) for form, network in networks.items()}
     rows = []
-    with half_vectors(args, keep_ratio, multiple, device=device) as worker:
+    with half_vectors(args, keep_ratio, multiple, device=device) as seconds_there:
         for task, functions in tasks(args, networks, device=device, onnx=args.onnx).items():
             stopwatches = {(form, "default"): partial(seconds_of, run, device=device) for form, run in functions.items()}
-            if worker is not None and not task.startswith("onnxruntime"):
-                stopwatches |= {(form, HALF): partial(worker.seconds, f"{task}: {form}") for form in HALF_FORMS}
+            if seconds_there is not None and not task.startswith("onnxruntime"):
+                stopwatches |= {(form, HALF): partial(seconds_there, f"{task}: {form}") for form in HALF_FORMS}
             seconds = interleaved(stopwatches, rounds=args.rounds, pause_seconds=PAUSE_SECONDS)
             for form, vectors in stopwatches:
                 rows.append(
@@ -82,11 +82,11 @@ def measure(args: argparse.Namespace, keep_ratio: float, multiple: int, *, devic
 
 def half_vectors(
     args: argparse.Namespace, keep_ratio: float, multiple: int, *, device: torch.device
-) -> AbstractContextManager[Worker | None]:
-    """A process that convolves with vectors of 256 bits, if this one takes 512."""
+) -> AbstractContextManager[Callable[[str], float] | None]:
+    """Times functions in a process that convolves with vectors of 256 bits, if this one takes 512."""
     if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512" or ISA in os.environ:
         return nullcontext()
-    return Worker(partial(worker_functions, args, keep_ratio, multiple), {ISA: HALF})
+    return timed_elsewhere(partial(worker_functions, args, keep_ratio, multiple), {ISA: HALF})
 
 
 def worker_functions(args: argparse.Namespace, keep_ratio: float, multiple: int) -> dict[str, Callable[[], object]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.common import add_common_flags, interleaved_seconds, machine, report
 from models.cifar_resnet import STAGE_WIDTHS
+from models.relayout import as_maps, as_rows
 from prune.masks import keep_count
 from utils import cli
 from utils.distributed import World
@@ -23,18 +24,6 @@ from utils.setup import choose_device
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 STAGE_SIDES_PIXELS = (32, 16, 8)
-FORMS = (
-    "plain sum of all",
-    "plain sum in place",
-    "index_add",
-    "index_add of rows",
-    "index_add of rows in place",
-    "product of rows",
-    "gather from padded",
-    "1x1 selection",
-    "conv",
-    "wide conv",
-)
 
 
 def get_args_parser() -> cli.Parser:
@@ -64,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 
 def measure(
     args: argparse.Namespace, width: int, side: int, layout: torch.memory_format, *, train: bool, device: torch.device
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The least milliseconds of each form, with its backward pass if `train`."""
     torch.manual_seed(0)
     kept = torch.randperm(width)[: keep_count(width, args.keep_ratio)].sort().values.to(device)
@@ -72,9 +61,10 @@ def measure(
         torch.randn(args.batch_size, channels, side, side, device=device).to(memory_format=layout).requires_grad_(train)
         for channels in (width, len(kept))
     )
-    functions = {name: runnable(form, train=train) for name, form in forms(whole, part, kept, train=train).items()}
+    found = forms(whole, part, kept, train=train)
+    functions = {name: runnable(form, train=train) for name, form in found.items() if form is not None}
     seconds = interleaved_seconds(functions, device=device, rounds=args.rounds)
-    return {name: 1000 * min(seconds[name]) if name in seconds else None for name in FORMS}
+    return {name: 1000 * min(seconds[name]) if name in seconds else None for name in found}
 
 
 def runnable(form: Callable[[], Tensor], *, train: bool) -> Callable[[], object]:
@@ -88,35 +78,38 @@ def runnable(form: Callable[[], Tensor], *, train: bool) -> Callable[[], object]
     return step if train else infer
 
 
-def forms(whole: Tensor, part: Tensor, kept: Tensor, *, train: bool) -> dict[str, Callable[[], Tensor]]:
-    """Each form as a function without arguments; those that overwrite `whole` only where no gradient is asked for."""
+def forms(whole: Tensor, part: Tensor, kept: Tensor, *, train: bool) -> dict[str, Callable[[], Tensor] | None]:
+    """Each form as a function without arguments; None for those that overwrite `whole` where they cannot."""
     width, count = whole.shape[1], len(kept)
     origins = torch.full((width,), count, device=kept.device).index_copy(0, kept, torch.arange(count, device=kept.device))
     selection = F.one_hot(kept, width).t().to(whole.dtype)[:, :, None, None].contiguous()  # (F, kept, 1, 1)
     weight = torch.randn(width, count, 3, 3, device=whole.device)
     narrow_weight = weight[kept].contiguous()
 
-    def rows(x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    # a gradient needs `whole` as it was, and rows of other layouts are copies
+    overwrites = not train and whole.is_contiguous(memory_format=torch.channels_last)
 
-    def maps(rows: Tensor) -> Tensor:
-        batch, _, height, side = whole.shape
-        return rows.view(batch, height, side, width).permute(0, 3, 1, 2)
+    def add_rows() -> Tensor:
+        return as_maps(as_rows(whole).index_add(1, kept, as_rows(part)), whole)
 
-    found = {
+    def add_rows_in_place() -> Tensor:
+        return as_maps(as_rows(whole).index_add_(1, kept, as_rows(part)), whole)
+
+    def add_product() -> Tensor:
+        return as_maps(torch.addmm(as_rows(whole), as_rows(part), selection[:, :, 0, 0].t()), whole)
+
+    return {
         "plain sum of all": lambda: whole + whole,
+        "plain sum in place": (lambda: whole.add_(whole)) if overwrites else None,
         "index_add": lambda: whole.index_add(1, kept, part),
-        "index_add of rows": lambda: maps(rows(whole).index_add(1, kept, rows(part))),
-        "product of rows": lambda: maps(torch.addmm(rows(whole), rows(part), selection[:, :, 0, 0].t())),
+        "index_add of rows": add_rows,
+        "index_add of rows in place": add_rows_in_place if overwrites else None,
+        "product of rows": add_product,
         "gather from padded": lambda: whole + F.pad(part, (0, 0, 0, 0, 0, 1)).index_select(1, origins),
         "1x1 selection": lambda: whole + F.conv2d(part, selection),
         "conv": lambda: F.conv2d(part, narrow_weight, padding=1),
         "wide conv": lambda: F.conv2d(part, weight, padding=1),
     }
-    if not train and whole.is_contiguous(memory_format=torch.channels_last):  # rows of other layouts are copies
-        found["plain sum in place"] = lambda: whole.add_(whole)
-        found["index_add of rows in place"] = lambda: maps(rows(whole).index_add_(1, kept, rows(part)))
-    return found
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
-from types import TracebackType
 
 import torch
 
@@ -16,26 +16,27 @@ Functions = Mapping[str, Callable[[], object]]
 PAUSE_SECONDS = 0.05  # until the threads of one process no longer wait for work in a loop, which would slow the other one
 
 
-class Worker:
-    """A process with `environment` that holds the functions of `build()`, which must be picklable. Ends with its `with`."""
+@contextmanager
+def timed_elsewhere(build: Callable[[], Functions], environment: Mapping[str, str]) -> Iterator[Callable[[str], float]]:
+    """A process with `environment` that holds the functions of `build()`, which must be picklable.
 
-    def __init__(self, build: Callable[[], Functions], environment: Mapping[str, str]):
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, build, dict(environment)), daemon=True)
+    Gives what runs one of them there, by its name, and returns its seconds; that raises EOFError if the process has failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    connection, other = context.Pipe()
+    process = context.Process(target=_serve, args=(other, build, dict(environment)), daemon=True)
+    process.start()
+    other.close()  # or its end would never be noticed here
 
-    def __enter__(self) -> "Worker":
-        self._process.start()
-        return self
+    def seconds(name: str) -> float:
+        connection.send(name)
+        return connection.recv()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.terminate()
-        self._process.join()
-
-    def seconds(self, name: str) -> float:
-        """Runs the function of this name there."""
-        self._connection.send(name)
-        return self._connection.recv()
+    try:
+        yield seconds
+    finally:
+        process.terminate()
+        process.join()
 
 
 def _serve(connection: Connection, build: Callable[[], Functions], environment: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from models.relayout import AddInto, Relayout, may_overwrite
 
-LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, AddInto, Relayout)  # their result never shares memory with what they read
+LAYERS = (nn.Conv2d, nn.BatchNorm2d, AddInto, Relayout)  # their result never shares memory with what they read
 SUMS = (operator.add, torch.add)
 RELUS = (F.relu, torch.relu)
 
@@ -49,8 +49,8 @@ def reuse_memory(graph: fx.Graph, network: nn.Module) -> None:
         elif _is_relu(node, network) and free:
             node.op, node.target, node.args, node.kwargs = "call_function", relu_over, (free[0],), {}
         elif _is_sum(node) and free:
-            other = next((source for source in node.all_input_nodes if source is not free[0]), free[0])
-            node.target, node.args, node.kwargs = add_over, (free[0], other), {}
+            x, y = node.args
+            node.target, node.args = add_over, (x, y) if x in free else (y, x)
 
 
 def _gives_fresh_memory(node: fx.Node, network: nn.Module) -> bool:

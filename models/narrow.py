@@ -29,7 +29,7 @@ from models.channel_flow import (
 )
 from models.in_place import reuse_memory
 from models.outputs import Outputs
-from models.relayout import AddInto, Relayout, Relayouts
+from models.relayout import RELAYOUTS, AddInto, Relayout, Relayouts
 from utils.errors import UserError
 
 
@@ -110,8 +110,9 @@ class NarrowNetwork(nn.Module):
         cuts = {name: cut for plan in plans.values() for name, cut in plan.cuts().items()}
         self._entries = _take_layers(model, self, cuts, _needed_names(plans.values()))
         self.training = model.training
-        self.relayouts = Relayouts(self.training)
-        graphs = {method: _GraphWriter(plan, self.relayouts).write() for method, plan in plans.items()}
+        relayouts = Relayouts(self.training)
+        graphs = {method: _GraphWriter(plan, relayouts).write() for method, plan in plans.items()}
+        self.add_module(RELAYOUTS, relayouts)
         for graph in graphs.values():
             reuse_memory(graph, self)
         self._functions = {method: _compiled(self, graph) for method, graph in graphs.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.channel_flow import Channels
 
-NAME = "relayouts"  # of the submodule of a network that holds them
+RELAYOUTS = "relayouts"  # the submodule of a network that holds them
 
 
 class Relayout(nn.Module):
@@ -37,7 +37,7 @@ class Relayout(nn.Module):
     def _lay_out(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not _is_channels_last(x, self.axis):
             return self._lay_out_axis(x, self.axis)
-        return _as_maps(self._lay_out_axis(_as_rows(x), 1), x)
+        return as_maps(self._lay_out_axis(as_rows(x), 1), x)
 
     def _lay_out_axis(self, x: Tensor, axis: int) -> Tensor:
         if self.selects:
@@ -70,7 +70,7 @@ class AddInto(nn.Module):
             return base + self.widen_part(part)
         into = base is not whole or (over and may_overwrite())
         if _is_channels_last(base, self.axis):
-            return _as_maps(self._add(_as_rows(base), _as_rows(part), 1, into=into), base)
+            return as_maps(self._add(as_rows(base), as_rows(part), 1, into=into), base)
         return self._add(base, part, self.axis, into=into)
 
     def _add(self, base: Tensor, part: Tensor, axis: int, *, into: bool) -> Tensor:
@@ -92,12 +92,12 @@ def _is_channels_last(x: Tensor, axis: int) -> bool:
     return axis == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _as_rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """(B, C, H, W) as one row a pixel: indexing channels there is twice as fast in channels-last layout, and keeps it."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # (B * H * W, C)
 
 
-def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
+def as_maps(rows: Tensor, like: Tensor) -> Tensor:
     batch, _, height, width = like.shape
     return rows.view(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
@@ -116,4 +116,4 @@ class Relayouts(nn.Module):
         if key not in self._names:
             self._names[key] = str(len(self._names))
             self.add_module(self._names[key], kind(*layouts).train(self.training))
-        return f"{NAME}.{self._names[key]}"
+        return f"{RELAYOUTS}.{self._names[key]}"
