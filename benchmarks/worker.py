@@ -20,7 +20,7 @@ PAUSE_SECONDS = 0.05  # until the threads of one process no longer wait for work
 def timed_elsewhere(build: Callable[[], Functions], environment: Mapping[str, str]) -> Iterator[Callable[[str], float]]:
     """A process with `environment` that holds the functions of `build()`, which must be picklable.
 
-    Gives what runs one of them there, by its name, and returns its seconds; that raises EOFError if the process has failed.
+    Gives what runs one of them there, by its name, and returns its seconds; that raises if the process has failed.
     """
     context = multiprocessing.get_context("spawn")
     connection, other = context.Pipe()
