@@ -218,6 +218,17 @@ class TestDamaged:
         assert "config.json does not fit this script: --lr: 'fast' is not a number above 0" in output(interrupted)
 
 
+def test_a_run_that_does_not_know_the_newest_flags_goes_on(killed, tmp_path, untouched, trained_run):
+    folder = shutil.copytree(killed, tmp_path / "older")
+    config, state = json.loads((folder / RUN / "config.json").read_text()), load_checkpoint(folder / RUN / "model_last.pt")
+    for name in ("channel_multiple", "hap_ts", "sync_bn", "prune_interval"):
+        del config["flags"][name], state["config"][name]
+    (folder / RUN / "config.json").write_text(json.dumps(config))
+    save_checkpoint(folder / RUN / "model_last.pt", state)
+    assert finish(HARD, folder, trained_run) == 0, output(folder)
+    assert differences(untouched(HARD) / RUN, folder / RUN) == []
+
+
 @pytest.mark.parametrize("recipe", [HARD, QUANTIZED], ids=lambda recipe: recipe.name)
 def test_another_network_in_the_place_of_the_first_is_refused(recipe, tmp_path, untouched, trained_run):
     network = tmp_path / "network.pt"

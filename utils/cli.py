@@ -106,10 +106,19 @@ def add_run_flags(parser: Parser, *, log_name: str) -> None:
 
 
 def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of a new run, or with `--resume` those that the run was started with. Raises UserError for bad ones."""
+    """The flags of a new run, or with `--resume` those that the run was started with. Raises UserError for bad ones.
+
+    `defaults` among them holds what each flag is where nobody gives it: what a run of an older version meant that does not
+    know the flag.
+    """
     args = parser.parse_args(argv)
     if args.resume is not None:
         args = _resumed_flags(parser, args, argv)
+    args.defaults = vars(_completed(parser.parse_args([])))
+    return _completed(args)
+
+
+def _completed(args: argparse.Namespace) -> argparse.Namespace:
     _complete_schedule(args)
     for name in ("default_schedule", "default_lr_drops"):
         delattr(args, name)

@@ -219,14 +219,20 @@ def _is_training_state(checkpoint: Mapping[str, Any]) -> bool:
     return isinstance(state, dict) and state.keys() >= STATE_KEYS
 
 
-def check_state(checkpoint: Mapping[str, Any], flags: Mapping[str, Any], *, folder: str | os.PathLike) -> None:
-    """Raises UserError if the state saved in a run's folder is that of a run with other flags."""
+def check_state(
+    checkpoint: Mapping[str, Any], flags: Mapping[str, Any], *, defaults: Mapping[str, Any], folder: str | os.PathLike
+) -> None:
+    """Raises UserError if the state saved in a run's folder is that of a run with other flags.
+
+    A flag that the state does not know, since an older version wrote it, had the value that `defaults` gives.
+    """
     config = checkpoint.get("config") or {}
     for name in flags.keys() - PLACEMENT_FLAGS - {"n_epochs"}:
-        if config.get(name) != flags[name]:
-            raise UserError(
-                f"--resume {folder}: its saved state is of a run with {name} {config.get(name)}, {CONFIG} says {flags[name]}"
-            )
+        saved = config.get(name)
+        if saved is None or saved is False:
+            saved = defaults.get(name)
+        if saved != flags[name]:
+            raise UserError(f"--resume {folder}: its saved state is of a run with {name} {saved}, {CONFIG} says {flags[name]}")
 
 
 def read_config(folder: str | os.PathLike, *, script: str) -> dict[str, Any]:

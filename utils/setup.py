@@ -92,15 +92,16 @@ def open_run(
 
 def _reopen_run(args: argparse.Namespace, *, world: World, state: dict[str, Any] | None, digests: Mapping[str, str]) -> Run:
     config = read_json(Path(args.resume) / CONFIG)
-    if config.get("processes") != world.size:
-        raise UserError(f"--resume {args.resume}: a run of {config.get('processes')} processes, started with {world.size} now")
+    processes = config.get("processes", 1)
+    if processes != world.size:
+        raise UserError(f"--resume {args.resume}: a run of {processes} processes, started with {world.size} now")
     recorded = config.get("networks") or {}  # runs of older versions say nothing
     for flag, found in digests.items():
         if recorded.get(flag, found) != found:
             path = getattr(args, flag.removeprefix("--").replace("-", "_"))
             raise UserError(f"{flag} {path}: holds other weights than when {args.resume} began; put that file back to resume it")
     if state is not None:
-        check_state(state, flags_of(args), folder=args.resume)
+        check_state(state, flags_of(args), defaults=args.defaults, folder=args.resume)
     run = Run.reopen(args.resume, log_name=args.log_name, world=world, epochs=state["resume"]["epoch"] if state else 0)
     run.save_json(CONFIG, {**config, "flags": flags_of(args)})  # a raised --n-epochs holds for the next resumption too
     return run
@@ -108,7 +109,7 @@ def _reopen_run(args: argparse.Namespace, *, world: World, state: dict[str, Any]
 
 def flags_of(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that make a run what it is, as plain values."""
-    return {name: value for name, value in vars(args).items() if name not in ("resume", "dry_run")}
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "dry_run", "defaults")}
 
 
 def _device_name(device: torch.device) -> str:

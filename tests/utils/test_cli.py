@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import cli
+from utils import cli, setup
 from utils.errors import Interrupted, NonFiniteLoss, UserError
 
 
@@ -22,8 +22,7 @@ def parser() -> cli.Parser:
 
 def start_run(folder: Path, parser: cli.Parser, *words: str) -> str:
     """A folder as a run with these flags leaves it."""
-    args = cli.parse_flags(parser, words)
-    flags = {name: value for name, value in vars(args).items() if name not in ("resume", "dry_run")}
+    flags = setup.flags_of(cli.parse_flags(parser, words))
     (folder / "config.json").write_text(json.dumps({"script": "train.py", "flags": flags}))
     return str(folder)
 
@@ -37,6 +36,10 @@ class TestSchedule:
         args = cli.parse_flags(parser, ["--schedule", "1", "60", "--lr-drops", "10", "0.2"])
         assert (args.schedule, args.lr_drops) == ([1, 60], [10.0, 0.2])
 
+    def test_defaults_are_those_of_a_line_without_flags(self, parser):
+        args = cli.parse_flags(parser, ["--schedule", "--lr-drops", "--lr", "3"])
+        assert args.defaults == setup.flags_of(cli.parse_flags(parser, [])) | {"resume": None, "dry_run": False}
+
     def test_none(self, parser):
         args = cli.parse_flags(parser, ["--schedule", "--lr-drops"])
         assert (args.schedule, args.lr_drops) == ([], [])
@@ -49,6 +52,16 @@ class TestResume:
         folder = start_run(tmp_path, parser, *self.WORDS.split())
         resumed, first = cli.parse_flags(parser, ["--resume", folder]), cli.parse_flags(parser, self.WORDS.split())
         assert vars(resumed) == {**vars(first), "resume": folder}
+
+    def test_flags_that_came_later_have_their_defaults(self, parser, tmp_path):
+        folder = start_run(tmp_path, parser, *self.WORDS.split())
+        parser.add_argument("--hint-stage", type=int, default=3)
+        parser.add_argument("--turbo", action="store_true")
+        args = cli.parse_flags(parser, ["--resume", folder])
+        assert (args.hint_stage, args.turbo, args.lr) == (3, False, 0.3)
+        assert cli.parse_flags(parser, ["--resume", folder, "--hint-stage", "3"]).hint_stage == 3
+        with pytest.raises(UserError, match="--hint-stage 2: contradicts 3"):
+            cli.parse_flags(parser, ["--resume", folder, "--hint-stage", "2"])
 
     def test_with_the_same_flags_is_no_contradiction(self, parser, tmp_path):
         folder = start_run(tmp_path, parser, *self.WORDS.split())

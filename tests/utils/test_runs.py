@@ -15,8 +15,9 @@ from benchmarks.kill_test import curves
 from utils import files, runs
 from utils.distributed import World
 from utils.errors import UserError
-from utils.runs import BEST, LAST, PREVIOUS, Run, check_save_dir, read_config, read_metrics, read_state
+from utils.runs import BEST, LAST, PREVIOUS, Run, check_save_dir, check_state, read_config, read_metrics, read_state
 
+DEFAULTS = {"lr": 0.1, "compile": False, "hint_stage": 3, "betas": None, "workers": 8, "n_epochs": 200}
 STATE = dict.fromkeys(runs.STATE_KEYS, 0)
 FORK = multiprocessing.get_context("fork")
 
@@ -228,6 +229,23 @@ class TestStates:
             (run.folder / name).write_bytes(b"damaged")
         with pytest.raises(UserError, match=r"model_last\.pt.*model_previous\.pt"):
             read_state(run.folder)
+
+
+class TestFlagsOfTheState:
+    def check(self, saved: dict, **flags) -> None:
+        check_state({"config": saved}, {**DEFAULTS, **flags}, defaults=DEFAULTS, folder="run")
+
+    def test_what_it_does_not_know_has_its_default(self):
+        self.check({"lr": 0.2}, lr=0.2)
+        self.check({"lr": 0.2, "compile": None, "betas": None, "gone": 1}, lr=0.2)
+
+    def test_may_be_computed_elsewhere_and_for_longer(self):
+        self.check({"workers": 1, "n_epochs": 2}, workers=2, n_epochs=3)
+
+    @pytest.mark.parametrize(("name", "value"), [("lr", 0.3), ("compile", True), ("hint_stage", 2), ("betas", [1.0])])
+    def test_another_value_is_refused(self, name, value):
+        with pytest.raises(UserError, match=f"--resume run: its saved state is of a run with {name} "):
+            self.check({"lr": 0.1}, **{name: value})
 
 
 class TestConfig:
