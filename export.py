@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models import MODELS, build_model
+from models import MODELS
 from models.narrow import NarrowNetwork, narrow
-from models.network_file import NetworkFile, load_network
+from models.network_file import NetworkFile, as_dense, load_network
 from prune.compact import TOLERANCE, check_pruned_zeros, compact, relative_difference
 from utils import cli, setup
 from utils.data import ImageData
@@ -78,9 +78,7 @@ def dense_and_small(file: NetworkFile, data: ImageData, *, path: str) -> tuple[n
         with naming(f"--load-path {path}"):
             check_pruned_zeros(file.network.state_dict(), file.kept)
         return file.network, compact(file.network, data.example)
-    dense = build_model(file.model, num_classes=file.num_classes)
-    dense.load_state_dict(file.network.dense_state_dict())
-    return dense.eval(), file.network
+    return as_dense(file).network, file.network
 
 
 class Export(NamedTuple):

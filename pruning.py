@@ -2,40 +2,34 @@
 
 import argparse
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from distill import DISTILLERS, build_distiller, distiller_options, pick_options
-from distill.objective import DistillationObjective, FrozenTeacher, sample_outputs
+from distill import DISTILLERS, distiller_options
+from distill.objective import DistillationObjective, build_objective, check_losses
 from models import MODELS, build_model
-from models.narrow import NarrowNetwork
-from models.network_file import NetworkFile, describe_network, load_network
-from prune.compact import check_pruned_zeros, compact, relative_difference
+from models.network_file import NetworkFile, as_dense, load_network
+from prune.choice import FilterChoice
+from prune.compact import check_pruned_zeros, compact
 from prune.criteria import CRITERIA, GM_DISTANCES
-from prune.gradients import mean_gradients
-from prune.masks import PrunableLayer, choose_filters, keep_ratios, prunable_layers
-from prune.schedule import HardPruning, PhysicalPruning, PruningSchedule, SoftPruning
+from prune.masks import keep_ratios, prunable_layers
+from prune.record import describe_pruned, finish, log_accuracy, log_pruning
+from prune.schedule import SOFT_CRITERIA, TRAIN_FORMS, HardPruning, PruningSchedule, build_schedule, trains_small
 from utils import cli, setup
 from utils.data import ImageData
-from utils.distributed import leave, sum_over_processes
+from utils.distributed import leave
 from utils.engine import TrainingPlan, evaluate
 from utils.errors import UserError, naming
-from utils.files import read_json
 from utils.plan import print_plan
-from utils.profile import compare_networks, comparison_table
-from utils.runs import BEST, COMPACT, SUMMARY, Run, read_state
-from utils.seed import derived_seed, generator, preserved_random_state, seed_everything
+from utils.runs import read_state
+from utils.seed import seed_everything
 
 SCRIPT = "pruning.py"
-KEPT_FILTERS, BEFORE_TRAINING = "kept_filters.json", "before_training.json"
-CHANCE_MARGIN = 1.2  # a network that is right at most so many times as often as guessing is scored as guessing
-SOFT_CRITERIA = ("filter-a", "filter-l2", "filter-gm")
 
 
 def get_args_parser() -> cli.Parser:
@@ -65,7 +59,7 @@ def get_args_parser() -> cli.Parser:
     pruning.add_argument("--exclude-layers", nargs="+", default=[], metavar="NAME", help="conv layers that keep all filters")
     pruning.add_argument("--channel-multiple", type=cli.positive_int, default=1, metavar="M",
                          help="round kept filters to a multiple of M, for speed")  # fmt: skip
-    pruning.add_argument("--train-form", default="auto", choices=("auto", "compact", "masked"),
+    pruning.add_argument("--train-form", default="auto", choices=TRAIN_FORMS,
                          help="hard pruning trains the small network or the large one with zeros; auto: the faster")  # fmt: skip
     distillation = parser.add_argument_group("distillation")
     distillation.add_argument("--distill", nargs="+", default=["none"], choices=("none", *DISTILLERS), help="distillation losses")
@@ -93,12 +87,11 @@ def main(args: argparse.Namespace) -> None:
 
     seed_everything(args.seed)
     teacher, student = load_networks(args, data)
-    layers = prunable_layers(student.network)
-    ratios = keep_ratios(layers, args.prune_rates, exclude=args.exclude_layers)
-    build_objective(args, student.network, teacher, data)  # losses that cannot compare the two say so before anything is written
+    choose = filter_choice(args, student, data)
+    objective_of(args, student.network, teacher, data)  # losses that cannot compare the two say so before anything is written
     plan = setup.training_plan(args)
     if args.dry_run:
-        return dry_run(args, plan, data, student, layers, ratios)
+        return dry_run(args, plan, student, choose)
 
     networks = {"--t-path": teacher.network} if teacher is not None else {}
     if args.s_path is not None:
@@ -106,16 +99,16 @@ def main(args: argparse.Namespace) -> None:
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
     setup.warn_about(run, plan, fallback)
     before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data)
-    schedule = build_schedule(args, student, layers, ratios, data, state)
+    schedule = schedule_of(args, student, choose, device=device, state=state)
     if state is None:
         log_pruning(run, before, schedule=schedule, student=student, data=data)
     network = setup.to_device(schedule.trained_network(), device, sync_bn=args.sync_bn)
-    objective = build_objective(args, network, teacher, data)
+    objective = objective_of(args, network, teacher, data)
     result = setup.train(
         args,
         objective,
         network=network,
-        describe=partial(describe_pruned, args=args, schedule=schedule, file=student),
+        describe=partial(describe_pruned, schedule=schedule, file=student, config=setup.flags_of(args)),
         data=data,
         run=run,
         plan=plan,
@@ -124,7 +117,8 @@ def main(args: argparse.Namespace) -> None:
     )
     leave()  # the rest is for the main process alone
     if world.is_main:
-        finish(args, run, result, data.alone())
+        head = setup.summary_head(args, SCRIPT, run)
+        finish(run, result, data=data.alone(), config=setup.flags_of(args), head=head)
     run.close()
 
 
@@ -142,7 +136,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--soft-prune: not with --prune-mode {args.prune_mode}, choose from {', '.join(SOFT_CRITERIA)}")
     if args.soft_prune and args.train_form == "compact":
         raise UserError("--train-form compact: not with --soft-prune, whose filters may grow back; choose auto or masked")
-    check_distillation(args)
+    check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
 
 
 def check_copy(args: argparse.Namespace) -> None:
@@ -152,26 +146,6 @@ def check_copy(args: argparse.Namespace) -> None:
         raise UserError(f"--s-path {args.s_path}: not with --s-copy-t, the student has one origin only")
     if args.s_model not in (None, args.t_model):
         raise UserError(f"--s-copy-t: --s-model {args.s_model} is not --t-model {args.t_model}, a copy has the same architecture")
-
-
-def check_distillation(args: argparse.Namespace) -> None:
-    names = args.distill
-    if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
-        raise UserError(f"--distill {' '.join(names)}: give each loss once, and none alone")
-    if names != ["none"] and args.t_path is None:
-        raise UserError(f"--distill {' '.join(names)}: needs a trained teacher, give --t-path")
-    if names == ["kd"] and args.alpha == 0:
-        raise UserError("--alpha 0: leaves --distill kd without any weight; choose --distill none instead")
-    weighted = weighted_losses(names)
-    if args.betas is not None and len(args.betas) != len(weighted):
-        raise UserError(
-            f"--betas: {len(args.betas)} values for the {len(weighted)} losses of --distill that have a beta; give one for each"
-        )
-
-
-def weighted_losses(names: Sequence[str]) -> list[str]:
-    """Of the losses of --distill those that --betas weighs; alpha weighs KD."""
-    return [name for name in names if name != "none" and DISTILLERS[name].beta is not None]
 
 
 def load_networks(args: argparse.Namespace, data: ImageData) -> tuple[NetworkFile | None, NetworkFile]:
@@ -201,157 +175,51 @@ def load_checked(args: argparse.Namespace, data: ImageData, flag: str, path: str
     return file
 
 
-def build_objective(
+def objective_of(
     args: argparse.Namespace, student: nn.Module, teacher: NetworkFile | None, data: ImageData
 ) -> DistillationObjective:
-    """The loss of --distill for `student`, new parameters of the losses included. Draws from no stream that training uses."""
-    if args.distill == ["none"]:
-        return DistillationObjective(student)
-    frozen = FrozenTeacher(teacher.network, channels_last=True, fold_batch_norm=True)
-    images = data.example
-    samples = {"student": sample_outputs(student, images), "teacher": frozen(images)}
-    with preserved_random_state():
-        torch.manual_seed(derived_seed(args.seed, "distillers"))
-        build = {
-            name: build_distiller(name, **samples, **pick_options(name, vars(args))).to(data.device)
-            for name in {*args.distill, "kd"}
-        }
-    names = weighted_losses(args.distill)
-    betas = args.betas or [DISTILLERS[name].beta for name in names]
-    losses = [(name, build[name], beta) for name, beta in zip(names, betas, strict=True)]
-    return DistillationObjective(
-        student, teacher=frozen, losses=losses, kd=build["kd"] if args.alpha > 0 else None, alpha=args.alpha
+    """The loss that `student` trains by."""
+    return build_objective(
+        student,
+        teacher.network if teacher is not None else None,
+        args.distill,
+        images=data.example,
+        alpha=args.alpha,
+        betas=args.betas,
+        options=vars(args),
+        seed=args.seed,
     )
 
 
-def build_schedule(
-    args: argparse.Namespace,
-    student: NetworkFile,
-    layers: Sequence[PrunableLayer],
-    ratios: Mapping[str, float],
-    data: ImageData,
-    state: Mapping[str, Any] | None,
-) -> PruningSchedule:
-    """What keeps the student pruned; hard pruning makes its one choice here, or takes it from the state of a resumed run."""
-    choose = partial(choose_kept, args, student, layers, ratios, data)
-    if args.soft_prune:
-        return SoftPruning(student.network, choose, interval=args.prune_interval or 1, last_epoch=args.n_epochs - 1)
-    kept = state["resume"]["hooks"]["kept"] if state is not None else choose()
-    faster_small = data.device.type == "cpu" and not args.amp and not args.compile  # as measured, docs/performance.md
-    small = args.train_form == "compact" or (args.train_form == "auto" and faster_small)
-    if state is not None:
-        small = was_trained_small(state)
-    return (PhysicalPruning if small else HardPruning)(student.network, kept)
-
-
-def was_trained_small(state: Mapping[str, Any]) -> bool:
-    """Whether the saved state is that of the small network itself, whatever device this goes on with."""
-    trained = state["resume"]["objective"]
-    return any(trained[f"student.{name}"].shape != tensor.shape for name, tensor in state["state_dict"].items())
-
-
-def choose_kept(
-    args: argparse.Namespace, student: NetworkFile, layers: Sequence[PrunableLayer], ratios: Mapping[str, float], data: ImageData
-) -> dict[str, Tensor]:
-    """The filters that stay, by layer; what an earlier pruning removed stays removed."""
-    gradients = None
-    if CRITERIA[args.prune_mode].needs_gradient:
-        batches = ((batch.images, batch.labels) for batch in islice(data.train_batches("scoring"), args.samp_batches))
-        gradients = mean_gradients(student.network, batches, layers=layers, all_reduce=sum_over_processes)
-    kept = choose_filters(
+def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageData) -> FilterChoice:
+    """What chooses the filters of the student that stay."""
+    layers = prunable_layers(student.network)
+    return FilterChoice(
+        student.network,
         layers,
-        ratios,
+        keep_ratios(layers, args.prune_rates, exclude=args.exclude_layers),
         criterion=args.prune_mode,
-        gradients=gradients,
+        data=data,
+        seed=args.seed,
+        samp_batches=args.samp_batches,
         multiple=args.channel_multiple,
-        gamma=args.gamma,
-        gm_distance=args.gm_distance,
-        generator=generator(args.seed, "filters"),
+        options={"gamma": args.gamma, "gm_distance": args.gm_distance},
+        earlier=student.kept,
     )
-    earlier = {name: torch.tensor(channels) for name, channels in student.kept.items()}
-    return {name: channels[torch.isin(channels, earlier.get(name, channels))] for name, channels in kept.items()}
 
 
-def as_dense(file: NetworkFile) -> NetworkFile:
-    """The same network at its full width, with zeros where filters are gone."""
-    if not file.compact:
-        return file
-    network = build_model(file.model, num_classes=file.num_classes)
-    network.load_state_dict(file.network.dense_state_dict())
-    return replace(file, network=network, compact=False)
-
-
-def log_accuracy(run: Run, *, teacher: NetworkFile | None, student: NetworkFile, data: ImageData) -> dict[str, Any]:
-    """Scores the networks before pruning; warns where a trained one is no better than guessing."""
-    chance = 100 / len(data.dataset.classes)
-    scores = {}
-    for role, file in (("teacher", teacher), ("student", student)):
-        if file is None:
-            continue
-        scores[role] = {"model": file.model, **evaluate(file.network, data)}
-        run.log(f"{role} {file.model}: top1 {scores[role]['top1']:.2f}, loss {scores[role]['loss']:.4f}")
-        if role == "teacher" and scores[role]["top1"] <= CHANCE_MARGIN * chance:
-            run.warn(f"the teacher scores at chance ({chance:.1f}) on {data.dataset.name}: is --t-path the right file?")
-    return scores
-
-
-def log_pruning(run: Run, scores: dict[str, Any], *, schedule: PruningSchedule, student: NetworkFile, data: ImageData) -> None:
-    """Logs the choice and what it did to the accuracy, and leaves both in files of the run."""
-    with schedule.shipped() as kept:
-        scores["pruned"] = evaluate(student.network, data)
-    chance = 100 / len(data.dataset.classes)
-    for layer in schedule.layers.values():
-        channels = kept[layer.name].tolist()
-        run.log(f"{layer.name} keeps {len(channels)} of {layer.filters}: {' '.join(map(str, channels))}")
-        if not channels:
-            run.warn(f"{layer.name} has lost every filter")
-    run.log(f"pruned, before fine-tuning: top1 {scores['pruned']['top1']:.2f}, loss {scores['pruned']['loss']:.4f}")
-    trained = scores["student"]["top1"] > CHANCE_MARGIN * chance
-    if trained and scores["pruned"]["top1"] <= CHANCE_MARGIN * chance:
-        run.warn(f"accuracy fell to chance ({chance:.1f}) by pruning; fine-tuning starts nearly from nothing")
-    save_kept(run, schedule, kept)
-    run.save_json(BEFORE_TRAINING, scores)
-
-
-def save_kept(run: Run, schedule: PruningSchedule, kept: Mapping[str, Tensor]) -> None:
-    layers = {name: {"filters": layer.filters, "kept": kept[name].tolist()} for name, layer in schedule.layers.items()}
-    run.save_json(KEPT_FILTERS, layers)
-
-
-def describe_pruned(
-    network: nn.Module, kept: Mapping[str, Tensor], *, args: argparse.Namespace, schedule: PruningSchedule, file: NetworkFile
-) -> dict[str, Any]:
-    """A checkpoint of the pruned network at full width, so that everything that reads the unpruned one reads it too."""
-    state = network.dense_state_dict() if isinstance(network, NarrowNetwork) else network.state_dict()
-    live = schedule.live_channels(kept)
-    return describe_network(state, model=file.model, num_classes=file.num_classes, config=setup.flags_of(args), kept=live)
-
-
-def finish(args: argparse.Namespace, run: Run, result: dict[str, Any], data: ImageData) -> None:
-    """Removes the pruned filters of the best network, proves that nothing changed, and leaves small network and summary."""
-    best = load_network(run.folder / BEST, flag="--save-dir")
-    dense = setup.to_device(best.network, data.device)
-    small = compact(dense, data.example)
-    difference = relative_difference(dense, small, (batch.images for batch in data.test_batches()))
-    accuracy = {name: evaluate(network, data)["top1"] for name, network in (("dense", dense), ("compact", small))}
-    description = describe_network(
-        small.state_dict(),
-        model=best.model,
-        num_classes=best.num_classes,
-        config=setup.flags_of(args),
-        kept=small.kept,
-        compact=True,
+def schedule_of(
+    args: argparse.Namespace, student: NetworkFile, choose: FilterChoice, *, device: torch.device, state: Mapping[str, Any] | None
+) -> PruningSchedule:
+    """What keeps the student pruned."""
+    return build_schedule(
+        student.network,
+        choose,
+        soft_interval=(args.prune_interval or 1) if args.soft_prune else None,
+        last_epoch=args.n_epochs - 1,
+        small=trains_small(args.train_form, device, amp=args.amp, compiled=args.compile),
+        state=state,
     )
-    run.save(COMPACT, {**description, "epoch": result["best"]["epoch"], "metrics": result["best"]})
-    comparison = compare_networks(dense, small, data.example[:1], files=(run.folder / BEST, run.folder / COMPACT))
-    run.log(comparison_table(comparison))
-    run.log(f"top1 of the dense network {accuracy['dense']:.2f}, of the compact {accuracy['compact']:.2f}")
-    run.log(f"largest difference of their logits, relative to the largest logit: {difference:.1e}")
-    kept = {layer.name: len(best.kept.get(layer.name, range(layer.filters))) for layer in prunable_layers(dense)}
-    before = read_json(run.folder / BEFORE_TRAINING)
-    summary = {**setup.summary_head(args, SCRIPT, run), "model": best.model, **before, **result, "kept_filters": kept}
-    run.save_json(SUMMARY, {**summary, "compact": {"top1": accuracy, "relative_difference": difference, **comparison}})
-    run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / COMPACT}")
 
 
 def score(args: argparse.Namespace, data: ImageData) -> None:
@@ -362,23 +230,14 @@ def score(args: argparse.Namespace, data: ImageData) -> None:
     setup.print_score(file.model, data, result)
 
 
-def dry_run(
-    args: argparse.Namespace,
-    plan: TrainingPlan,
-    data: ImageData,
-    student: NetworkFile,
-    layers: Sequence[PrunableLayer],
-    ratios: Mapping[str, float],
-) -> None:
+def dry_run(args: argparse.Namespace, plan: TrainingPlan, student: NetworkFile, choose: FilterChoice) -> None:
     """Prints what would be pruned and trained. The sizes are exact where the choice needs no gradient, else those of L1's."""
-    mode = "filter-a" if CRITERIA[args.prune_mode].needs_gradient else args.prune_mode
-    kept = choose_kept(argparse.Namespace(**{**vars(args), "prune_mode": mode}), student, layers, ratios, data)
+    kept = choose.without_gradient()()
     pruned = copy.deepcopy(student.network)
     HardPruning(pruned, kept)
-    lines = [f"{layer.name} would keep {len(kept[layer.name])} of {layer.filters}" for layer in layers]
-    print_plan(
-        args, plan=plan, data=data, networks={"dense": student.network, "pruned": compact(pruned, data.example)}, lines=lines
-    )
+    lines = [f"{layer.name} would keep {len(kept[layer.name])} of {layer.filters}" for layer in choose.layers]
+    networks = {"dense": student.network, "pruned": compact(pruned, choose.data.example)}
+    print_plan(args, plan=plan, data=choose.data, networks=networks, lines=lines)
 
 
 if __name__ == "__main__":

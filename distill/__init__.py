@@ -3,7 +3,7 @@
 Every module of the package is imported here, so that a loss registers by being there.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -15,7 +15,7 @@ from utils.errors import UserError
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["DISTILLERS", "Distiller", "DistillerEntry", "Option", "build_distiller", "distiller_options", "pick_options"]
+__all__ = ["DISTILLERS", "Distiller", "DistillerEntry", "Option", "build_distiller", "distiller_options"]
 
 
 def build_distiller(name: str, *, student: Outputs, teacher: Outputs, **options: Any) -> Distiller:
@@ -39,11 +39,6 @@ def distiller_options(names: Iterable[str] = DISTILLERS) -> dict[str, Option]:
     An entry script turns each into a flag, `--kd-t`, so that a new loss brings its flags along.
     """
     return {key: option for name in names for key, option in _entry(name).options.items()}
-
-
-def pick_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `values` (the flags of all losses, `vars(args)`) those that are options of this loss and not None."""
-    return {key: values[key] for key in distiller_options([name]) if values.get(key) is not None}
 
 
 def _entry(name: str) -> DistillerEntry:

@@ -1,16 +1,19 @@
 """The training objective of distillation: cross-entropy, KD and feature losses of a student beside a frozen teacher."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from distill.base import Distiller, full_precision
+from distill.base import DISTILLERS, Distiller, full_precision
 from models.conv_norm import conv_norm_pairs
 from models.outputs import Outputs
+from utils.errors import UserError
+from utils.seed import derived_seed, preserved_random_state
 
 
 class FrozenTeacher:
@@ -74,6 +77,63 @@ class DistillationObjective(nn.Module):
             terms[name] = term.detach()
             loss = loss + self.weights[name] * term
         return loss, student.logits.detach(), terms
+
+
+def build_objective(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    names: Sequence[str],
+    *,
+    images: Tensor,
+    alpha: float,
+    betas: Sequence[float] | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> DistillationObjective:
+    """The objective of `--distill NAMES` for `student`, on the device of `images`, new parameters of the losses included.
+
+    `images` (b, 3, h, w) are a sample for shapes. `betas` weighs the losses of `weighted_losses(names)`, each paper's by
+    default; `alpha` weighs KD, which is there beside every other loss. `options` may hold more than these losses read. New
+    parameters are drawn from `seed` and from no stream that training uses. Raises UserError where a loss cannot compare
+    the two networks.
+    """
+    if list(names) == ["none"]:
+        return DistillationObjective(student)
+    frozen = FrozenTeacher(teacher, channels_last=True, fold_batch_norm=True)
+    samples = sample_outputs(student, images), frozen(images)
+    with preserved_random_state():
+        torch.manual_seed(derived_seed(seed, "distillers"))
+        built = {name: _build(name, *samples, options or {}).to(images.device) for name in {*names, "kd"}}
+    weighted = weighted_losses(names)
+    betas = betas or [DISTILLERS[name].beta for name in weighted]
+    losses = [(name, built[name], beta) for name, beta in zip(weighted, betas, strict=True)]
+    return DistillationObjective(student, teacher=frozen, losses=losses, kd=built["kd"] if alpha > 0 else None, alpha=alpha)
+
+
+def _build(name: str, student: Outputs, teacher: Outputs, options: Mapping[str, Any]) -> Distiller:
+    entry = DISTILLERS[name]
+    return entry.build(student, teacher, **{key: options[key] for key in entry.options if options.get(key) is not None})
+
+
+def weighted_losses(names: Sequence[str]) -> list[str]:
+    """Of the losses of `--distill` those that `--betas` weighs; `--alpha` weighs KD."""
+    return [name for name in names if name != "none" and DISTILLERS[name].beta is not None]
+
+
+def check_losses(names: Sequence[str], *, has_teacher: bool, alpha: float, betas: Sequence[float] | None) -> None:
+    """Raises UserError for losses of `--distill` that do not go together, or not with their weights."""
+    chosen = f"--distill {' '.join(names)}"
+    if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+        raise UserError(f"{chosen}: give each loss once, and none alone")
+    if list(names) != ["none"] and not has_teacher:
+        raise UserError(f"{chosen}: needs a trained teacher, give --t-path")
+    if list(names) == ["kd"] and alpha == 0:
+        raise UserError("--alpha 0: leaves --distill kd without any weight; choose --distill none instead")
+    weighted = weighted_losses(names)
+    if betas is not None and len(betas) != len(weighted):
+        raise UserError(
+            f"--betas: {len(betas)} values for the {len(weighted)} losses of --distill that have a beta; give one for each"
+        )
 
 
 def sample_outputs(network: nn.Module, images: Tensor) -> Outputs:

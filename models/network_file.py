@@ -7,7 +7,7 @@ gone. Nothing in it can run code, and the network is built from its name and cha
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,15 @@ def load_network(path: str | os.PathLike, *, flag: str, model: str | None = None
     _load_state(network, state, origin, name)
     metrics = checkpoint.get("metrics") or {}
     return NetworkFile(network.eval(), name, num_classes, kept, compact, metrics)
+
+
+def as_dense(file: NetworkFile) -> NetworkFile:
+    """The same network at its full width, with zeros where filters are gone; in eval mode."""
+    if not file.compact:
+        return file
+    network = build_model(file.model, num_classes=file.num_classes)
+    network.load_state_dict(file.network.dense_state_dict())
+    return replace(file, network=network.eval(), compact=False)
 
 
 def _checked_fields(checkpoint: Mapping[str, Any], origin: str) -> tuple[str, int, dict[str, Tensor], dict[str, list[int]]]:

@@ -17,6 +17,9 @@ from prune.masks import PrunableLayer, prunable_layers
 from utils.engine import Hooks
 from utils.errors import UserError
 
+SOFT_CRITERIA = ("filter-a", "filter-l2", "filter-gm")
+TRAIN_FORMS = ("auto", "compact", "masked")
+
 
 class PruningSchedule(Hooks):
     """What a trainer calls. `model` is the bare network, on its device; `kept` maps layers to the filters that stay.
@@ -150,6 +153,39 @@ class SoftPruning(PruningSchedule):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._just_pruned = state["just_pruned"]
+
+
+def build_schedule(
+    network: nn.Module,
+    choose: Callable[[], dict[str, Tensor]],
+    *,
+    soft_interval: int | None,
+    last_epoch: int,
+    small: bool,
+    state: Mapping[str, Any] | None = None,
+) -> PruningSchedule:
+    """What keeps `network` pruned; hard pruning makes its one choice here, or takes it from the state of a resumed run.
+
+    `soft_interval` is the number of epochs between soft prunings, None for hard pruning. That one trains the network without
+    the pruned filters where it is `small`; a resumed run goes on with the form that it began with.
+    """
+    if soft_interval is not None:
+        return SoftPruning(network, choose, interval=soft_interval, last_epoch=last_epoch)
+    if state is None:
+        return (PhysicalPruning if small else HardPruning)(network, choose())
+    return (PhysicalPruning if _was_trained_small(state) else HardPruning)(network, state["resume"]["hooks"]["kept"])
+
+
+def trains_small(form: str, device: torch.device, *, amp: bool, compiled: bool) -> bool:
+    """Whether hard pruning trains the small network, for `--train-form` compact, masked or auto: auto is the faster one."""
+    faster_small = device.type == "cpu" and not amp and not compiled  # as measured, docs/performance.md
+    return form == "compact" or (form == "auto" and faster_small)
+
+
+def _was_trained_small(state: Mapping[str, Any]) -> bool:
+    """Whether the saved state is that of the small network itself, whatever device this goes on with."""
+    trained = state["resume"]["objective"]
+    return any(trained[f"student.{name}"].shape != tensor.shape for name, tensor in state["state_dict"].items())
 
 
 def _conv_parameters(layer: PrunableLayer) -> list[Tensor]:

@@ -13,7 +13,7 @@ from models import MODELS, build_model
 from models.cifar_resnet import CifarResNet
 from models.network_file import describe_network
 from prune.criteria import CRITERIA
-from prune.schedule import HardPruning, PhysicalPruning
+from prune.schedule import SOFT_CRITERIA, HardPruning, PhysicalPruning
 from utils import cli, profile
 from utils.data import ImageData
 from utils.datasets import load_dataset
@@ -24,7 +24,7 @@ from utils.files import save_checkpoint
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 LOSSES = ("none", *DISTILLERS)
 HARD = [("--prune-mode", criterion, "--samp-batches", "1") for criterion in CRITERIA]
-SOFT = [("--prune-mode", criterion, "--soft-prune") for criterion in pruning.SOFT_CRITERIA]
+SOFT = [("--prune-mode", criterion, "--soft-prune") for criterion in SOFT_CRITERIA]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -83,7 +83,7 @@ def test_amp_trains_in_bfloat16_and_stays_close(teacher, form):
 def test_a_cpu_trains_the_form_that_is_faster_there(teacher, monkeypatch, flags, form):
     made = []
     build = pruning.build_schedule
-    monkeypatch.setattr(pruning, "build_schedule", lambda *args: made.append(build(*args)) or made[-1])
+    monkeypatch.setattr(pruning, "build_schedule", lambda *args, **options: made.append(build(*args, **options)) or made[-1])
     train(teacher, "run", "--prune-mode", "filter-gm", *flags)
     assert [type(schedule) for schedule in made] == [form]
 

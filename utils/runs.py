@@ -41,6 +41,7 @@ from utils.tensorboard import ScalarWriter
 
 BEST, LAST, PREVIOUS, COMPACT = "model_best.pt", "model_last.pt", "model_previous.pt", "model_compact.pt"
 CONFIG, METRICS, SUMMARY, LOCK, TENSORBOARD = "config.json", "metrics.jsonl", "summary.json", "lock", "log"
+BEFORE_TRAINING = "before_training.json"
 # where a run is computed, not what is computed: may differ when it is resumed
 PLACEMENT_FLAGS = frozenset(("resume", "dry_run", "data_dir", "device", "dev_idx", "workers"))
 STATE_KEYS = frozenset(("epoch", "batch", "best", "last", "sums", "objective", "optimizer", "hooks", "random"))

@@ -1,6 +1,7 @@
 """The objective of a distilled training step, and the teacher that no step changes."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill import DISTILLERS, build_distiller
-from distill.objective import DistillationObjective, FrozenTeacher, sample_outputs
+from distill.objective import DistillationObjective, FrozenTeacher, build_objective, sample_outputs
 from models import build_model
 from models.cifar_resnet import CifarResNet
 from models.outputs import Outputs
@@ -47,6 +48,18 @@ def test_loss_is_cross_entropy_and_the_weighted_terms():
     torch.testing.assert_close(loss.detach(), expected)
     torch.testing.assert_close(terms["ce"], F.cross_entropy(logits, LABELS))
     assert not logits.requires_grad and not any(term.requires_grad for term in terms.values())
+
+
+def test_it_is_built_from_names_weights_and_the_options_of_all_losses():
+    options = {"kd_t": 16.0, "hap_ts": None, "gamma": 0.5}
+    build = partial(build_objective, small_network(0), small_network(1), images=IMAGES, options=options, seed=3)
+    random_state = torch.get_rng_state()
+    objective = build(["hap", "kd", "afd"], alpha=0.5, betas=[7, 50])
+    assert objective.weights == {"kd": 0.5, "hap": 7, "afd": 50}
+    assert objective.distillers["kd"].temperature == 16
+    assert build(["hap"], alpha=0).weights == {"hap": DISTILLERS["hap"].beta}
+    assert build(["none"], alpha=0.9).weights == {}
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_without_a_teacher_it_is_the_cross_entropy():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill import DISTILLERS, build_distiller, distiller_options, pick_options
+from distill import DISTILLERS, build_distiller, distiller_options
 from distill.base import Distiller, register_distiller
 from models import build_model
 from models.outputs import Outputs
@@ -159,11 +159,8 @@ def test_networks_that_cannot_be_compared_are_refused():
         build_distiller("at", student=student, teacher=teacher._replace(stages=teacher.stages[1:]))
 
 
-def test_flags_of_all_losses_become_the_options_of_one():
+def test_the_options_of_all_losses():
     assert {key: option.default for key, option in distiller_options().items()} == {"kd_t": 4.0, "hap_ts": 3}
-    flags = {"kd_t": 16.0, "hap_ts": None, "gamma": 0.5}
-    assert pick_options("kd", flags) == {"kd_t": 16.0}
-    assert pick_options("hap", flags) == pick_options("at", flags) == {}
 
 
 def test_usual_betas():

@@ -1,0 +1,93 @@
+"""What a pruning run writes down: the accuracy before and after the choice, its checkpoints, and the proof at its end."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.narrow import NarrowNetwork
+from models.network_file import NetworkFile, describe_network, load_network
+from prune.compact import compact, relative_difference
+from prune.masks import prunable_layers
+from prune.schedule import PruningSchedule
+from utils import setup
+from utils.data import ImageData
+from utils.engine import evaluate
+from utils.files import read_json
+from utils.profile import compare_networks, comparison_table
+from utils.runs import BEFORE_TRAINING, BEST, COMPACT, SUMMARY, Run
+
+KEPT_FILTERS = "kept_filters.json"
+CHANCE_MARGIN = 1.2  # a network that is right at most so many times as often as guessing is scored as guessing
+
+
+def log_accuracy(run: Run, *, teacher: NetworkFile | None, student: NetworkFile, data: ImageData) -> dict[str, Any]:
+    """Scores the networks before pruning; warns where a trained one is no better than guessing."""
+    chance = 100 / len(data.dataset.classes)
+    scores = {}
+    for role, file in (("teacher", teacher), ("student", student)):
+        if file is None:
+            continue
+        scores[role] = {"model": file.model, **evaluate(file.network, data)}
+        run.log(f"{role} {file.model}: top1 {scores[role]['top1']:.2f}, loss {scores[role]['loss']:.4f}")
+        if role == "teacher" and scores[role]["top1"] <= CHANCE_MARGIN * chance:
+            run.warn(f"the teacher scores at chance ({chance:.1f}) on {data.dataset.name}: is --t-path the right file?")
+    return scores
+
+
+def log_pruning(run: Run, scores: Mapping[str, Any], *, schedule: PruningSchedule, student: NetworkFile, data: ImageData) -> None:
+    """Logs the choice and what it did to the accuracy, and leaves both in files of the run; `scores` are those before it."""
+    with schedule.shipped() as kept:
+        pruned = evaluate(student.network, data)
+    chance = 100 / len(data.dataset.classes)
+    for layer in schedule.layers.values():
+        channels = kept[layer.name].tolist()
+        run.log(f"{layer.name} keeps {len(channels)} of {layer.filters}: {' '.join(map(str, channels))}")
+        if not channels:
+            run.warn(f"{layer.name} has lost every filter")
+    run.log(f"pruned, before fine-tuning: top1 {pruned['top1']:.2f}, loss {pruned['loss']:.4f}")
+    trained = scores["student"]["top1"] > CHANCE_MARGIN * chance
+    if trained and pruned["top1"] <= CHANCE_MARGIN * chance:
+        run.warn(f"accuracy fell to chance ({chance:.1f}) by pruning; fine-tuning starts nearly from nothing")
+    save_kept(run, schedule, kept)
+    run.save_json(BEFORE_TRAINING, {**scores, "pruned": pruned})
+
+
+def save_kept(run: Run, schedule: PruningSchedule, kept: Mapping[str, Tensor]) -> None:
+    layers = {name: {"filters": layer.filters, "kept": kept[name].tolist()} for name, layer in schedule.layers.items()}
+    run.save_json(KEPT_FILTERS, layers)
+
+
+def describe_pruned(
+    network: nn.Module, kept: Mapping[str, Tensor], *, schedule: PruningSchedule, file: NetworkFile, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A checkpoint of the pruned network at full width, so that everything that reads the unpruned one reads it too.
+
+    `file` is what the student was before it was pruned, `config` the flags of the run.
+    """
+    state = network.dense_state_dict() if isinstance(network, NarrowNetwork) else network.state_dict()
+    live = schedule.live_channels(kept)
+    return describe_network(state, model=file.model, num_classes=file.num_classes, config=config, kept=live)
+
+
+def finish(run: Run, result: Mapping[str, Any], *, data: ImageData, config: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    """Removes the pruned filters of the best network, proves that nothing changed, and leaves small network and summary.
+
+    `result` is what the training returned, `head` what the summary begins with. For the main process alone.
+    """
+    best = load_network(run.folder / BEST, flag="--save-dir")
+    dense = setup.to_device(best.network, data.device)
+    small = compact(dense, data.example)
+    difference = relative_difference(dense, small, (batch.images for batch in data.test_batches()))
+    accuracy = {name: evaluate(network, data)["top1"] for name, network in (("dense", dense), ("compact", small))}
+    identity = {"model": best.model, "num_classes": best.num_classes}
+    description = describe_network(small.state_dict(), **identity, config=config, kept=small.kept, compact=True)
+    run.save(COMPACT, {**description, "epoch": result["best"]["epoch"], "metrics": result["best"]})
+    comparison = compare_networks(dense, small, data.example[:1], files=(run.folder / BEST, run.folder / COMPACT))
+    run.log(comparison_table(comparison))
+    run.log(f"top1 of the dense network {accuracy['dense']:.2f}, of the compact {accuracy['compact']:.2f}")
+    run.log(f"largest difference of their logits, relative to the largest logit: {difference:.1e}")
+    kept = {layer.name: len(best.kept.get(layer.name, range(layer.filters))) for layer in prunable_layers(dense)}
+    summary = {**head, "model": best.model, **read_json(run.folder / BEFORE_TRAINING), **result, "kept_filters": kept}
+    run.save_json(SUMMARY, {**summary, "compact": {"top1": accuracy, "relative_difference": difference, **comparison}})
+    run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / COMPACT}")
