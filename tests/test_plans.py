@@ -47,6 +47,13 @@ class TestDryRun:
         words = ["--load-path", teacher, "--quan-mode", "fc-quan", "--quan-bits", "3"]
         assert "classifier would share 8 values\n" in self.plan(run_script, "quantize_encode", tmp_path, *words)
 
+    def test_of_a_billion_epochs_is_there_at_once(self, tmp_path, run_script):
+        words = ["--model", "resnet20", *TINY.split(), "--n-epochs", str(10**9), "--save-dir", str(tmp_path), "--dry-run"]
+        ended = run_script("initial_train", *words, "--schedule", "1", "60", str(10**8), "--lr-drops", "10", "1", "0.2")
+        assert ended.status == 0, ended.errors
+        assert "training: 1000000000 epochs of 2 steps of 16 images on cpu, 2000000000 steps in all\n" in ended.output
+        assert "learning rate: 0.01 from epoch 1, 0.1 from epoch 2, 0.02 from epoch 100000001\n" in ended.output
+
     def test_of_a_resumed_run_leaves_it_alone(self, trained_run, run_script):
         before = {path: path.read_bytes() for path in trained_run.rglob("*") if path.is_file()}
         ended = run_script("initial_train", "--resume", str(trained_run), "--dry-run", "--n-epochs", "9")

@@ -1,7 +1,11 @@
 """The exceptions whose message is meant for the person at the terminal. Entry scripts print it as one line on stderr."""
 
 import contextlib
+import reprlib
 from collections.abc import Iterator
+from typing import Any
+
+MAX_SHOWN = 200  # characters of what somebody else wrote, in one message
 
 
 class UserError(ValueError):
@@ -9,6 +13,31 @@ class UserError(ValueError):
 
     The message is one line that names the flag or file, the value, and what would be right.
     """
+
+
+def printable(text: str, limit: int = MAX_SHOWN) -> str:
+    """Text of others as one line that a terminal, a log and any file can take, of at most `limit` characters.
+
+    Control characters, line ends and halves of surrogate pairs are written as escapes; the middle of a longer text is dots.
+    """
+    if len(text) > limit:  # twice: it may be long before, and escapes are longer than what they stand for
+        text = _shortened(text, limit)
+    escaped = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return _shortened(escaped, limit) if len(escaped) > limit else escaped
+
+
+def _shortened(text: str, limit: int) -> str:
+    end = (limit - 3) // 3
+    return f"{text[: limit - 3 - end]}...{text[-end:] if end else ''}"
+
+
+def shown(value: Any, limit: int = MAX_SHOWN) -> str:
+    """A value of a file that others may have written, as Python writes it, within `limit` characters on one line."""
+    return printable(_SHORT.repr(value), limit)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MAX_SHOWN
 
 
 @contextlib.contextmanager

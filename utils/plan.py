@@ -41,9 +41,11 @@ def _sizes(networks: Mapping[str, nn.Module], data: ImageData) -> list[str]:
 
 
 def _training(plan: TrainingPlan, data: ImageData) -> list[str]:
-    rates = [(epoch, plan.learning_rate(epoch)) for epoch in range(plan.n_epochs)]
+    turns = sorted({0, *(epoch for epoch in plan.schedule if epoch < plan.n_epochs)})  # whatever the number of epochs
     changes = [
-        f"{rate:.4g} from epoch {epoch + 1}" for epoch, rate in rates if epoch == 0 or rate != plan.learning_rate(epoch - 1)
+        f"{plan.learning_rate(epoch):.4g} from epoch {epoch + 1}"
+        for epoch in turns
+        if epoch == 0 or plan.learning_rate(epoch) != plan.learning_rate(epoch - 1)
     ]
     images = f"{len(data.dataset.train.labels)} training and {len(data.dataset.test.labels)} test images"
     return [
