@@ -1,8 +1,9 @@
 """Checkpoint files to networks and back: dense, pruned or compact, ours or a bare state_dict that people already have.
 
 A checkpoint is a dict of tensors and plain values: `format`, `model`, `num_classes`, `state_dict`, `epoch`, `metrics`,
-`config`; `kept` (live output channels by layer) where filters are pruned, and `compact: True` where they are physically
-gone. Nothing in it can run code, and the network is built from its name and channel lists alone.
+`config`; `class_names`, `image_size`, `mean` and `std` of the images that it is for; `kept` (live output channels by layer)
+where filters are pruned, and `compact: True` where they are physically gone. Nothing in it can run code, and the network is
+built from its name and channel lists alone.
 """
 
 import os
@@ -17,13 +18,17 @@ from models import MODELS, build_model
 from models.narrow import narrow
 from utils.errors import UserError, naming
 from utils.files import FORMAT, load_checkpoint
+from utils.image_spec import ImageSpec, read_image_spec
 
 SHOWN_DIFFERENCES = 3
 
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A network that was read from `path`; `kept` is empty for an unpruned one."""
+    """A network that was read from `path`; `kept` is empty for an unpruned one.
+
+    `images` is what it must be given and what its answers mean; None where the file does not say.
+    """
 
     network: nn.Module
     model: str
@@ -31,6 +36,7 @@ class NetworkFile:
     kept: dict[str, list[int]] = field(default_factory=dict)
     compact: bool = False
     metrics: dict[str, Any] = field(default_factory=dict)
+    images: ImageSpec | None = None
 
 
 def describe_network(
@@ -39,6 +45,7 @@ def describe_network(
     model: str,
     num_classes: int,
     config: Mapping[str, Any],
+    images: ImageSpec | None = None,
     kept: Mapping[str, Sequence[int]] | None = None,
     compact: bool = False,
 ) -> dict[str, Any]:
@@ -52,6 +59,8 @@ def describe_network(
         },
         "config": dict(config),
     }
+    if images is not None:
+        description |= images.as_fields()
     if kept:
         description["kept"] = {name: [int(channel) for channel in channels] for name, channels in kept.items()}
     if compact:
@@ -72,6 +81,8 @@ def load_network(path: str | os.PathLike, *, flag: str, model: str | None = None
     name, num_classes, state, kept = _checked_fields(checkpoint, origin)
     if model is not None and model != name:
         raise UserError(f"{origin}: holds a {name}, not the {model} of {model_flag}")
+    with naming(origin):
+        images = read_image_spec(checkpoint, num_classes=num_classes)
     compact = bool(checkpoint.get("compact"))
     network = build_model(name, num_classes=num_classes)
     if compact:
@@ -79,7 +90,7 @@ def load_network(path: str | os.PathLike, *, flag: str, model: str | None = None
             network = narrow(network, kept)
     _load_state(network, state, origin, name)
     metrics = checkpoint.get("metrics") or {}
-    return NetworkFile(network.eval(), name, num_classes, kept, compact, metrics)
+    return NetworkFile(network.eval(), name, num_classes, kept, compact, metrics, images)
 
 
 def as_dense(file: NetworkFile) -> NetworkFile:

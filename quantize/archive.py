@@ -22,8 +22,9 @@ from quantize.container import pack_sections, read_description, unpack_sections
 from quantize.table import ArchiveReport, LayerSize
 from utils.errors import UserError
 from utils.files import write_atomic
+from utils.image_spec import FIELDS, ImageSpec, read_image_spec
 
-FORMAT = 1
+PLAIN_FORMAT, FORMAT = 1, 2  # without and with what a user of the network must know of its images
 SECTIONS = ("payload", "codebooks", "code_lengths", "layers", "kept", "uncoded")
 LENGTH_BITS = 5  # of a code length in the file
 LAYER_ROW = np.dtype([("entries", "<u4"), ("payload_bytes", "<u4")])
@@ -44,11 +45,13 @@ class CodedTensor(NamedTuple):
         return len(self.payload) + self.codebook.nbytes + _packed_bytes(LENGTH_BITS * self.codebook.size)
 
 
-def save_archive(path: str | os.PathLike, network: nn.Module, *, model: str, num_classes: int) -> ArchiveReport:
+def save_archive(
+    path: str | os.PathLike, network: nn.Module, *, model: str, num_classes: int, images: ImageSpec | None = None
+) -> ArchiveReport:
     """Writes `network`, dense or narrow, to `path`, atomically, and says where the bytes went.
 
-    `model` is its name in `models.MODELS`. Raises UserError if the network is not that model with so many classes (shared
-    weights have to be baked first) or if the file cannot be written.
+    `model` is its name in `models.MODELS`; `images` goes into the archive where it is known. Raises UserError if the network
+    is not that model with so many classes (shared weights have to be baked first) or if the file cannot be written.
     """
     dense = _dense_on_meta(model, num_classes)
     kept = dict(getattr(network, "kept", {}))
@@ -58,10 +61,16 @@ def save_archive(path: str | os.PathLike, network: nn.Module, *, model: str, num
     sections = {name: bytearray() for name in SECTIONS}
     sections["kept"] += _pack_kept(dense, kept)
     coded = {name: _add_tensor(sections, state[name]) for name in expected}
-    description = {"format": FORMAT, "model": model, "num_classes": num_classes, "dtypes": _unusual_dtypes(state, expected)}
+    description = {
+        "format": PLAIN_FORMAT if images is None else FORMAT,
+        "model": model,
+        "num_classes": num_classes,
+        "dtypes": _unusual_dtypes(state, expected),
+        **(images.as_fields() if images is not None else {}),
+    }
     data = pack_sections(sections, description)
     write_atomic(path, data)
-    return _report(description, dense, state, coded, len(data))
+    return _report(description, dense, state, coded, file_bytes=len(data), images=images)
 
 
 def load_archive(path: str | os.PathLike) -> nn.Module:
@@ -180,6 +189,7 @@ def _read(data: bytes) -> tuple[nn.Module, ArchiveReport]:
     _check_format(description)
     sections = unpack_sections(data, description)
     _check_description(description, sections)
+    images = read_image_spec(description, num_classes=description["num_classes"])
     dense = _dense_on_meta(description["model"], description["num_classes"])
     kept = _unpack_kept(dense, sections["kept"])
     network = narrow(dense, kept) if kept else dense
@@ -190,7 +200,7 @@ def _read(data: bytes) -> tuple[nn.Module, ArchiveReport]:
         state[name], coded[name] = _take_tensor(cursors, tensor, dtype)
     for cursor in cursors.values():
         cursor.finish()
-    report = _report(description, dense, state, coded, len(data))
+    report = _report(description, dense, state, coded, file_bytes=len(data), images=images)
     network.load_state_dict(state, assign=True)
     return network.eval(), report
 
@@ -206,7 +216,8 @@ def _check_format(description: Mapping[str, Any]) -> None:
 def _check_description(description: Mapping[str, Any], sections: Mapping[str, bytes]) -> None:
     if set(sections) != set(SECTIONS):
         raise UserError(f"damaged, it holds the sections {', '.join(sorted(sections))}, expected {', '.join(SECTIONS)}")
-    if set(description) != {"format", "model", "num_classes", "dtypes", "sha256"}:
+    images = FIELDS if description["format"] > PLAIN_FORMAT else ()
+    if set(description) != {"format", "model", "num_classes", "dtypes", "sha256", *images}:
         raise UserError(f"damaged, its description names {', '.join(description)}")
     if description["model"] not in list(MODELS):  # a list takes what cannot be hashed
         raise UserError(f"holds a network {str(description['model'])[:80]!r}, known are {', '.join(MODELS)}")
@@ -316,7 +327,9 @@ def _report(
     dense: nn.Module,
     state: Mapping[str, Tensor],
     coded: Mapping[str, CodedTensor | None],
+    *,
     file_bytes: int,
+    images: ImageSpec | None,
 ) -> ArchiveReport:
     layers = tuple(
         _layer_size(name, tensor, state.get(name), coded.get(name))
@@ -324,7 +337,7 @@ def _report(
         if tensor.dim() > 1
     )
     uncoded = sum(tensor.nbytes for tensor in state.values() if tensor.dim() < 2)
-    return ArchiveReport(description["model"], description["num_classes"], layers, uncoded, file_bytes)
+    return ArchiveReport(description["model"], description["num_classes"], layers, uncoded, file_bytes, images)
 
 
 def _layer_size(name: str, dense: Tensor, stored: Tensor | None, coded: CodedTensor | None) -> LayerSize:

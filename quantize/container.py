@@ -16,15 +16,21 @@ import safetensors.numpy
 from utils.errors import UserError
 
 METADATA_KEY = "archive"
-MAX_HEADER_BYTES = 1 << 20  # parsed JSON takes many times its text
+MAX_HEADER_BYTES = 1 << 22  # parsed JSON takes many times its text
 _NO_DIGEST = "0" * 64
 
 
 def pack_sections(sections: Mapping[str, bytes], description: Mapping[str, Any]) -> bytes:
-    """The whole file: `sections` by name, and `description`, a JSON object of plain values without a `sha256`."""
+    """The whole file: `sections` by name, and `description`, a JSON object of plain values without a `sha256`.
+
+    Raises UserError for a description that is too long to be read back.
+    """
     tensors = {name: np.frombuffer(data, np.uint8) for name, data in sections.items()}
-    text = json.dumps({**description, "sha256": _NO_DIGEST}, separators=(",", ":"))
+    # the digest comes first: what is described may hold as many zeros
+    text = json.dumps({"sha256": _NO_DIGEST, **description}, separators=(",", ":"), ensure_ascii=False)
     data = safetensors.numpy.save(tensors, {METADATA_KEY: text})
+    if int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
+        raise UserError(f"an archive's description takes at most {MAX_HEADER_BYTES:,} bytes: shorten the names of the classes")
     return data.replace(_NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from utils.image_spec import ImageSpec
+
 
 @dataclass(frozen=True)
 class LayerSize:
@@ -35,13 +37,17 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class ArchiveReport:
-    """The sizes of one archive, in bytes unless they say otherwise."""
+    """The sizes of one archive, in bytes unless they say otherwise, and what it says of its network.
+
+    `images` is None for an archive that does not say what its network must be given.
+    """
 
     model: str
     num_classes: int
     layers: tuple[LayerSize, ...]
     uncoded_bytes: int  # batch normalisation, biases: exactly as they are
     file_bytes: int
+    images: ImageSpec | None = None
 
     @property
     def total(self) -> LayerSize:

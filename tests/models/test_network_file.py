@@ -10,6 +10,7 @@ from models.narrow import narrow
 from models.network_file import describe_network, load_network
 from utils.errors import UserError
 from utils.files import load_checkpoint, save_checkpoint
+from utils.image_spec import ImageSpec
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 KEPT = {"stage_1.0.conv_a": [0, 3, 7], "stage_1.0.bn_a": [0, 3, 7]}
@@ -40,6 +41,17 @@ def refuse(path, *parts: str, **options) -> None:
 
 
 class TestRoundTrip:
+    def test_what_is_known_of_the_images(self, network, tmp_path):
+        images = ImageSpec(tuple("abcdefg"), (32, 48), (0.1, 0.2, 1 / 3), (0.25, 0.5, 1.0))
+        description = describe_network(network.state_dict(), model="resnet20", num_classes=7, config={}, images=images)
+        save_checkpoint(tmp_path / "a.pt", description)
+        stored = load_checkpoint(tmp_path / "a.pt")
+        assert (stored["class_names"], stored["image_size"], stored["std"]) == (list("abcdefg"), [32, 48], [0.25, 0.5, 1.0])
+        assert load_network(tmp_path / "a.pt", flag="--t-path").images == images
+
+    def test_a_file_of_an_older_version_says_nothing_of_them(self, network, tmp_path):
+        assert load_network(write(tmp_path / "a.pt", network), flag="--t-path").images is None
+
     def test_dense(self, network, tmp_path):
         file = load_network(write(tmp_path / "a.pt", network), flag="--t-path", model="resnet20")
         assert (file.model, file.num_classes, file.kept, file.compact) == ("resnet20", 7, {}, False)

@@ -11,9 +11,12 @@ from torch import nn
 from models.cifar_resnet import CifarResNet
 from models.narrow import narrow
 from quantize.codebook import bake_weights, layer_bits, share_weights
+from utils.image_spec import ImageSpec
 
 NO_DIGEST = "0" * 64
 KEPT = {"stage_1.0.conv_a": [0, 3, 4, 9], "stage_1.0.bn_a": [0, 3, 4, 9], "stage_2.0.conv_b": [], "stage_2.0.bn_b": []}
+
+IMAGES = ImageSpec(("0" * 64, "größe", 'a "b"', "猫"), (16, 24), (0.1, 0.2, 1 / 3), (0.25, 0.5, 1.0))
 
 
 class Tiny(nn.Module):

@@ -1,11 +1,14 @@
 """Archives: what goes in comes out in every bit, small, with sizes that add up."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from archives import KEPT, TEST_MODELS, network_of
+from archives import IMAGES, KEPT, TEST_MODELS, network_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -14,6 +17,7 @@ from models.narrow import narrow
 from quantize.archive import SECTIONS, differing_tensors, is_archive, load_archive, read_archive, save_archive
 from quantize.codebook import bake_weights, layer_bits, share_weights
 from quantize.huffman import entropy_bits
+from utils.image_spec import ImageSpec
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +42,35 @@ def test_round_trip_of_dense_and_narrow_networks(tmp_path, kept):
     assert torch.equal(decoded(images), network(images))
     assert getattr(decoded, "kept", {}) == (kept or {})
     assert not decoded.training and all(parameter.requires_grad for parameter in decoded.parameters())
+
+
+@pytest.mark.parametrize("images", [None, IMAGES])
+def test_what_is_known_of_the_images_comes_back(images, tmp_path):
+    network = network_of("tiny")
+    report = save_archive(tmp_path / "model.huff", network, model="tiny", num_classes=4, images=images)
+    decoded, read_report = read_archive(tmp_path / "model.huff")
+    assert read_report.images == images and read_report == report
+    assert differing_tensors(network, decoded) == []
+
+
+def test_an_archive_without_it_is_one_of_the_first_format(tmp_path):
+    """So that programs which know no other still read it."""
+    formats = {}
+    for name, images in (("plain", None), ("full", IMAGES)):
+        save_archive(tmp_path / name, network_of("tiny"), model="tiny", num_classes=4, images=images)
+        with safe_open(tmp_path / name, "numpy") as file:
+            formats[name] = json.loads(file.metadata()["archive"])
+    assert (formats["plain"].pop("format"), formats["full"].pop("format")) == (1, 2)
+    assert formats["plain"].keys() == {"model", "num_classes", "dtypes", "sha256"}
+    assert formats["full"]["class_names"] == list(IMAGES.class_names) and formats["full"]["image_size"] == [16, 24]
+
+
+def test_names_too_long_to_be_read_back_are_refused(tmp_path):
+    images = ImageSpec(tuple("n" * 1024 for _ in range(4200)), (8, 8), (0.5,) * 3, (0.5,) * 3)
+    network = TEST_MODELS["tiny"](num_classes=4200)
+    with pytest.raises(ValueError, match="at most 4,194,304 bytes"):
+        save_archive(tmp_path / "model.huff", network, model="tiny", num_classes=4200, images=images)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_loading_leaves_the_random_stream_alone(tmp_path):

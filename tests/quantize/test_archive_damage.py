@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from archives import KEPT, TEST_MODELS, edited, network_of, rehashed
+from archives import IMAGES, KEPT, TEST_MODELS, edited, network_of, rehashed
 from safetensors.numpy import load, save
 
 from models import MODELS
@@ -24,7 +24,8 @@ def _test_models():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The bytes of an archive, and its network."""
-    return archive_bytes(network_of("tiny"), tmp_path_factory.mktemp("tiny") / "model.huff", model="tiny")
+    path = tmp_path_factory.mktemp("tiny") / "model.huff"
+    return archive_bytes(network_of("tiny"), path, model="tiny", images=IMAGES)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,8 @@ def small(tmp_path_factory):
     return archive_bytes(network_of("small", kept=KEPT), tmp_path_factory.mktemp("small") / "model.huff", model="small")
 
 
-def archive_bytes(network, path, *, model):
-    save_archive(path, network, model=model, num_classes=4)
+def archive_bytes(network, path, *, model, images=None):
+    save_archive(path, network, model=model, num_classes=4, images=images)
     return path.read_bytes(), network
 
 
@@ -117,7 +118,8 @@ def test_forging_by_the_helper_is_otherwise_faithful(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ({"format": 2}, "has format 2, newer than format 1"),
+        ({"format": 3}, "has format 3, newer than format 2"),
+        ({"format": 1}, "its description names"),
         ({"format": 0}, "its format is 0"),
         ({"format": "1"}, "its format is '1'"),
         ({"format": True}, "its format is True"),
@@ -128,6 +130,19 @@ def test_forging_by_the_helper_is_otherwise_faithful(tiny, tmp_path):
         ({"num_classes": 10**15}, "classes do not fit"),
         ({"num_classes": 0}, "0 classes"),
         ({"num_classes": -4}, "-4 classes"),
+        ({"class_names": ["a"] * 5}, "it names 5 classes, but has 4"),
+        ({"class_names": ["a", "b", "c", 4]}, "its class_names is"),
+        ({"class_names": ["a", "b", "c", "d" * 2000]}, "its class_names is"),
+        ({"class_names": ["a", "b", "c", "\udc80"]}, "its class_names is"),
+        ({"image_size": [0, 32]}, r"its image_size is \[0, 32\], expected height and width, 1 to 4096 pixels"),
+        ({"image_size": [32, 10**400]}, "its image_size is"),
+        ({"image_size": 32}, "its image_size is 32"),
+        ({"mean": [0.5, 0.5]}, "its mean is"),
+        ({"mean": [0.5, 0.5, float("nan")]}, "its mean is"),
+        ({"mean": [124, 116, 104]}, r"its mean is \[124, 116, 104\], expected 3 numbers from 0 to 1"),
+        ({"mean": None}, "its description names"),
+        ({"std": [1, 1, 0]}, "its std is"),
+        ({"std": [1, 1, True]}, "its std is"),
         ({"num_classes": 4.0}, "4.0 classes"),
         ({"num_classes": 5}, "section 'uncoded'|symbols"),
         ({"dtypes": {"float31": [0]}}, "element types"),

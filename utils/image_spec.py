@@ -1,0 +1,104 @@
+"""What a user of a network must know: how large its images are, how they are normalised, and what its classes are called.
+
+It travels in every file that holds a network, so that what a network computes never depends on the images that happen to
+lie beside it.
+"""
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from utils.errors import UserError
+
+FIELDS = ("class_names", "image_size", "mean", "std")
+CHANNELS = 3
+MAX_SIDE_PIXELS = 4096
+MAX_NAME_CHARACTERS = 1024  # a folder's name has at most 255 bytes, each of them at most four characters when it is escaped
+MIN_STD = 1e-6
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Names of the classes in the order of the logits, height and width in pixels, and the normalisation.
+
+    `mean` and `std` are of the three channels, red, green and blue, of images scaled to [0, 1].
+    """
+
+    class_names: tuple[str, ...]
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def as_fields(self) -> dict[str, list[Any]]:
+        """The members as plain lists, as a checkpoint, an archive and an export hold them."""
+        return {name: list(getattr(self, name)) for name in FIELDS}
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation."""
+        return self.mean, self.std
+
+
+def read_image_spec(fields: Mapping[str, Any], *, num_classes: int) -> ImageSpec | None:
+    """The members among `fields`, which may come from anybody; None where there are none, as in files of older versions.
+
+    Raises UserError, in one line, for a member that is missing beside others, or that is not what `ImageSpec` says.
+    """
+    present = [name for name in FIELDS if name in fields]
+    if not present:
+        return None
+    for name in FIELDS:
+        if name not in fields:
+            raise UserError(f"it has {present[0]} but no {name}, expected {', '.join(FIELDS)} together")
+        if not _CHECKS[name](fields[name]):
+            raise UserError(f"its {name} is {_shown(fields[name])}, expected {_EXPECTED[name]}")
+    if len(fields["class_names"]) != num_classes:
+        raise UserError(f"it names {len(fields['class_names'])} classes, but has {num_classes}")
+    means, deviations = (tuple(map(float, fields[name])) for name in ("mean", "std"))
+    return ImageSpec(tuple(fields["class_names"]), tuple(fields["image_size"]), means, deviations)
+
+
+def is_mean(value: float) -> bool:
+    """Whether `value` can be the mean of a channel of images scaled to [0, 1]."""
+    return 0 <= value <= 1
+
+
+def is_std(value: float) -> bool:
+    """Whether `value` can be the standard deviation of such a channel, or the 1 of those who don't divide."""
+    return MIN_STD <= value <= 1
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)[:160]
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} that is too long to print"
+
+
+def _is_name(value: Any) -> bool:
+    return (
+        isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS and not any("\ud800" <= sign <= "\udfff" for sign in value)
+    )
+
+
+def _is_list(value: Any, length: int | None = None) -> bool:
+    return isinstance(value, list | tuple) and length in (None, len(value))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+_CHECKS = {
+    "class_names": lambda value: _is_list(value) and all(map(_is_name, value)),
+    "image_size": lambda value: _is_list(value, 2) and all(type(side) is int and 1 <= side <= MAX_SIDE_PIXELS for side in value),
+    "mean": lambda value: _is_list(value, CHANNELS) and all(_is_number(mean) and is_mean(mean) for mean in value),
+    "std": lambda value: _is_list(value, CHANNELS) and all(_is_number(std) and is_std(std) for std in value),
+}
+_EXPECTED = {
+    "class_names": f"a list of names of at most {MAX_NAME_CHARACTERS} characters each",
+    "image_size": f"height and width, 1 to {MAX_SIDE_PIXELS} pixels",
+    "mean": f"{CHANNELS} numbers from 0 to 1",
+    "std": f"{CHANNELS} numbers from {MIN_STD:g} to 1",
+}
