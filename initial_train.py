@@ -10,7 +10,8 @@ from utils.data import ImageData
 from utils.engine import CrossEntropyObjective, evaluate
 from utils.plan import print_plan
 from utils.profile import profile_network
-from utils.runs import BEST, SUMMARY, read_state
+from utils.run_folder import BEST, SUMMARY
+from utils.run_state import read_state
 from utils.seed import seed_everything
 
 SCRIPT = "initial_train.py"

@@ -26,7 +26,7 @@ from utils.distributed import leave
 from utils.engine import TrainingPlan, evaluate
 from utils.errors import UserError, naming
 from utils.plan import print_plan
-from utils.runs import read_state
+from utils.run_state import read_state
 from utils.seed import seed_everything
 
 SCRIPT = "pruning.py"

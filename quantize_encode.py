@@ -25,11 +25,12 @@ from utils.errors import UserError, naming
 from utils.files import read_json, save_checkpoint
 from utils.plan import print_plan
 from utils.profile import compare_networks
-from utils.runs import BEFORE_TRAINING, BEST, COMPACT, SUMMARY, Run, read_state
+from utils.run_folder import ARCHIVE, BEFORE_TRAINING, BEST, COMPACT, SUMMARY
+from utils.run_state import read_state
+from utils.runs import Run
 from utils.seed import seed_everything
 
 SCRIPT = "quantize_encode.py"
-ARCHIVE = "model.huff"
 SHORT_MODES = tuple(mode.removesuffix("-quan") for mode in QUAN_MODES)
 
 

@@ -14,8 +14,8 @@ import torch
 
 from utils import cli
 from utils.data import Batch
+from utils.environment import git_sha
 from utils.files import write_atomic
-from utils.runs import git_sha
 
 RESULTS = Path(__file__).resolve().parent / "results"
 IMAGE_SIDE_PIXELS = 32

@@ -15,9 +15,9 @@ from utils.data import ImageData
 from utils.engine import evaluate
 from utils.files import read_json
 from utils.profile import compare_networks, comparison_table
-from utils.runs import BEFORE_TRAINING, BEST, COMPACT, SUMMARY, Run
+from utils.run_folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, SUMMARY
+from utils.runs import Run
 
-KEPT_FILTERS = "kept_filters.json"
 CHANCE_MARGIN = 1.2  # a network that is right at most so many times as often as guessing is scored as guessing
 
 

@@ -25,7 +25,7 @@ from utils.data import ImageData
 from utils.datasets import Dataset, load_dataset
 from utils.errors import UserError
 from utils.files import read_json
-from utils.runs import BEST, CONFIG
+from utils.run_folder import BEST, CONFIG
 
 MAPS = "magma"
 DIFFERENCES = "PuOr"  # told apart by the colour-blind

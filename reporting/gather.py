@@ -22,9 +22,9 @@ from reporting.measures import measures_of
 from reporting.naming import ORIGIN_FLAGS, flag_label, method_label
 from utils.errors import UserError
 from utils.files import read_json
-from utils.runs import CONFIG, METRICS, SUMMARY, read_metrics
+from utils.metrics_file import read_metrics
+from utils.run_folder import CONFIG, KEPT_FILTERS, METRICS, SUMMARY
 
-KEPT_FILTERS = "kept_filters.json"
 UNPRUNED_SCRIPT = "initial_train.py"
 PLACE_FLAGS = frozenset(("seed", "run_name", "save_dir", "log_name", "data_dir", "device", "dev_idx", "workers", "evaluate"))
 STATE_FLAGS = frozenset(("checkpoint_interval", "checkpoint_minutes", "force"))

@@ -4,13 +4,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from reporting.gather import KEPT_FILTERS, Group, Results
+from reporting.gather import Group, Results
 from reporting.page import GENERATOR, Picture, page
 from reporting.pictures import PICTURE_NAMES, draw_pictures
 from reporting.tables import KEY_MEASURES, caption, comma_separated, markdown, markdown_by_subject, notes
 from utils.errors import UserError
 from utils.files import write_atomic
-from utils.runs import CONFIG, METRICS, SUMMARY
+from utils.run_folder import CONFIG, KEPT_FILTERS, METRICS, SUMMARY
 
 PAGE, MARKDOWN, CSV = "report.html", "table.md", "table.csv"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"

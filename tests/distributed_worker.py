@@ -33,7 +33,7 @@ from utils.distributed import World, join, leave, sum_over_processes, world_from
 from utils.engine import CrossEntropyObjective, prepare_step, sgd, train_step
 from utils.errors import Interrupted
 from utils.files import save_checkpoint
-from utils.runs import LAST
+from utils.run_folder import LAST
 from utils.seed import generator
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from utils.datasets import DATASETS
 from utils.distributed import is_lost_process, leave
 from utils.errors import Interrupted, NonFiniteLoss, UserError
 from utils.memory import keep_freed_memory
-from utils.runs import CONFIG, PLACEMENT_FLAGS, read_config
+from utils.run_folder import CONFIG, read_config
+from utils.run_state import PLACEMENT_FLAGS
 
 SILENCE_SECONDS = 5.0
 

@@ -22,7 +22,8 @@ from utils.data import Batch, ImageData
 from utils.distributed import World, any_process, broadcast_from_main
 from utils.errors import Interrupted, NonFiniteLoss, UserError
 from utils.metrics import Sums
-from utils.runs import BEST, LAST, Run
+from utils.run_folder import BEST, LAST
+from utils.runs import Run
 from utils.seed import random_state, restore_random_state
 
 READ_INTERVAL_STEPS = 50

@@ -15,7 +15,9 @@ from utils.distributed import World, join, world_from_environment
 from utils.engine import Hooks, Trainer, TrainingPlan, check_acceleration, prepare_step, sgd
 from utils.errors import UserError
 from utils.files import digest, read_json
-from utils.runs import CONFIG, Run, check_save_dir, check_state
+from utils.run_folder import CONFIG, check_save_dir
+from utils.run_state import check_state
+from utils.runs import Run
 
 
 def prepare(args: argparse.Namespace) -> tuple[torch.device, World]:

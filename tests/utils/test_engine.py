@@ -19,7 +19,9 @@ from utils.distributed import World
 from utils.engine import CrossEntropyObjective, Hooks, Trainer, TrainingPlan, evaluate, learning_rate, sgd
 from utils.errors import NonFiniteLoss, UserError
 from utils.files import load_checkpoint
-from utils.runs import BEST, LAST, Run, read_metrics
+from utils.metrics_file import read_metrics
+from utils.run_folder import BEST, LAST
+from utils.runs import Run
 
 CPU = torch.device("cpu")
 CLASSES = 3

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from benchmarks.kill_test import curves
-from utils import files, runs
+from utils import files
 from utils.distributed import World
 from utils.errors import UserError
-from utils.runs import BEST, LAST, PREVIOUS, Run, check_save_dir, check_state, read_config, read_metrics, read_state
+from utils.metrics_file import read_metrics
+from utils.run_folder import BEST, LAST, PREVIOUS
+from utils.run_state import STATE_KEYS, read_state
+from utils.runs import Run
 
-DEFAULTS = {"lr": 0.1, "compile": False, "hint_stage": 3, "betas": None, "workers": 8, "n_epochs": 200}
-STATE = dict.fromkeys(runs.STATE_KEYS, 0)
+STATE = dict.fromkeys(STATE_KEYS, 0)
 FORK = multiprocessing.get_context("fork")
 
 
@@ -229,63 +231,6 @@ class TestStates:
             (run.folder / name).write_bytes(b"damaged")
         with pytest.raises(UserError, match=r"model_last\.pt.*model_previous\.pt"):
             read_state(run.folder)
-
-
-class TestFlagsOfTheState:
-    def check(self, saved: dict, **flags) -> None:
-        check_state({"config": saved}, {**DEFAULTS, **flags}, defaults=DEFAULTS, folder="run")
-
-    def test_what_it_does_not_know_has_its_default(self):
-        self.check({"lr": 0.2}, lr=0.2)
-        self.check({"lr": 0.2, "compile": None, "betas": None, "gone": 1}, lr=0.2)
-
-    def test_may_be_computed_elsewhere_and_for_longer(self):
-        self.check({"workers": 1, "n_epochs": 2}, workers=2, n_epochs=3)
-
-    @pytest.mark.parametrize(("name", "value"), [("lr", 0.3), ("compile", True), ("hint_stage", 2), ("betas", [1.0])])
-    def test_another_value_is_refused(self, name, value):
-        with pytest.raises(UserError, match=f"--resume run: its saved state is of a run with {name} "):
-            self.check({"lr": 0.1}, **{name: value})
-
-
-class TestConfig:
-    def test_no_run(self, tmp_path):
-        with pytest.raises(UserError, match=r"--resume .*: no config\.json there"):
-            read_config(tmp_path, script="train.py")
-
-    def test_of_another_script(self, tmp_path):
-        folder = create(tmp_path).folder
-        with pytest.raises(UserError, match=r"a run of train\.py, resume it with that script, not prune\.py"):
-            read_config(folder, script="prune.py")
-
-    @pytest.mark.parametrize("content", ["[]", '{"flags": 1}', "{}"])
-    def test_foreign(self, content, tmp_path):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(UserError, match=r"its config\.json is not that of a run"):
-            read_config(tmp_path, script="train.py")
-
-
-class TestCheckSaveDir:
-    def test_writes_nothing(self, tmp_path):
-        check_save_dir(str(tmp_path / "new" / "saves"), name="run", log_name="log.txt")
-        assert list(tmp_path.iterdir()) == []
-
-    @pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/tmp", "x" * 300])
-    def test_names_that_are_none(self, name, tmp_path):
-        with pytest.raises(UserError, match="--run-name"):
-            check_save_dir(str(tmp_path), name=name, log_name="log.txt")
-        with pytest.raises(UserError, match="--log-name"):
-            check_save_dir(str(tmp_path), name=None, log_name=name)
-
-    def test_log_and_run_of_one_name(self, tmp_path):
-        with pytest.raises(UserError, match="--log-name same"):
-            check_save_dir(str(tmp_path), name="same", log_name="same")
-
-    def test_a_file_in_the_way(self, tmp_path):
-        (tmp_path / "saves").write_text("")
-        for save_dir in (tmp_path / "saves", tmp_path / "saves" / "deeper"):
-            with pytest.raises(UserError, match=f"--save-dir {save_dir}"):
-                check_save_dir(str(save_dir), name=None, log_name="log.txt")
 
 
 class TestFullDisk:
