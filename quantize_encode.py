@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from models import MODELS
+from models.modes import evaluating
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, describe_network, load_network
-from prune.compact import check_pruned_zeros, compact, evaluating
+from prune.compact import check_pruned_zeros, compact
 from quantize.archive import differing_tensors, is_archive, load_archive, read_archive, save_archive
 from quantize.codebook import QUAN_MODES, bake_weights, layer_bits, share_weights
 from quantize.table import ArchiveReport

@@ -21,6 +21,7 @@ from torchvision.models.shufflenetv2 import channel_shuffle
 from torchvision.ops import StochasticDepth
 
 from models.batch_norm import UnevenBatchNorm2d
+from models.modes import preserved_modes
 from utils.errors import UserError
 
 LiveOutputs = Callable[[str, nn.Module, "Channels | None"], Sequence[int]]
@@ -123,12 +124,8 @@ def trace_network(model: nn.Module, method: str = "forward") -> Trace:
     A boolean that is `self.training` (as in `F.dropout(x, training=self.training)`) is read when the graph runs. In-place
     operations become ordinary ones. Raises UserError where torch.fx cannot trace the network, naming the line that it met.
     """
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with preserved_modes(model):
         evaluation, training = (_trace(model.train(mode), method) for mode in (False, True))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     both_modes = _merge_modes(evaluation, training)
     _make_out_of_place(evaluation, model)
     return Trace(evaluation, both_modes)
@@ -241,15 +238,23 @@ def missing_carriers(plan: Plan) -> frozenset[str]:
 
 
 def _shared_layers(graph: fx.Graph, model: nn.Module) -> frozenset[str]:
-    """Names of layers that are called twice or share a parameter: two readers could ask for different channels of them."""
+    """Names of layers that are called twice or share a tensor: two readers could ask for different channels of them."""
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     owners: dict[int, set[str]] = {}
     for name in set(calls):
-        for parameter in model.get_submodule(name).parameters():
-            owners.setdefault(id(parameter), set()).add(name)
+        layer = model.get_submodule(name)
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            owners.setdefault(id(tensor), set()).add(name)
+    for node in graph.nodes:
+        if node.op == "get_attr" and not is_mode(node):
+            owners.setdefault(id(_attribute(model, node.target)), set()).add(node.target)
     tied = [name for names in owners.values() if len(names) > 1 for name in names]
-    tied += [node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"]
     return frozenset(tied) | frozenset(name for name in calls if calls.count(name) > 1)
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    path, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(path), last)
 
 
 @dataclass
@@ -328,7 +333,7 @@ def _spatial(call: _Call) -> Step:
 def _pointwise(call: _Call) -> Step:
     """A function of single entries: it keeps the layout where f(0) = 0, and needs the full width otherwise."""
     inputs = call.channelled_inputs()
-    if len(inputs) != 1 or len([node for node in call.node.all_input_nodes if not _is_mode(node)]) != 1:
+    if len(inputs) != 1 or len([node for node in call.node.all_input_nodes if not is_mode(node)]) != 1:
         return _opaque(call)
     given = call.channels(inputs[0])
     if _maps_zero_to_zero(call):
@@ -336,13 +341,13 @@ def _pointwise(call: _Call) -> Step:
     return call.step(given.whole(), wants={inputs[0]: given.whole()})
 
 
-def _is_mode(node: fx.Node) -> bool:
+def is_mode(node: fx.Node) -> bool:
     return node.op == "get_attr" and node.target == "training"
 
 
 def _maps_zero_to_zero(call: _Call) -> bool:
     zeros = torch.zeros(1)
-    args, kwargs = fx.map_arg((call.node.args, dict(call.node.kwargs)), lambda node: False if _is_mode(node) else zeros)
+    args, kwargs = fx.map_arg((call.node.args, dict(call.node.kwargs)), lambda node: False if is_mode(node) else zeros)
     function = {
         "call_module": lambda: call.module,
         "call_method": lambda: getattr(torch.Tensor, call.node.target),

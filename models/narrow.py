@@ -9,7 +9,9 @@ nothing but indices, which follow from `kept`: a network is rebuilt from the den
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,14 +24,17 @@ from models.channel_flow import (
     Plan,
     Step,
     Trace,
+    is_mode,
     missing_carriers,
     output_channels,
     plan_channels,
     trace_network,
 )
+from models.graph_function import GraphFunction
 from models.in_place import reuse_memory
-from models.outputs import Outputs
-from models.relayout import RELAYOUTS, AddInto, Relayout, Relayouts
+from models.modes import deviating_modes
+from models.outputs import Outputs, has_outputs
+from models.relayout import AddInto, Relayout, Relayouts
 from utils.errors import UserError
 
 
@@ -46,7 +51,8 @@ def narrow(model: nn.Module, kept: Mapping[str, Sequence[int]], *, wide_sums: bo
     but plain sums, for runtimes that add into places slowly (onnxruntime).
     """
     kept = {name: _checked_channels(model, name, channels) for name, channels in kept.items()}
-    traces = {method: trace_network(model, method) for method in ("forward", "outputs") if hasattr(model, method)}
+    methods = ("forward", "outputs") if has_outputs(model) else ("forward",)
+    traces = {method: trace_network(model, method) for method in methods}
     if wide_sums:
         summed = {name for plan in _plan_all(model, traces, kept).values() for name in _layers_of_uneven_sums(plan)}
         kept = {name: channels for name, channels in kept.items() if name not in summed}
@@ -99,68 +105,178 @@ def _layers_of_uneven_sums(plan: Plan) -> set[str]:
     return names
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What a narrow network knows of the dense one. `state` holds shapes and types, on the meta device."""
+
+    name: str
+    state: dict[str, Any]
+    metadata: Any  # versions of the modules, which `load_state_dict` asks for
+    homes: dict[str, str]  # where a tensor goes by several names: the name that the narrow network may have it under
+    idle: frozenset[str]  # tensors that no method reads
+    modes: dict[bool, dict[str, bool]]  # mode -> modules that train(mode) leaves in another one
+
+
 class NarrowNetwork(nn.Module):
-    """What `narrow` returns. `kept` is what it was made from."""
+    """What `narrow` returns. `kept` is what it was made from.
+
+    A module like any other: it can be copied, pickled, compiled and exported. All that it knows is in one attribute, and its
+    graphs run on a plain module that has its layers, so that a layer of the dense network may have any name.
+    """
 
     def __init__(self, model: nn.Module, kept: Mapping[str, Sequence[int]], plans: Mapping[str, Plan], *, trainable: bool):
         super().__init__()
-        self.kept = {name: list(channels) for name, channels in kept.items()}
-        self._dense_name = type(model).__name__
-        self._dense_state = {key: value.detach().to("meta") for key, value in model.state_dict().items()}
+        owner = nn.Module()  # the same layers and tensors, without the names of this class
+        for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            setattr(owner, registry, getattr(self, registry))
         cuts = {name: cut for plan in plans.values() for name, cut in plan.cuts().items()}
-        self._entries = _take_layers(model, self, cuts, _needed_names(plans.values()))
+        entries = _take_layers(model, owner, cuts, _needed_names(plans.values()))
         self.training = model.training
-        relayouts = Relayouts(self.training)
+        relayouts = Relayouts(_free_name(owner), self.training)
         graphs = {method: _GraphWriter(plan, relayouts).write() for method, plan in plans.items()}
-        self.add_module(RELAYOUTS, relayouts)
+        owner.add_module(relayouts.name, relayouts)
         for graph in graphs.values():
-            reuse_memory(graph, self)
-        self._functions = {method: _compiled(self, graph) for method, graph in graphs.items()}
-        self._trainable = trainable
+            reuse_memory(graph, owner)
+        for name in self._modules.keys() & vars(NarrowNetwork).keys():
+            vars(self)[name] = self._modules[name]  # torch looks for layers by attribute
+        self.__parts = _Parts(
+            kept={name: list(channels) for name, channels in kept.items()},
+            origin=_origin(model, plans.values()),
+            entries=entries,
+            owner=owner,
+            functions={method: GraphFunction(graph) for method, graph in graphs.items()},
+            trainable=trainable,
+        )
         if not trainable:
             self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._functions["forward"](self, x)
+    @property
+    def kept(self) -> dict[str, list[int]]:
+        return self.__parts.kept
+
+    def forward(self, x: Tensor) -> Any:
+        return self.__parts.functions["forward"](self.__parts.owner, self.training, x)
 
     def outputs(self, x: Tensor) -> Outputs:
         """What the dense network's `outputs` returns, its feature maps at full width."""
-        if "outputs" not in self._functions:
-            raise UserError(f"{self._dense_name} has no feature maps: a network with outputs(x) is needed")
-        return self._functions["outputs"](self, x)
+        if "outputs" not in self.__parts.functions:
+            raise UserError(f"{self.__parts.origin.name} has no feature maps: a network with outputs(x) is needed")
+        return self.__parts.functions["outputs"](self.__parts.owner, self.training, x)
 
     def train(self, mode: bool = True) -> "NarrowNetwork":
-        if mode and not self._trainable:
-            raise UserError(f"{self._dense_name} runs other operations in training: its narrow form can only be evaluated")
-        return super().train(mode)
+        """As the dense network's `train(mode)`: layers that it leaves in evaluation, such as frozen batch norms, stay so."""
+        origin = self.__parts.origin
+        if mode and not self.__parts.trainable:
+            raise UserError(f"{origin.name} runs other operations in training: its narrow form can only be evaluated")
+        super().train(mode)
+        modules = dict(self.named_modules())
+        for name, own_mode in origin.modes[mode].items():
+            if name in modules:
+                modules[name].training = own_mode
+        return self
 
-    def dense_state_dict(self) -> dict[str, Tensor]:
+    def get_submodule(self, target: str) -> nn.Module:
+        return self.__parts.owner.get_submodule(target) if target else self
+
+    def stored_rows(self, key: str) -> list[int] | None:
+        """The rows of the dense tensor `key` that this network has, None if it has none of them."""
+        own = self.state_dict(keep_vars=True).get(self.__home(key))
+        if own is None:
+            return None
+        entries = self.__parts.entries.get(self.__home(key))
+        return list(range(len(own))) if entries is None else entries[0].flatten().tolist()
+
+    def __home(self, key: str) -> str:
+        return self.__parts.origin.homes.get(key, key)
+
+    def dense_state_dict(self, *, idle: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """A state dict for the dense network with which it computes the same function.
 
         What was cut is 0, but for a batch norm's running variance, which is 1: with weight and bias 0 its output is 0.
+        Tensors that no method of the dense network reads are not in this one; they come from `idle`, a dense state dict, and
+        are 0 without it. The versions of the modules that the dense network's own state dict carries are carried as well.
         """
-        state = self.state_dict()
-        device = next((value.device for value in state.values()), torch.device("cpu"))
-        return {key: self._dense_entry(key, state.get(key), device) for key in self._dense_state}
+        state, origin = self.state_dict(), self.__parts.origin
+        device = next((value.device for value in state.values() if isinstance(value, Tensor)), torch.device("cpu"))
+        dense: dict[str, Tensor] = OrderedDict()
+        for key in origin.state:
+            value = state.get(self.__home(key))
+            if value is None and key in origin.idle and idle is not None:
+                value = idle[key]
+            dense[key] = self.__dense_entry(key, value, device)
+        dense._metadata = copy.deepcopy(origin.metadata)
+        return dense
 
-    def _dense_entry(self, key: str, value: Tensor | None, device: torch.device) -> Tensor:
-        if value is not None and key not in self._entries:
+    def __dense_entry(self, key: str, value: Any, device: torch.device) -> Any:
+        entries, full = self.__parts.entries.get(self.__home(key)), self.__parts.origin.state[key]
+        if value is None and not isinstance(full, Tensor):
+            return full
+        if value is not None and entries is None:
             return value
-        dtype = value.dtype if value is not None else self._dense_state[key].dtype
-        blank = 1 if key.endswith("running_var") else 0
-        dense = torch.full(self._dense_state[key].shape, blank, dtype=dtype, device=device)
+        dtype = value.dtype if value is not None else full.dtype
+        dense = torch.full(full.shape, 1 if key.endswith("running_var") else 0, dtype=dtype, device=device)
         if value is not None:
-            dense[self._entries[key]] = value
+            dense[entries] = value
         return dense
 
     def load_dense_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes what this network keeps out of a dense network's state dict. Raises UserError for one of another network."""
-        own = self.state_dict()
-        for key in own:
-            if key not in state or state[key].shape != self._dense_state[key].shape:
+        name, dense = self.__parts.origin.name, self.__parts.origin.state
+        own: dict[str, Any] = OrderedDict()
+        for key, value in self.state_dict().items():
+            if isinstance(value, Tensor) and (key not in state or state[key].shape != dense[key].shape):
                 found = f"shape {tuple(state[key].shape)}" if key in state else "nothing"
-                raise UserError(f"{key}: {self._dense_name} needs shape {tuple(self._dense_state[key].shape)}, found {found}")
-        self.load_state_dict({key: state[key][self._entries[key]] if key in self._entries else state[key] for key in own})
+                raise UserError(f"{key}: {name} needs shape {tuple(dense[key].shape)}, found {found}")
+            own[key] = state[key][self.__parts.entries[key]] if key in self.__parts.entries else state[key]
+        if hasattr(state, "_metadata"):
+            own._metadata = state._metadata
+        self.load_state_dict(own)
+
+
+@dataclass
+class _Parts:
+    """What a narrow network consists of, besides its layers."""
+
+    kept: dict[str, list[int]]
+    origin: _Origin
+    entries: dict[str, "Entries"]
+    owner: nn.Module
+    functions: dict[str, GraphFunction]
+    trainable: bool
+
+
+def _origin(model: nn.Module, plans: Iterable[Plan]) -> _Origin:
+    state = model.state_dict(keep_vars=True)
+    read = _read_tensors(model, plans)
+    names: dict[int, list[str]] = {}
+    for key, value in state.items():
+        names.setdefault(id(value), []).append(key)
+    return _Origin(
+        name=type(model).__name__,
+        state={key: value.detach().to("meta") if isinstance(value, Tensor) else value for key, value in state.items()},
+        metadata=copy.deepcopy(getattr(state, "_metadata", None)),
+        homes={key: read[id(value)] for key, value in state.items() if read.get(id(value), key) != key},
+        idle=frozenset(key for key, value in state.items() if id(value) not in read),
+        modes={mode: deviating_modes(model, mode) for mode in (False, True)},
+    )
+
+
+def _read_tensors(model: nn.Module, plans: Iterable[Plan]) -> dict[int, str]:
+    """By identity, the tensors that any method reads, those of layers that are gone included, each with a name that is read."""
+    names = {step.node.target for plan in plans for step in plan.steps.values() if step.node.op in ("call_module", "get_attr")}
+    read: dict[int, str] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        owners = {key[:end] for end, letter in enumerate(key) if letter == "."} | {key}
+        if isinstance(value, Tensor) and not owners.isdisjoint(names):
+            read.setdefault(id(value), key)
+    return read
+
+
+def _free_name(owner: nn.Module) -> str:
+    name = "relayouts"
+    while hasattr(owner, name):
+        name += "_"
+    return name
 
 
 # ---- layers ------------------------------------------------------------------------------------------------------------
@@ -197,13 +313,13 @@ def _take_layers(model: nn.Module, network: nn.Module, cuts: Mapping[str, LayerC
 
 def _place(network: nn.Module, name: str, layer: nn.Module) -> None:
     path, _, last = name.rpartition(".")
-    _container(network, path).add_module(last, layer)
+    setattr(_container(network, path), last, layer)
 
 
 def _container(network: nn.Module, path: str) -> nn.Module:
     for part in filter(None, path.split(".")):
         if part not in network._modules:
-            network.add_module(part, nn.Module())
+            setattr(network, part, nn.Module())
         network = network._modules[part]
     return network
 
@@ -253,10 +369,13 @@ class _GraphWriter:
         self.graph = fx.Graph()
         self.written: dict[fx.Node, fx.Node] = {}
         self.laid_out: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
+        self.training = self.graph.placeholder("training")  # the first input: is the network in training mode?
 
     def write(self) -> fx.Graph:
         for node, step in self.plan.steps.items():
-            if step.exists:
+            if is_mode(node):
+                self.written[node] = self.training
+            elif step.exists:
                 self.written[node] = _FORMS[step.form](self, step)
         return self.graph
 
@@ -329,8 +448,3 @@ _FORMS: dict[str, Callable[[_GraphWriter, Step], fx.Node | None]] = {
     "piece": _piece,
     "nothing": _nothing,
 }
-
-
-def _compiled(network: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """The graph as a function of the network and an image batch; the network stays the only owner of its modules."""
-    return type(fx.GraphModule(network, graph)).forward

@@ -7,6 +7,7 @@ built from its name and channel lists alone.
 """
 
 import os
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,9 +55,10 @@ def describe_network(
         "format": FORMAT,
         "model": model,
         "num_classes": num_classes,
-        "state_dict": {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state_dict.items()
-        },
+        "state_dict": with_versions(
+            {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state_dict.items()},
+            like=state_dict,
+        ),
         "config": dict(config),
     }
     if images is not None:
@@ -122,7 +124,19 @@ def _checked_fields(checkpoint: Mapping[str, Any], origin: str) -> tuple[str, in
 def _checked_state(state: Any, origin: str) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{origin}: holds no state_dict, a mapping from parameter names to tensors")
-    return dict(state)
+    return with_versions(state, like=state)
+
+
+def with_versions(state: Mapping[str, Tensor], *, like: Any, without: str = "") -> dict[str, Tensor]:
+    """`state` with the versions of the modules that the state dict `like` carries, by their paths `without` a prefix.
+
+    `load_state_dict` hands them to the modules, some of which read older versions in another way.
+    """
+    versions = getattr(like, "_metadata", None)
+    state = OrderedDict(state)
+    if isinstance(versions, Mapping) and all(isinstance(entry, Mapping) for entry in versions.values()):
+        state._metadata = OrderedDict((path.removeprefix(without), dict(entry)) for path, entry in versions.items())
+    return state
 
 
 def _most_rows(state: Mapping[str, Tensor]) -> int:
@@ -136,7 +150,7 @@ def _load_bare(checkpoint: Mapping[str, Any], origin: str, model: str | None, mo
         raise UserError(f"{origin}: does not say which network it holds; name it with {model_flag}")
     if model not in MODELS:
         raise UserError(f"{model_flag} {model}: unknown, choose from {', '.join(MODELS)}")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = with_versions({name.removeprefix("module."): value for name, value in state.items()}, like=state, without="module.")
     classifiers = [value for value in state.values() if value.ndim == 2]
     if not classifiers:
         raise UserError(f"{origin}: holds no linear layer, so it is no {model}")
@@ -149,7 +163,8 @@ def _load_bare(checkpoint: Mapping[str, Any], origin: str, model: str | None, mo
 def _load_state(network: nn.Module, state: Mapping[str, Tensor], origin: str, model: str) -> None:
     expected = network.state_dict()
     # counters that files written by old versions of torch have not got, and that nothing reads
-    state = {**{name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}, **state}
+    counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
+    state = with_versions({**counters, **state}, like=state)
     differences = [f"{name} is missing" for name in expected if name not in state]
     differences += [f"{name} is unknown" for name in state if name not in expected]
     differences += [

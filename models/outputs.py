@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Outputs(NamedTuple):
@@ -17,3 +17,9 @@ class Outputs(NamedTuple):
     stages: tuple[Tensor, ...]
     blocks: tuple[Tensor, ...]
     embedding: Tensor
+
+
+def has_outputs(network: nn.Module) -> bool:
+    """Whether the network has the method `outputs(x)`; a layer of that name is none."""
+    outputs = getattr(network, "outputs", None)
+    return callable(outputs) and not isinstance(outputs, nn.Module)

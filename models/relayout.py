@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from models.channel_flow import Channels
 
-RELAYOUTS = "relayouts"  # the submodule of a network that holds them
-
 
 class Relayout(nn.Module):
     """Turns a tensor that stores the channels `source` into one that stores `target`; what it did not have is zero."""
@@ -103,10 +101,11 @@ def as_maps(rows: Tensor, like: Tensor) -> Tensor:
 
 
 class Relayouts(nn.Module):
-    """All steps of a network; those between the same channels are one."""
+    """All steps of a network, of which this is the submodule `name`; those between the same channels are one."""
 
-    def __init__(self, training: bool):
+    def __init__(self, name: str, training: bool):
         super().__init__()
+        self.name = name
         self._names: dict[Any, str] = {}
         self.training = training
 
@@ -116,4 +115,4 @@ class Relayouts(nn.Module):
         if key not in self._names:
             self._names[key] = str(len(self._names))
             self.add_module(self._names[key], kind(*layouts).train(self.training))
-        return f"{RELAYOUTS}.{self._names[key]}"
+        return f"{self.name}.{self._names[key]}"

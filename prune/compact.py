@@ -5,15 +5,16 @@ channel that only reads zeros goes with it. `compact` finds such channels from t
 through the network (`models.channel_flow`), has it built without them (`models.narrow`), and proves that both agree.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from models.batch_norm import UnevenBatchNorm2d
 from models.channel_flow import Channels, Plan, output_channels, plan_channels, trace_network
+from models.modes import evaluating
 from models.narrow import NarrowNetwork, narrow
+from models.outputs import has_outputs
 from utils.errors import UserError
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
@@ -36,7 +37,7 @@ def compact(model: nn.Module, example_input: Tensor, *, tolerance: float = TOLER
 
 def live_channels(model: nn.Module) -> dict[str, list[int]]:
     """The output channels that are not identically zero, of each layer that has others; in the form that `narrow` takes."""
-    trace = trace_network(model, "outputs" if hasattr(model, "outputs") else "forward")
+    trace = trace_network(model, "outputs" if has_outputs(model) else "forward")
     live: dict[str, list[int]] = {}
 
     def find_live(name: str, layer: nn.Module, given: Channels | None) -> list[int]:
@@ -114,19 +115,6 @@ def relative_difference(dense: nn.Module, smaller: nn.Module, images: Iterable[T
             difference = max(difference, float((expected - found).abs().max()))
             largest = max(largest, float(expected.abs().max()))
     return difference / largest if largest else difference
-
-
-@contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """The networks in evaluation mode, and afterwards every module in the mode that it had."""
-    modes = {module: module.training for network in networks for module in network.modules()}
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def check_pruned_zeros(state: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models import MODELS, build_model
 from models.channel_flow import output_channels
 from models.narrow import narrow
+from models.network_file import with_versions
 from quantize import huffman
 from quantize.container import pack_sections, read_description, unpack_sections
 from quantize.table import ArchiveReport, LayerSize
@@ -201,7 +202,7 @@ def _read(data: bytes) -> tuple[nn.Module, ArchiveReport]:
     for cursor in cursors.values():
         cursor.finish()
     report = _report(description, dense, state, coded, file_bytes=len(data), images=images)
-    network.load_state_dict(state, assign=True)
+    network.load_state_dict(with_versions(state, like=expected), assign=True)
     return network.eval(), report
 
 

@@ -52,6 +52,16 @@ class TestRoundTrip:
     def test_a_file_of_an_older_version_says_nothing_of_them(self, network, tmp_path):
         assert load_network(write(tmp_path / "a.pt", network), flag="--t-path").images is None
 
+    def test_versions_of_layers(self, network, tmp_path):
+        path = write(tmp_path / "a.pt", network)
+        assert load_checkpoint(path)["state_dict"]._metadata == network.state_dict()._metadata
+        old = network.state_dict()
+        for versions in (None, {"": {"version": 1}}, ["no mapping"]):
+            old._metadata = versions
+            torch.save(old, tmp_path / "old.pt")
+            loaded = load_network(tmp_path / "old.pt", flag="--t-path", model="resnet20").network
+            assert torch.equal(loaded(IMAGES), network(IMAGES))
+
     def test_dense(self, network, tmp_path):
         file = load_network(write(tmp_path / "a.pt", network), flag="--t-path", model="resnet20")
         assert (file.model, file.num_classes, file.kept, file.compact) == ("resnet20", 7, {}, False)
