@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, printable, shown
+from utils.untrusted import check_before_loading, check_loaded, check_nesting, open_regular
 
 FORMAT = 1
 DIGEST_KEY, FORMAT_KEY = "sha256", "format"
@@ -97,13 +98,20 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file. Raises UserError, naming the file, if it is missing or no JSON."""
+    """Reads a JSON file. Raises UserError, naming the file, if it is missing, no ordinary file, or no JSON."""
     try:
-        return json.loads(Path(path).read_bytes())
+        with open_regular(path) as file:
+            value = json.loads(file.read())
+        check_nesting(value)
+        return value
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is damaged: nested without an end") from error
     except ValueError as error:
-        raise UserError(f"{path} is damaged: not valid JSON ({error})") from error
+        raise UserError(f"{path} is damaged: not valid JSON ({printable(str(error))})") from error
 
 
 def digest(value: Any) -> str:
@@ -147,6 +155,8 @@ def load_checkpoint(path: str | os.PathLike, *, flag: str = "") -> dict[str, Any
     prefix = f"{flag} {path}" if flag else str(path)
     try:
         checkpoint = _read_tensors(path)
+    except UserError as error:
+        raise UserError(f"{prefix}: {error}") from error
     except FileNotFoundError as error:
         raise UserError(f"{prefix}: no such file") from error
     except OSError as error:
@@ -160,16 +170,20 @@ def load_checkpoint(path: str | os.PathLike, *, flag: str = "") -> dict[str, Any
         raise UserError(f"{prefix}: holds a {type(checkpoint).__name__}, expected a checkpoint or a state_dict")
     version = checkpoint.get(FORMAT_KEY, FORMAT)
     if isinstance(version, int) and version > FORMAT:
-        raise UserError(f"{prefix}: checkpoint format {version} is newer than what this version reads ({FORMAT})")
+        raise UserError(f"{prefix}: checkpoint format {shown(version)} is newer than what this version reads ({FORMAT})")
     if not _is_whole(checkpoint):
         raise UserError(f"{prefix}: damaged, its content does not match its SHA-256")
     return checkpoint
 
 
 def _read_tensors(path: str | os.PathLike) -> Any:
-    with warnings.catch_warnings():
+    """What torch wrote, once it is known that reading and using it costs about as much as the file is large."""
+    with open_regular(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other kinds of file torch warns before it raises: the error is what is shown
-        return torch.load(path, map_location="cpu", weights_only=True)
+        check_before_loading(file)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        check_loaded(checkpoint, file_bytes=os.fstat(file.fileno()).st_size)
+        return checkpoint
 
 
 def _is_whole(checkpoint: dict[Any, Any]) -> bool:
@@ -177,7 +191,4 @@ def _is_whole(checkpoint: dict[Any, Any]) -> bool:
     expected = checkpoint.pop(DIGEST_KEY, None)
     if expected is None:
         return FORMAT_KEY not in checkpoint
-    try:
-        return expected == digest(checkpoint)
-    except RuntimeError:  # a forged file: nested without an end, or a tensor that claims more than there is memory
-        return False
+    return expected == digest(checkpoint)

@@ -1,0 +1,226 @@
+"""Files that claim to be larger than they are: each refused in one line, within a second and 500 MB."""
+
+import collections
+import io
+import os
+import pickle
+import struct
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from bounded import run_bounded
+
+from utils.errors import UserError
+from utils.files import load_checkpoint, read_json, save_checkpoint
+
+SECONDS = 1.0
+GIGABYTES_25 = 25 * 10**9
+WEIGHT = torch.arange(12.0).view(3, 4)
+
+
+def torch_file(value, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def with_pickle(content: bytes, *, compression: int = zipfile.ZIP_STORED, more: dict[str, bytes] | None = None) -> bytes:
+    """A file of torch.save with another pickle inside."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(torch_file({"a": WEIGHT}))) as whole, zipfile.ZipFile(buffer, "w", compression) as forged:
+        for name in whole.namelist():
+            forged.writestr(name, content if name.endswith("data.pkl") else whole.read(name))
+        for name, data in (more or {}).items():
+            forged.writestr(name, data)
+    return buffer.getvalue()
+
+
+def called(module: str, name: str, *arguments) -> bytes:
+    """The pickle of {"a": module.name(*arguments)}."""
+    packed = pickle.dumps(arguments, protocol=2)[2:-1]
+    return b"\x80\x02}X\x01\x00\x00\x00ac" + f"{module}\n{name}\n".encode() + packed + b"Rs."
+
+
+def doubled(times: int) -> list:
+    """A list of two lists that are the same, of two that are the same, and so on: short to write, endless to walk."""
+    value: list = [0]
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+def nested_hex(times: int) -> bytes:
+    """Text in hexadecimal digits, in hexadecimal digits, and so on: each call doubles it."""
+    body = b"X\x01\x00\x00\x00x"
+    for _ in range(times):
+        body = b"h\x00(" + body + b"X\x03\x00\x00\x00hextR"
+    return b"\x80\x02c_codecs\nencode\nq\x000}X\x01\x00\x00\x00a" + body + b"s."
+
+
+def many_copies(count: int) -> bytes:
+    """One long list of pairs, and as many mappings made of it as the list has pairs."""
+    pairs = b"(" + b"".join(b"(J" + struct.pack("<i", number) + b"Nt" for number in range(count)) + b"l"
+    copies = b"h\x00h\x01\x85R" * count
+    return b"\x80\x02ccollections\nOrderedDict\nq\x000" + pairs + b"q\x010}X\x01\x00\x00\x00a(" + copies + b"ls."
+
+
+def huge_shapes(count: int) -> bytes:
+    """One shape with many dimensions, for many tensors."""
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x0ctQ"
+    shape = b"(" + b"K\x01" * count + b"tq\x010"
+    tensor = b"(" + storage + b"K\x00h\x01h\x01\x89ccollections\nOrderedDict\n)RtR"
+    rebuilt = b"ctorch._utils\n_rebuild_tensor_v2\n" + tensor
+    return b"\x80\x02" + shape + b"}X\x01\x00\x00\x00a(" + rebuilt * (count // 10) + b"ls."
+
+
+def deep(times: int) -> list:
+    value: list = []
+    for _ in range(times):
+        value = [value]
+    return value
+
+
+def legacy(value) -> bytes:
+    return torch_file(value, _use_new_zipfile_serialization=False)
+
+
+ONE = torch.zeros(1)
+WIDE = ONE.expand(GIGABYTES_25 // 4)
+SHARED = torch.zeros(250_000)
+ATTACKS = {
+    "one stored number, 25 GB": lambda: torch_file({"a": WIDE}),
+    "one stored number, 25 GB, in a checkpoint": lambda: torch_file(
+        {"format": 1, "model": "resnet20", "num_classes": 10, "state_dict": {"a": WIDE}, "sha256": "0" * 64}
+    ),
+    "one stored number, 25 GB, old form": lambda: legacy({"a": WIDE}),
+    "a megabyte, 4,000 times": lambda: torch_file({str(number): SHARED[: 250_000 - number % 7] for number in range(4_000)}),
+    "compressed": lambda: with_pickle(
+        pickle.dumps({"a": 1}, protocol=2), compression=zipfile.ZIP_DEFLATED, more={"archive/data/1": bytes(100 << 20)}
+    ),
+    "compressed pickle": lambda: with_pickle(b"\x80\x02" + b"(" * (50 << 20) + b".", compression=zipfile.ZIP_DEFLATED),
+    "tensor of any size": lambda: with_pickle(called("torch", "FloatTensor", 10**5, 10**5)),
+    "tensor class": lambda: with_pickle(called("torch", "Tensor", 10**5, 10**5)),
+    "storage of any size": lambda: with_pickle(called("torch.storage", "UntypedStorage", GIGABYTES_25)),
+    "bytearray of any size": lambda: with_pickle(called("builtins", "bytearray", GIGABYTES_25)),
+    "bytearray of any size, old form": lambda: torch_legacy_with(called("builtins", "bytearray", GIGABYTES_25)),
+    "hexadecimal digits of hexadecimal digits": lambda: with_pickle(nested_hex(40)),
+    "a list copied as often as it is long": lambda: with_pickle(many_copies(20_000)),
+    "a shape copied as often as it is long": lambda: with_pickle(huge_shapes(50_000)),
+    "doubled": lambda: torch_file({"a": doubled(200)}),
+    "doubled, with a digest": lambda: torch_file({"format": 1, "sha256": "0" * 64, "state_dict": doubled(200)}),
+    "nested": lambda: with_pickle(b"\x80\x02}X\x01\x00\x00\x00a" + b"(" * 10**6 + b"t" * 10**6 + b"s."),
+    "nested, at the edge": lambda: torch_file({"a": deep(300)}),
+    "names without an end": lambda: with_pickle(b"\x80\x02}X\xff\xff\xff\xffa."),
+}
+
+
+def torch_legacy_with(content: bytes) -> bytes:
+    """A file of torch before 1.6 with another pickle as its content."""
+    head = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    return head + content
+
+
+def refusals(folder: Path) -> dict[str, tuple[str, float]]:
+    """By attack the message, and the seconds of this process's own time that it took."""
+    found = {}
+    for name in ATTACKS:
+        path = folder / name
+        start = time.process_time()
+        try:
+            load_checkpoint(path, flag="--t-path")
+            found[name] = ("", 0.0)
+        except UserError as error:
+            found[name] = (str(error).removeprefix(f"--t-path {path}: "), time.process_time() - start)
+    return found
+
+
+def test_files_that_claim_more_than_they_hold_cost_no_more_than_they_are(tmp_path):
+    for name, make in ATTACKS.items():
+        (tmp_path / name).write_bytes(make())
+        assert (tmp_path / name).stat().st_size < 5 << 20, name
+    for name, (message, seconds) in run_bounded(refusals, tmp_path).items():
+        assert message, f"{name} was read"
+        assert message.startswith(("refused, ", "damaged")) and "\n" not in message and len(message) < 300, (name, message)
+        assert seconds < SECONDS, (name, seconds)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(3).to_sparse(), "_rebuild_sparse_tensor"),
+        (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8), "_rebuild_qtensor|QUInt8Storage"),
+        (torch.empty(3, device="meta"), "_rebuild_meta_tensor_no_storage"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+        (torch.ones(3, dtype=torch.complex64), "ComplexFloatStorage"),
+        (torch.ones(3, dtype=torch.float8_e4m3fn), "Untyped|float8|_rebuild_tensor_v3"),
+    ],
+)
+def test_tensors_that_are_not_plain_are_refused_by_their_kind(tensor, kind, tmp_path):
+    torch.save({"conv.weight": tensor}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=f"refused, holds more than tensors and plain values: .*({kind})"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("key", [(1, 2), b"a", torch.float32])
+def test_keys_that_are_no_names_are_refused(key, tmp_path):
+    torch.save({"a": {key: 1}}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="refused, "):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("form", [{}, {"_use_new_zipfile_serialization": False}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.nn.Linear(3, 4).state_dict(),
+        {"weight": torch.nn.Parameter(WEIGHT), "again": WEIGHT.t(), "shape": WEIGHT.shape, "dtype": torch.float16},
+        {"optimizer": torch.optim.Adam([torch.nn.Parameter(WEIGHT)]).state_dict(), "milestones": collections.Counter([30, 60])},
+        {"state_dict": {"a": torch.ones(3).bfloat16(), "b": torch.zeros(0, 3), "c": torch.tensor(True)}, "best": 93.5},
+    ],
+)
+def test_what_people_save_is_read(content, form, tmp_path):
+    torch.save(content, tmp_path / "a.pt", **form)
+    assert load_checkpoint(tmp_path / "a.pt").keys() == content.keys()
+
+
+def test_pickles_of_all_our_states_are_plain(trained_run):
+    for name in ("model_best.pt", "model_last.pt"):
+        assert load_checkpoint(trained_run / name)["format"] == 1
+
+
+class TestNoOrdinaryFile:
+    """A pipe would block, and a device has no end."""
+
+    @pytest.fixture
+    def pipe(self, tmp_path) -> Path:
+        os.mkfifo(tmp_path / "a")
+        return tmp_path / "a"
+
+    def test_pipe(self, pipe):
+        with pytest.raises(UserError, match=r"--t-path .*/a: is no ordinary file but a pipe"):
+            load_checkpoint(pipe, flag="--t-path")
+        with pytest.raises(UserError, match=r"/a is no ordinary file but a pipe"):
+            read_json(pipe)
+
+    def test_link_to_a_device(self, tmp_path):
+        (tmp_path / "a").symlink_to("/dev/zero")
+        with pytest.raises(UserError, match=r"is no ordinary file but a device"):
+            load_checkpoint(tmp_path / "a")
+        with pytest.raises(UserError, match=r"is no ordinary file but a device"):
+            read_json(tmp_path / "a")
+
+    def test_link_to_a_checkpoint(self, tmp_path):
+        save_checkpoint(tmp_path / "a.pt", {"format": 1})
+        (tmp_path / "b.pt").symlink_to("a.pt")
+        assert load_checkpoint(tmp_path / "b.pt") == {"format": 1}
+
+
+@pytest.mark.parametrize("depth", [101, 1000, 10**6])
+@pytest.mark.parametrize("brackets", [("[", "]"), ('{"a":', "}")])
+def test_json_nested_without_an_end(depth, brackets, tmp_path):
+    (tmp_path / "a.json").write_text(brackets[0] * depth + "0" + brackets[1] * depth)
+    with pytest.raises(UserError, match="is damaged: nested "):
+        read_json(tmp_path / "a.json")

@@ -1,0 +1,231 @@
+"""What a file of a stranger may claim, checked before anything is done that its claims could make expensive.
+
+`torch.load(weights_only=True)` runs no code, but it decompresses what a zip file says is small, calls constructors that
+allocate whatever size they are told (`bytearray`, `torch.Tensor`), and gives tensors of any size over one stored number. So a
+file is opened only if it is an ordinary one; its zip directory and its pickle are read first, without doing what they say;
+and what was loaded must be in proportion to the file before any of it is copied or hashed.
+"""
+
+import io
+import os
+import pickletools
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError, printable, shown
+
+MAX_SHARING = 10  # a checkpoint's tensors, each counted where it occurs, are at most so many times as large as the file
+MAX_DEPTH = 100  # of containers in containers
+LEGACY_PICKLES = 4  # a file of torch before 1.6 begins with: magic number, version, sizes of types, content
+SHOWN_NAME = 80
+ZIP_BEGIN = b"PK\x03\x04"
+REFUSAL = "refused, holds more than tensors and plain values"
+STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PLAIN_DTYPES = frozenset((*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool))
+# Of all that torch would call, what dicts of plain tensors need
+PLAIN_GLOBALS = frozenset(
+    (
+        "collections OrderedDict",
+        "collections Counter",
+        "torch Size",
+        "torch device",
+        "torch._utils _rebuild_tensor",
+        "torch._utils _rebuild_tensor_v2",
+        "torch._utils _rebuild_parameter",
+        "torch.nn.parameter Parameter",
+        *(f"torch {kind}Storage" for kind in STORAGES),
+        *(str(dtype).replace(".", " ") for dtype in PLAIN_DTYPES),
+    )
+)
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file for reading, never a pipe or a device, which could block or have no end. Raises OSError, UserError."""
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115, the caller closes it
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        raise UserError(f"is no ordinary file but a {_kind(mode)}")
+    return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would otherwise wait for a writer
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISFIFO, "pipe"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"), (stat.S_ISSOCK, "socket"))
+    return next(name for test, name in kinds if test(mode))
+
+
+def check_before_loading(file: BinaryIO) -> None:
+    """Raises UserError if loading this file of torch.save could take much more than its own size, or holds other things.
+
+    What is no such file at all, or a damaged one, may pass, for torch to refuse, or raise what `zipfile` raises.
+    """
+    is_zip = file.read(len(ZIP_BEGIN)) == ZIP_BEGIN  # how torch tells them apart
+    file.seek(0)
+    if is_zip:
+        _check_zip(file)
+    else:
+        for _ in range(LEGACY_PICKLES):
+            _check_pickle(file)
+    file.seek(0)
+
+
+def _check_zip(file: BinaryIO) -> None:
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise UserError("refused, its content is compressed and could unfold to any size")
+        size = os.fstat(file.fileno()).st_size
+        if min((member.header_offset for member in members), default=0) != 0:
+            raise UserError("damaged, it does not begin with its first part")
+        if sum(member.file_size for member in members) > size:
+            raise UserError(f"refused, its parts claim more than the {size:,} bytes of the file")
+        for member in members:
+            if member.filename.lower().endswith(".pkl"):
+                _check_pickle(io.BytesIO(archive.read(member)))
+
+
+def _check_pickle(file: BinaryIO) -> None:
+    """Follows a pickle's operations without doing them. Raises UserError for anything that no dict of plain tensors needs."""
+    try:
+        _Pickle().follow(pickletools.genops(file))
+    except UserError:
+        raise
+    except (ValueError, LookupError, MemoryError):
+        pass  # no pickle, or a damaged one, at which torch stops as well
+
+
+class _Name(str):
+    """Something that a pickle imports."""
+
+
+_MARK, _PLAIN, _MADE, _SHARED = "a mark", "a plain value", "a container or result", "one that was made before"
+_TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+_CONTAINERS = frozenset((*_TUPLES, "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "LIST", "DICT", "FROZENSET", "BINPERSID", "PERSID"))
+_FILLING = frozenset(("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"))
+
+
+class _Pickle:
+    """The stack and memo of an unpickler, with what a value is in the place of the value.
+
+    What a pickle builds is as large as its own text, as long as nothing that was made before is given to a call: a few
+    bytes of text could copy it into a new mapping or a new tensor's shape.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[str] = []
+        self.memo: dict[int, str] = {}
+        self.depth = 0  # of marks
+
+    def follow(self, operations: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
+        for operation, argument, _ in operations:
+            if operation.name == "GLOBAL" and argument in PLAIN_GLOBALS:
+                self.stack.append(_Name(argument))
+            elif operation.name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX"):
+                raise UserError(f"{REFUSAL}: {printable(str(argument).replace(' ', '.'), SHOWN_NAME)}")
+            elif operation.name in ("REDUCE", "NEWOBJ"):
+                self._call()
+            elif operation.name == "BUILD" and self.stack.pop() is _SHARED:
+                raise UserError(f"{REFUSAL}: a state that was used before")
+            elif operation.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                self.memo[argument] = self.stack[-1]
+            elif operation.name in ("GET", "BINGET", "LONG_BINGET"):
+                self.stack.append(_SHARED if self.memo[argument] is _MADE else self.memo[argument])
+            elif operation.name != "BUILD":
+                self._apply(operation)
+
+    def _call(self) -> None:
+        arguments, called = self.stack.pop(), self.stack.pop()
+        if not isinstance(called, _Name) or arguments is _SHARED:
+            raise UserError(f"{REFUSAL}: a call")
+        self.stack.append(_MADE)
+
+    def _apply(self, operation: pickletools.OpcodeInfo) -> None:
+        """Takes off the stack what the operation takes, and puts on what it puts."""
+        before, taken = list(operation.stack_before), []
+        if pickletools.markobject in before:
+            while (item := self.stack.pop()) is not _MARK:
+                taken.append(item)
+            self.depth -= 1
+            before = before[: before.index(pickletools.markobject)]
+        if operation.name in _FILLING:  # the container stays where it is
+            del self.stack[len(self.stack) - len(before) + 1 :]
+            return
+        taken += [self.stack.pop() for _ in before]
+        self.depth += operation.name == "MARK"
+        if self.depth > MAX_DEPTH:
+            raise UserError("damaged or forged, nested without an end")
+        made = _MARK if operation.name == "MARK" else _MADE if operation.name in _CONTAINERS else _PLAIN
+        if operation.name in _TUPLES and _SHARED in taken:
+            made = _SHARED
+        self.stack += [made] * len(operation.stack_after)
+
+
+def check_nesting(value: Any) -> None:
+    """Raises UserError for parsed JSON whose lists and objects lie too deep in each other to be those of a run."""
+    layer, depth = [value], 0
+    while layer:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise UserError(f"is damaged: nested more than {MAX_DEPTH} deep")
+        layer = [
+            inner
+            for part in layer
+            if isinstance(part, dict | list)
+            for inner in (part.values() if isinstance(part, dict) else part)
+        ]
+
+
+def check_loaded(value: Any, *, file_bytes: int) -> None:
+    """Raises UserError unless `value` is a nest of mappings, sequences, plain tensors and plain values in proportion to its file.
+
+    Tensors on the CPU in memory, of ordinary number types, each counted where it occurs, may take MAX_SHARING times the file.
+    """
+    pending, parts, tensor_bytes = [(value, "", 0)], 0, 0
+    while pending:
+        part, name, depth = pending.pop()
+        parts += 1
+        if isinstance(part, Tensor):
+            _check_plain(part, name)
+            tensor_bytes += part.numel() * part.element_size()
+        pending += [(inner, inner_name, depth + 1) for inner_name, inner in _inside(part, name)]
+        if depth > MAX_DEPTH or parts + len(pending) > file_bytes:
+            raise UserError("damaged or forged, nested without an end")
+        if tensor_bytes > MAX_SHARING * file_bytes:
+            raise UserError(
+                f"refused, its tensors claim more than {MAX_SHARING} times the {file_bytes:,} bytes of the file: "
+                f"{printable(name, SHOWN_NAME)} is {tuple(part.shape)}"
+            )
+
+
+def _inside(part: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(part, Mapping):
+        for key, inner in part.items():
+            if not isinstance(key, str | int | float | bool | None):
+                raise UserError(f"refused, a mapping has the key {shown(key, SHOWN_NAME)}, expected names")
+            yield (str(key), inner)
+    elif isinstance(part, list | tuple):
+        yield from ((name, inner) for inner in part)
+
+
+def _check_plain(tensor: Tensor, name: str) -> None:
+    """Raises UserError for a tensor that is sparse, quantized, nested, without memory, or of unusual numbers."""
+    kinds = {
+        "a sparse tensor": tensor.layout != torch.strided,
+        "a quantized tensor": tensor.is_quantized,
+        "a nested tensor": tensor.is_nested,
+        "a tensor without values": tensor.device.type != "cpu",
+        f"a tensor of {tensor.dtype}": tensor.dtype not in PLAIN_DTYPES,
+    }
+    for kind, is_so in kinds.items():
+        if is_so:
+            raise UserError(f"refused, {printable(name, SHOWN_NAME)} is {kind}, expected a plain tensor of ordinary numbers")
