@@ -1,7 +1,8 @@
 """ResNets for 32x32 images: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
 
 Depth is 6n + 2: a stem, three stages of n basic blocks with 16, 32 and 64 channels, one linear layer. Shortcuts are
-option A of the paper: stride-2 subsampling and zero-padded channels, without parameters.
+option A of the paper: stride-2 subsampling and zero-padded channels, without parameters. Convolutions start from normal
+values of variance 2 / fan-out (He et al., ICCV 2015, eq. 14), as in the published codes of this field.
 """
 
 import torch.nn.functional as F
@@ -51,8 +52,9 @@ class CifarResNet(nn.Module):
         self.stage_3 = _stage(STAGE_WIDTHS[1], STAGE_WIDTHS[2], blocks=blocks, stride=2)
         self.classifier = nn.Linear(STAGE_WIDTHS[2], num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.kaiming_normal_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -195,3 +195,14 @@ def test_weights_that_cannot_be_downloaded_are_named(monkeypatch):
     download(monkeypatch, URLError("no network"))
     with pytest.raises(UserError, match=r"--pretrained: the weights of resnet18 could not be downloaded from .*no network"):
         build_model("resnet18", num_classes=10, pretrained=True)
+
+
+def test_cifar_resnets_start_from_the_fan_out():
+    torch.manual_seed(0)
+    network = build_model("resnet20", num_classes=100)
+    conv, linear = network.get_submodule("stage_3.0.conv_a"), network.classifier  # 32 channels to 64 filters of 3x3
+    assert conv.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+    assert network.conv_1_3x3.weight.std().item() == pytest.approx((2 / (16 * 9)) ** 0.5, rel=0.1)
+    assert conv.weight.abs().max() > 3 * conv.weight.std()  # normal, not uniform
+    assert linear.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+    assert linear.bias.eq(0).all() and network.bn_1.weight.eq(1).all() and network.bn_1.bias.eq(0).all()
