@@ -19,13 +19,22 @@ from prune.compact import check_pruned_zeros, compact
 from prune.criteria import CRITERIA, GM_DISTANCES
 from prune.masks import keep_ratios, prunable_layers
 from prune.record import describe_pruned, finish, log_accuracy, log_pruning
-from prune.schedule import SOFT_CRITERIA, TRAIN_FORMS, HardPruning, PruningSchedule, build_schedule, trains_small
+from prune.schedule import (
+    SOFT_CRITERIA,
+    TRAIN_FORMS,
+    HardPruning,
+    PruningSchedule,
+    build_schedule,
+    check_soft_state,
+    trains_small,
+)
 from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import leave
 from utils.engine import TrainingPlan, evaluate
 from utils.errors import UserError, naming
 from utils.plan import print_plan
+from utils.recalibration import check_recalibration
 from utils.run_state import read_state
 from utils.seed import seed_everything
 
@@ -50,6 +59,8 @@ def get_args_parser() -> cli.Parser:
     pruning.add_argument(
         "--prune-interval", type=cli.positive_int, metavar="EPOCHS", help="epochs between soft prunings (default: 1)"
     )
+    pruning.add_argument("--recalibrate-bn", type=cli.positive_int, metavar="N",
+                         help="estimate batch norm's statistics over N training batches before each evaluation")  # fmt: skip
     pruning.add_argument("--samp-batches", type=cli.positive_int, metavar="N",
                          help="training batches for the gradient of filter-nggm (default: all)")  # fmt: skip
     pruning.add_argument("--gamma", type=cli.proportion, default=0.5, help="weight of the distances in filter-nggm")
@@ -81,6 +92,8 @@ def main(args: argparse.Namespace) -> None:
     check_flags(args)
     device, world = setup.prepare(args)
     state, fallback = read_state(args.resume) if args.resume else (None, None)
+    if state is not None and args.soft_prune:
+        check_soft_state(state["resume"]["hooks"], folder=args.resume)
     data = setup.load_data(args, device=device, world=world)
     if args.evaluate:
         return score(args, data)
@@ -89,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
     teacher, student = load_networks(args, data)
     choose = filter_choice(args, student, data)
     objective_of(args, student.network, teacher, data)  # losses that cannot compare the two say so before anything is written
-    plan = setup.training_plan(args)
+    check_recalibration(student.network, args.recalibrate_bn)
+    plan = replace(setup.training_plan(args), recalibrate_bn_batches=args.recalibrate_bn)
     if args.dry_run:
         return dry_run(args, plan, student, choose)
 
@@ -101,7 +115,9 @@ def main(args: argparse.Namespace) -> None:
     before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data)
     schedule = schedule_of(args, student, choose, device=device, state=state)
     if state is None:
-        log_pruning(run, before, schedule=schedule, student=student, data=data)
+        log_pruning(
+            run, before, schedule=schedule, student=student, data=data, recalibrate_bn_batches=plan.recalibrate_bn_batches
+        )
     network = setup.to_device(schedule.trained_network(), device, sync_bn=args.sync_bn)
     objective = objective_of(args, network, teacher, data)
     result = setup.train(

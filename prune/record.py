@@ -15,6 +15,7 @@ from utils.data import ImageData
 from utils.engine import evaluate
 from utils.files import read_json
 from utils.profile import compare_networks, comparison_table
+from utils.recalibration import recalibrated_batch_norm
 from utils.run_folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, SUMMARY
 from utils.runs import Run
 
@@ -35,9 +36,18 @@ def log_accuracy(run: Run, *, teacher: NetworkFile | None, student: NetworkFile,
     return scores
 
 
-def log_pruning(run: Run, scores: Mapping[str, Any], *, schedule: PruningSchedule, student: NetworkFile, data: ImageData) -> None:
+def log_pruning(
+    run: Run,
+    scores: Mapping[str, Any],
+    *,
+    schedule: PruningSchedule,
+    student: NetworkFile,
+    data: ImageData,
+    recalibrate_bn_batches: int | None = None,
+) -> None:
     """Logs the choice and what it did to the accuracy, and leaves both in files of the run; `scores` are those before it."""
-    with schedule.shipped() as kept:
+    recalibrated = recalibrated_batch_norm(student.network, data, batches=recalibrate_bn_batches)
+    with schedule.shipped() as kept, recalibrated:
         pruned = evaluate(student.network, data)
     chance = 100 / len(data.dataset.classes)
     for layer in schedule.layers.values():

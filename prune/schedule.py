@@ -1,9 +1,11 @@
 """When filters are cleared: once and for good (hard pruning), or again and again with regrowth in between (SFP).
 
 A pruned filter is one whose weights, bias, and batch-norm weight and bias are all exactly 0: only then is its output map 0
-whatever the input, and the filter can be removed without changing the function.
+whatever the input, and the filter can be removed without changing the function. While SFP trains, its cleared filters are
+not yet pruned in this sense; the network that it ships is.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -98,10 +100,11 @@ class PhysicalPruning(PruningSchedule):
 class SoftPruning(PruningSchedule):
     """He et al., "Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks", IJCAI 2018.
 
-    After every `interval`-th epoch and after `last_epoch` the filters are chosen anew; the weights and BN biases of the
-    others are set to 0 and go on training. Their BN weight is left alone meanwhile: with it at 0 as well every gradient
-    would be 0. Where a ReLU follows the batch norm at once, its own gradient at exactly 0 is 0, so there it is the
-    optimizer's momentum that takes a filter off 0, and gradients from then on.
+    In the order of its official code, whose norm is `filter-l2`: the filters are chosen when this is made, which is before
+    the first step, and anew after every `interval`-th epoch and after `last_epoch`. Each time the convolution's weights (and
+    bias) of all others are set to 0, and go on training. Their batch norm is left alone, so that gradients reach a cleared
+    filter and it can come back. Make this before the optimizer has momentum: what is left in it would bring every cleared
+    filter back, and larger than those that were kept.
 
     `choose()` gives `kept` from the weights as they are. It must not change anything, random streams that training uses
     included: it is also called for an evaluation between two prunings.
@@ -114,27 +117,29 @@ class SoftPruning(PruningSchedule):
         self.choose = choose
         self.interval = interval
         self.last_epoch = last_epoch
-        self._just_pruned = False
+        self._choose_and_clear()
+
+    def _choose_and_clear(self) -> None:
+        self.kept = self.choose()
+        self._just_cleared = True
+        for layer, pruned in _losses(self.layers, self.kept):
+            _clear(_conv_parameters(layer), pruned)
 
     def after_step(self) -> None:
-        self._just_pruned = False
+        self._just_cleared = False
 
     def after_epoch(self, epoch: int) -> None:
-        if (epoch + 1) % self.interval and epoch != self.last_epoch:
-            return
-        self.kept = self.choose()
-        self._just_pruned = True
-        for layer, pruned in _losses(self.layers, self.kept):
-            _clear([*_conv_parameters(layer), *_bn_parameters(layer)[1:]], pruned)
+        if (epoch + 1) % self.interval == 0 or epoch == self.last_epoch:
+            self._choose_and_clear()
 
     @contextmanager
     def shipped(self) -> Iterator[dict[str, Tensor]]:
-        """Within it the chosen filters are 0 with their BN weight; afterwards every bit is as before.
+        """Within it the chosen filters are 0 with their batch norm; afterwards every bit is as before.
 
         They are the filters that were just cleared, or, on an epoch without pruning, those that would be cleared now.
         """
-        # Choosing again right after pruning could differ: FPGM ranks cleared filters as any others.
-        kept = self.kept if self._just_pruned else self.choose()
+        # Choosing again right after clearing could differ: FPGM ranks cleared filters as any others.
+        kept = self.kept if self._just_cleared else self.choose()
         saved = []
         try:
             for layer, pruned in _losses(self.layers, kept):
@@ -148,11 +153,17 @@ class SoftPruning(PruningSchedule):
                     parameter.copy_(before)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"just_pruned": self._just_pruned}
+        return super().state_dict() | {"just_cleared": self._just_cleared}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._just_pruned = state["just_pruned"]
+        self._just_cleared = state["just_cleared"]
+
+
+def check_soft_state(state: Mapping[str, Any], *, folder: str | os.PathLike) -> None:
+    """Raises UserError for the state of a version that cleared BN biases too, and nothing before the first epoch."""
+    if "just_cleared" not in state:
+        raise UserError(f"--resume {folder}: an older version began it, whose soft pruning was another method; start it anew")
 
 
 def build_schedule(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 CRITERIA = {"filter-r": "Random", "filter-a": "PFEC", "filter-l2": "L2", "filter-gm": "FPGM", "filter-nggm": "NGGM"}
-SOFT_CRITERIA = {"filter-a": "SFP (L1)", "filter-l2": "SFP (L2)", "filter-gm": "SFP (GM)"}
+SOFT_CRITERIA = {"filter-a": "SFP (L1)", "filter-l2": "SFP", "filter-gm": "SFP (GM)"}
 MODELS = {"alexnet": "AlexNet"}
 ORIGIN_FLAGS = ("t_path", "s_path", "load_path")
 
@@ -53,9 +53,13 @@ def dashed(flag: str) -> str:
 def _pruned(settings: Mapping[str, Any]) -> str:
     mode = settings.get("prune_mode")
     criterion = (SOFT_CRITERIA if settings.get("soft_prune") else CRITERIA).get(mode, str(mode))
-    multiple = settings.get("channel_multiple") or 1
     parts = [" + ".join([criterion, *_losses(settings)]), _ratio(settings.get("prune_rates"))]
-    return ", ".join(parts + ([f"multiple of {multiple}"] if multiple > 1 else []))
+    multiple, batches = settings.get("channel_multiple") or 1, settings.get("recalibrate_bn")
+    if multiple > 1:
+        parts.append(f"multiple of {multiple}")
+    if batches:
+        parts.append(f"BN recalibrated over {batches} batch{'' if batches == 1 else 'es'}")
+    return ", ".join(parts)
 
 
 def _losses(settings: Mapping[str, Any]) -> list[str]:

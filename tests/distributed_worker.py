@@ -33,6 +33,7 @@ from utils.distributed import World, join, leave, sum_over_processes, world_from
 from utils.engine import CrossEntropyObjective, prepare_step, sgd, train_step
 from utils.errors import Interrupted
 from utils.files import save_checkpoint
+from utils.recalibration import recalibrated_batch_norm
 from utils.run_folder import LAST
 from utils.seed import generator
 
@@ -134,6 +135,16 @@ def parameters_after_afd(world: World) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in objective.named_parameters()}
 
 
+def recalibrated_statistics(world: World) -> dict[str, Tensor]:
+    """Statistics of batch norm over two batches of which each process sees a part, and those of before once it is over."""
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    data = numbered_data(world, train_images=16, batch_size=8)
+    with recalibrated_batch_norm(network, data, batches=2):
+        within = {f"within {name}": buffer.clone() for name, buffer in network.named_buffers()}
+    return within | {f"after {name}": buffer for name, buffer in network.named_buffers()}
+
+
 def tested_images(world: World) -> dict[str, Tensor]:
     """Which images this process tests: 21 in batches of 4, so that the last is a single one."""
     data = numbered_data(world, test_images=21, batch_size=4)
@@ -161,7 +172,8 @@ def numbered_data(world: World, *, train_images: int = 8, test_images: int = 8, 
 
 
 SCENARIOS: dict[str, Callable[[World], dict[str, Tensor]]] = {
-    scenario.__name__: scenario for scenario in (gradients_of_a_step, scores_and_choices, parameters_after_afd, tested_images)
+    scenario.__name__: scenario
+    for scenario in (gradients_of_a_step, scores_and_choices, parameters_after_afd, recalibrated_statistics, tested_images)
 }
 
 

@@ -86,6 +86,15 @@ def test_parameters_of_student_and_afd_are_synchronised(found):
     torch.testing.assert_close(of_main, of_other, rtol=0, atol=0)
 
 
+def test_recalibrated_statistics_are_the_same_bits_everywhere(found):
+    of_main, of_other = (process["recalibrated_statistics"] for process in found)
+    torch.testing.assert_close(of_main, of_other, rtol=0, atol=0)
+    expected = worker.recalibrated_statistics(World())
+    for name, statistic in expected.items():
+        # a mean of variances misses how far the means of the parts lie apart
+        torch.testing.assert_close(of_main[name], statistic, rtol=0.02, atol=1e-6 if "var" not in name else 0.01)
+
+
 def test_every_test_image_counts_once(found):
     seen = [process["tested_images"]["seen"].tolist() for process in found]
     assert sorted([*seen[0], *seen[1]]) == list(range(21)) and all(seen)

@@ -94,7 +94,7 @@ def test_every_script_is_valid_bash(path):
     ("script", "counts"),
     [
         ("run_vanilla", {"initial_train.py": 12}),
-        ("run_pruning", {"initial_train.py": 3, "pruning.py": 8 * 3 * 4}),
+        ("run_pruning", {"initial_train.py": 3, "pruning.py": 9 * 3 * 4}),
         ("run_ablation", {"initial_train.py": 1, "pruning.py": 10 * 4}),
         ("run_sensitivity", {"initial_train.py": 1, "pruning.py": 19 * 4}),
         ("run_quantization_encode", {"initial_train.py": 3, "pruning.py": 12, "quantize_encode.py": 48}),
@@ -111,7 +111,8 @@ def test_the_rows_of_run_pruning():
     rows = [args for entry, args in listed("run_pruning", "--dataset", "cifar10", "--seed", "8152") if entry == "pruning.py"]
     assert [(args.prune_mode, args.soft_prune, args.distill[0], args.betas) for args in rows] == [
         ("filter-a", False, "none", None),
-        ("filter-a", True, "none", None),
+        ("filter-l2", True, "none", None),
+        ("filter-l2", True, "none", None),
         ("filter-gm", False, "none", None),
         ("filter-nggm", False, "none", None),
         ("filter-r", False, "at", [1000]),
@@ -120,6 +121,7 @@ def test_the_rows_of_run_pruning():
         ("filter-nggm", False, "hap", [700]),
     ]
     assert {(args.alpha, args.kd_t, args.s_copy_t, *args.prune_rates) for args in rows} == {(0.9, 4.0, True, 0.6)}
+    assert [args.recalibrate_bn for args in rows if args.soft_prune] == [None, 25]
     assert {args.samp_batches for args in rows if args.prune_mode == "filter-nggm"} == {25}
     assert {(args.n_epochs, args.batch_size, args.lr, *args.schedule, *args.lr_drops) for args in rows} == {
         (200, 128, 0.01, 60, 120, 160, 0.2, 0.2, 0.2)
@@ -241,14 +243,14 @@ def test_a_failed_run_stops_no_other_and_the_next_call_goes_on(workplace):
     assert first.returncode == 1
     assert re.search(r"1 failed.*\n  fpgm-digits-resnet56-seed1-\w+: exit status 3\n$", first.stderr)
     *runs, report = calls(workplace)
-    assert [run.split()[0] for run in runs] == ["initial_train.py"] + ["pruning.py"] * 8
-    assert report.startswith("report.py ") and report.count(workplace["SAVE_DIR"]) == 8 and "fpgm" not in report
+    assert [run.split()[0] for run in runs] == ["initial_train.py"] + ["pruning.py"] * 9
+    assert report.startswith("report.py ") and report.count(workplace["SAVE_DIR"]) == 9 and "fpgm" not in report
 
     second = call("run_pruning", DATASETS="digits", SEEDS="1", **workplace)
     assert second.returncode == 0, second.stderr
     resumed, report = calls(workplace)
     assert re.fullmatch(rf"pruning\.py --resume {workplace['SAVE_DIR']}/fpgm-digits-resnet56-seed1-\w+", resumed)
-    assert report.count(workplace["SAVE_DIR"]) == 9
+    assert report.count(workplace["SAVE_DIR"]) == 10
 
     assert call("run_pruning", DATASETS="digits", SEEDS="1", **workplace).returncode == 0
     assert [arguments.split()[0] for arguments in calls(workplace)] == ["report.py"]
@@ -264,7 +266,7 @@ def test_other_flags_are_other_runs(workplace):
 def test_without_its_teacher_nothing_is_pruned(workplace):
     result = call("run_pruning", DATASETS="digits", SEEDS="1", FAILING="vanilla", **workplace)
     assert result.returncode == 1
-    assert result.stderr.count("not run") == 8
+    assert result.stderr.count("not run") == 9
     assert [arguments.split()[0] for arguments in calls(workplace)] == ["initial_train.py"]
 
 

@@ -73,6 +73,14 @@ def sum_over_processes(*tensors: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def average_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Makes each tensor the mean of those of all processes, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+
+
 def any_process(flag: bool) -> bool:
     """Whether `flag` is true in any process; a message between hosts, never with the accelerator."""
     if not dist.is_initialized():

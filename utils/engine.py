@@ -22,6 +22,7 @@ from utils.data import Batch, ImageData
 from utils.distributed import World, any_process, broadcast_from_main
 from utils.errors import Interrupted, NonFiniteLoss, UserError
 from utils.metrics import Sums
+from utils.recalibration import recalibrated_batch_norm
 from utils.run_folder import BEST, LAST
 from utils.runs import Run
 from utils.seed import random_state, restore_random_state
@@ -178,6 +179,7 @@ class TrainingPlan:
     amp: bool = False
     checkpoint_interval: int = 1
     checkpoint_minutes: float | None = None
+    recalibrate_bn_batches: int | None = None
 
     def learning_rate(self, epoch: int) -> float:
         return learning_rate(epoch, lr=self.lr, schedule=self.schedule, lr_drops=self.lr_drops)
@@ -280,7 +282,7 @@ class Trainer:
         broadcast_from_main(self.network.buffers())
         self.hooks.after_epoch(self.epoch)
         began = time.monotonic()
-        with self.hooks.shipped() as kept:
+        with self._shipped() as kept:
             test = evaluate(self.network, self.data, amp=self.plan.amp)
             test_seconds = time.monotonic() - began
             if not math.isfinite(test["loss"]):
@@ -297,6 +299,16 @@ class Trainer:
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.data.device)
         if self.epoch % self.plan.checkpoint_interval == 0 or self.epoch == self.plan.n_epochs:
             self._save_last(checkpoint)
+
+    @contextlib.contextmanager
+    def _shipped(self) -> Iterator[Mapping[str, Tensor]]:
+        """Within it the network is as it is evaluated and saved for others, batch norm statistics included."""
+        batches = self.plan.recalibrate_bn_batches
+        with (
+            self.hooks.shipped() as kept,
+            recalibrated_batch_norm(self.network, self.data, batches=batches, amp=self.plan.amp),
+        ):
+            yield kept
 
     def _checkpoint(self, kept: Mapping[str, Tensor]) -> dict[str, Any]:
         return {**self.describe(self.network, kept), "epoch": self.last["epoch"] if self.last else -1, "metrics": self.last or {}}
@@ -319,7 +331,7 @@ class Trainer:
 
     def _save_last(self, checkpoint: dict[str, Any] | None = None) -> None:
         if checkpoint is None:
-            with self.hooks.shipped() as kept:
+            with self._shipped() as kept:
                 checkpoint = self._checkpoint(kept)
         self.run.save(LAST, {**checkpoint, "resume": self.state_dict()})
         self._saved_at = time.monotonic()

@@ -10,6 +10,7 @@ from models.alexnet import AlexNet
 from models.cifar_resnet import CifarResNet
 from prune.masks import choose_filters, keep_ratios, prunable_layers
 from prune.schedule import HardPruning, PruningSchedule, SoftPruning
+from utils.engine import Hooks
 from utils.errors import UserError
 
 
@@ -141,66 +142,94 @@ def test_keeping_everything_is_no_error():
     assert same_state(model, state)
 
 
-def test_soft_pruning_clears_weights_and_bn_bias_and_leaves_the_bn_weight():
-    model = small_resnet()
+def with_bn_biases(model):
+    """Batch norms as after training: where every bias is 0 there is nothing to see of whether it is left alone."""
     with torch.no_grad():
         for layer in prunable_layers(model):
             layer.bn.bias.fill_(0.5)
-    expected = lowest_norm(model)
+    return model
+
+
+def lists(kept):
+    return {name: indices.tolist() for name, indices in kept.items()}
+
+
+def test_soft_pruning_clears_before_the_first_epoch_the_convolutions_and_nothing_else():
+    model = with_bn_biases(small_resnet())
+    expected, state = lowest_norm(model), snapshot(model)
     schedule = soft_schedule(model)
-    schedule.after_epoch(0)
-    assert {name: indices.tolist() for name, indices in schedule.kept.items()} == {
-        name: indices.tolist() for name, indices in expected.items()
-    }
-    assert all(is_positive_zero(part) for part in pruned_parts(model, expected, parts=("weight", "bn_bias")))
-    assert all(part.eq(1).all() for part in pruned_parts(model, expected, parts=("bn_weight",)))
+    assert lists(schedule.kept) == lists(expected)
+    assert all(is_positive_zero(part) for part in pruned_parts(model, expected, parts=("weight",)))
+    weights = {f"{layer.name}.weight" for layer in prunable_layers(model)}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items() if name not in weights)
 
 
 def test_soft_pruning_clears_the_bias_of_a_convolution():
-    model = AlexNet(num_classes=4)
+    model = with_bn_biases(AlexNet(num_classes=4))
     schedule = soft_schedule(model)
-    schedule.after_epoch(0)
-    assert all(is_positive_zero(part) for part in pruned_parts(model, schedule.kept, parts=("weight", "bias", "bn_bias")))
+    assert all(is_positive_zero(part) for part in pruned_parts(model, schedule.kept, parts=("weight", "bias")))
+    assert all(part.eq(0.5).all() for part in pruned_parts(model, schedule.kept, parts=("bn_bias",)))
 
 
-def regrown(model, schedule, optimizer):
-    """One flag a filter that is cleared after two steps: whether it is there again after two more."""
-    train(model, schedule, optimizer)
-    schedule.after_epoch(0)
-    assert all(is_positive_zero(part) for part in pruned_parts(model, schedule.kept, parts=("weight",)))
-    train(model, schedule, optimizer)
+def official_epochs(model, *, epochs, rate):
+    """The order of he-y/soft-filter-pruning, written out: mask, then for each epoch train, mask. Gives (F,) masks by layer."""
+
+    def mask():
+        masks = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                norms = module.weight.data.flatten(1).norm(2, 1)
+                masks[name] = torch.ones(len(norms)).index_fill_(0, norms.argsort()[: int(len(norms) * rate)], 0)
+                module.weight.data *= masks[name].view(-1, 1, 1, 1)
+        return masks
+
+    mask()
+    optimizer = sgd(model)
+    for _ in range(epochs):
+        train(model, Hooks(), optimizer)
+        masks = mask()
+    return masks
+
+
+def test_soft_pruning_trains_as_the_official_code():
+    ours, official = (with_bn_biases(small_resnet()) for _ in range(2))
+    masks = official_epochs(official, epochs=3, rate=0.5)
+    layers = prunable_layers(ours)
+    choose = partial(choose_filters, layers, keep_ratios(layers, [0.5]), criterion="filter-l2")
+    schedule = SoftPruning(ours, choose, interval=1, last_epoch=2)
+    optimizer = sgd(ours)
+    for epoch in range(3):
+        train(ours, schedule, optimizer)
+        schedule.after_epoch(epoch)
+    assert lists(schedule.kept) == {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
+    assert same_state(ours, official.state_dict())
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_every_soft_pruned_filter_comes_back(momentum):
+    model = with_bn_biases(small_resnet())
+    schedule = soft_schedule(model)
+    train(model, schedule, sgd(model, momentum))
     parts = pruned_parts(model, schedule.kept, parts=("weight",))
-    return torch.cat([part.flatten(1).ne(0).any(1) for part in parts])
-
-
-def test_soft_pruned_filters_come_back():
-    model = small_resnet()
-    assert regrown(model, soft_schedule(model), sgd(model)).all()
-
-
-def test_a_gradient_alone_brings_filters_back():
-    # Those that no ReLU follows at once: its gradient at exactly 0 is 0. With BN weights cleared as well there were none.
-    model = small_resnet()
-    assert regrown(model, soft_schedule(model), sgd(model, momentum=0)).any()
+    assert torch.cat([part.flatten(1).ne(0).any(1) for part in parts]).all()
 
 
 def test_soft_pruning_chooses_anew():
     model = small_resnet()
     schedule = soft_schedule(model)
-    schedule.after_epoch(0)
     before = schedule.kept["conv_1_3x3"].tolist()
     with torch.no_grad():
         model.conv_1_3x3.weight.index_fill_(0, schedule.kept["conv_1_3x3"], 0.001)
         model.conv_1_3x3.weight[[i for i in range(16) if i not in before]] = 1.0
     schedule.after_step()
-    schedule.after_epoch(1)
+    schedule.after_epoch(0)
     assert not set(before) & set(schedule.kept["conv_1_3x3"].tolist())
 
 
 @pytest.mark.parametrize(("interval", "pruned_epochs"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (3, [2, 4]), (9, [4])])
-def test_soft_pruning_after_every_interval_and_the_last_epoch(interval, pruned_epochs):
+def test_soft_pruning_before_the_first_after_every_interval_and_the_last_epoch(interval, pruned_epochs):
     model = nn.Sequential(nn.Conv2d(1, 2, 1))
-    choices = []
+    choices, epoch = [], -1
 
     def choose():
         choices.append(epoch)
@@ -210,26 +239,26 @@ def test_soft_pruning_after_every_interval_and_the_last_epoch(interval, pruned_e
     for epoch in range(5):
         schedule.after_step()
         schedule.after_epoch(epoch)
-    assert choices == pruned_epochs
+    assert choices == [-1, *pruned_epochs]
 
 
 def test_shipped_clears_the_chosen_filters_whole_and_restores_every_bit():
-    model = small_resnet()
+    model = with_bn_biases(small_resnet())
     schedule = soft_schedule(model, interval=5)
     train(model, schedule, sgd(model))
     schedule.after_epoch(0)  # no pruning on this one
     state, expected = snapshot(model), lowest_norm(model)
     with schedule.shipped() as kept:
-        assert [indices.tolist() for indices in kept.values()] == [indices.tolist() for indices in expected.values()]
+        assert lists(kept) == lists(expected)
         assert all(is_positive_zero(part) for part in pruned_parts(model, kept))
     assert same_state(model, state)
-    assert schedule.kept == {}
 
 
 def test_shipped_restores_when_the_evaluation_fails():
     model = small_resnet()
+    schedule = soft_schedule(model)
     state = snapshot(model)
-    with pytest.raises(KeyError), soft_schedule(model).shipped():
+    with pytest.raises(KeyError), schedule.shipped():
         raise KeyError
     assert same_state(model, state)
 
@@ -240,7 +269,6 @@ def test_what_is_shipped_after_pruning_is_what_was_just_pruned():
     model = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4))
     answers = [torch.tensor([0, 1]), torch.tensor([2, 3])]
     schedule = SoftPruning(model, lambda: {"0": answers.pop(0)}, interval=1, last_epoch=1)
-    schedule.after_epoch(0)
     with schedule.shipped() as kept:
         assert kept["0"].tolist() == [0, 1]
         assert model[1].weight.tolist() == [1, 1, 0, 0]
@@ -258,12 +286,10 @@ def test_state_round_trip(hard):
     if hard:
         schedule = HardPruning(model, lowest_norm(model))
     else:
-        schedule.after_epoch(0)
+        train(model, schedule, sgd(model))
     fresh.load_state_dict(schedule.state_dict())
     with fresh.shipped() as loaded, schedule.shipped() as kept:
-        assert {name: indices.tolist() for name, indices in loaded.items()} == {
-            name: indices.tolist() for name, indices in kept.items()
-        }
+        assert lists(loaded) == lists(kept)
     if hard:
         train(model, fresh, sgd(model))
         assert all(is_positive_zero(part) for part in pruned_parts(model, schedule.kept))

@@ -13,7 +13,12 @@ QUANTIZED = {"script": "quantize_encode.py", "quan_mode": "conv-quan", "quan_bit
         ({"script": "initial_train.py", "pretrained": True}, "unpruned, pre-trained"),
         (PRUNED, "PFEC, 0.6"),
         ({**PRUNED, "soft_prune": True}, "SFP (L1), 0.6"),
-        ({**PRUNED, "prune_mode": "filter-l2", "soft_prune": True}, "SFP (L2), 0.6"),
+        ({**PRUNED, "prune_mode": "filter-l2", "soft_prune": True}, "SFP, 0.6"),
+        (
+            {**PRUNED, "prune_mode": "filter-l2", "soft_prune": True, "recalibrate_bn": 25},
+            "SFP, 0.6, BN recalibrated over 25 batches",
+        ),
+        ({**PRUNED, "channel_multiple": 8, "recalibrate_bn": 1}, "PFEC, 0.6, multiple of 8, BN recalibrated over 1 batch"),
         ({**PRUNED, "prune_mode": "filter-gm"}, "FPGM, 0.6"),
         ({**PRUNED, "prune_mode": "filter-nggm", "distill": ["hap"]}, "NGGM + HAP + KD, 0.6"),
         ({**PRUNED, "prune_mode": "filter-nggm", "distill": ["hap"], "alpha": 0.0}, "NGGM + HAP, 0.6"),
