@@ -1,0 +1,29 @@
+"""Which channels every tensor of a network must store, once some layers have lost output channels.
+
+`tracing` writes a network down as a torch.fx graph. `plan` walks that graph and gives each node a `Step` (`channels`): the
+channels its result stores, and the channels it wants of its inputs. A channel that is not stored is zero wherever the network
+reads it. That stays true through an operation that maps zero to zero; before any other operation, known or not, the step
+wants the full width back, so a plan never changes the function, it only stops saving. What each operation does is said in
+`rules`, one file a family; a new one is one function with `@rule(...)` above it.
+
+`models.narrow` builds modules from a plan, `prune.compact` uses one to find out which channels are zero.
+"""
+
+from models.channel_flow.channels import Channels, LayerCut, Plan, Step
+from models.channel_flow.plan import LiveOutputs, missing_carriers, output_channels, plan_channels
+from models.channel_flow.tracing import Trace, attribute, is_mode, trace_network
+
+__all__ = [
+    "Channels",
+    "LayerCut",
+    "LiveOutputs",
+    "Plan",
+    "Step",
+    "Trace",
+    "attribute",
+    "is_mode",
+    "missing_carriers",
+    "output_channels",
+    "plan_channels",
+    "trace_network",
+]

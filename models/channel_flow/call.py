@@ -1,0 +1,117 @@
+"""What a rule is given and how it is registered: the contract of the files in `rules`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from models.channel_flow.channels import Channels, Step
+from utils.errors import UserError
+
+LiveOutputs = Callable[[str, nn.Module, Channels | None], Sequence[int]]
+
+
+@dataclass
+class Call:
+    """What a rule may look at to plan one node."""
+
+    node: fx.Node
+    steps: dict[fx.Node, Step]
+    model: nn.Module
+    live_outputs: LiveOutputs
+    carriers: frozenset[str]
+    shared: frozenset[str]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.get_submodule(self.node.target)
+
+    @property
+    def source(self) -> fx.Node:
+        """The node's first input."""
+        return self.node.all_input_nodes[0]
+
+    def channels(self, value: Any) -> Channels | None:
+        out = self.steps[value].out if isinstance(value, fx.Node) else None
+        return out if isinstance(out, Channels) else None
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument given by position or by name; a method's own tensor is position 0."""
+        args = self.node.args
+        return args[position] if len(args) > position else self.node.kwargs.get(name, default)
+
+    def channelled_inputs(self) -> list[fx.Node]:
+        return [node for node in self.node.all_input_nodes if self.channels(node) is not None]
+
+    def step(self, out: Any = None, **fields: Any) -> Step:
+        return Step(self.node, out, **fields)
+
+    def outputs_of_layer(self, given: Channels | None, full: int) -> tuple[int, ...]:
+        """The output channels that the layer has to store: the live ones, or one as a carrier."""
+        live = tuple(self.live_outputs(self.node.target, self.module, given))
+        return (0,) if not live and full and self.node.target in self.carriers else live
+
+    def vanishing(self, given: Channels | None) -> frozenset[str]:
+        return frozenset([self.node.target]) | (given.vanished if given is not None else frozenset())
+
+
+Rule = Callable[["Call"], Step]
+
+_MODULES: dict[type[nn.Module], Rule] = {}
+_FUNCTIONS: dict[Any, Rule] = {}  # functions by identity, tensor methods by name
+
+
+def rule(*operations: Any) -> Callable[[Rule], Rule]:
+    """Registers the decorated function as the rule of modules (by type), functions (by identity) and tensor methods (by name)."""
+
+    def register(function: Rule) -> Rule:
+        for operation in operations:
+            table = _MODULES if isinstance(operation, type) and issubclass(operation, nn.Module) else _FUNCTIONS
+            table[operation] = function
+        return function
+
+    return register
+
+
+def rule_of(call: Call) -> Rule:
+    node = call.node
+    if node.op == "call_module":
+        return _MODULES.get(type(call.module), opaque)
+    if node.op in ("call_function", "call_method"):
+        return _FUNCTIONS.get(node.target, opaque)
+    return outside
+
+
+def opaque(call: Call) -> Step:
+    """An operation that nothing is known about reads its inputs at full width."""
+    narrow = [node for node in call.channelled_inputs() if not call.channels(node).complete]
+    name = call.node.target
+    writes = call.node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    if narrow and writes:
+        raise UserError(f"operation `{name}` writes into a tensor whose channels are cut, which is not supported")
+    return call.step(wants={node: call.channels(node).whole() for node in narrow})
+
+
+def through(call: Call) -> Step:
+    """Zero channels stay zero, all else stays where it is."""
+    given = call.channels(call.source)
+    return opaque(call) if given is None else call.step(given)
+
+
+def outside(call: Call) -> Step:
+    """Inputs, parameters read directly, and the network's result, which has its full width."""
+    return opaque(call) if call.node.op == "output" else call.step(None)
+
+
+def numbered(*names: str) -> Iterator[type[nn.Module]]:
+    return (getattr(nn, f"{name}{dims}d") for name in names for dims in (1, 2, 3))
+
+
+def unshared(rule: Rule) -> Rule:
+    """A rule for layers with parameters of their own: one that is called twice or shares parameters is left alone."""
+
+    def guarded(call: Call) -> Step:
+        return opaque(call) if call.node.target in call.shared else rule(call)
+
+    return guarded

@@ -1,0 +1,55 @@
+"""Gives every node of a graph its step, by the rule of its operation."""
+
+from torch import fx, nn
+
+from models.channel_flow import rules  # noqa: F401  (fills the table that rule_of reads)
+from models.channel_flow.call import Call, LiveOutputs, rule_of
+from models.channel_flow.channels import Plan, Step
+from models.channel_flow.tracing import attribute, is_mode
+
+
+def output_channels(layer: nn.Module) -> int | None:
+    """The number of output channels of a layer that can be narrowed, None for any other module."""
+    names = ("out_channels", "num_features", "out_features")
+    sizes = [getattr(layer, name) for name in names if isinstance(getattr(layer, name, None), int)]
+    return sizes[0] if sizes else None
+
+
+def plan_channels(graph: fx.Graph, model: nn.Module, *, live_outputs: LiveOutputs, carriers: frozenset[str]) -> Plan:
+    """Gives every node of `graph` its step.
+
+    `live_outputs(name, module, input)` says which output channels a layer has to compute; `input` is what it is given, None
+    where that is unknown. `carriers` are layers of which one zero channel is kept because something reads the shape of a
+    result that would not exist otherwise: see `missing_carriers`.
+    """
+    steps: dict[fx.Node, Step] = {}
+    shared = _shared_layers(graph, model)
+    for node in graph.nodes:
+        call = Call(node, steps, model, live_outputs, carriers, shared)
+        steps[node] = rule_of(call)(call)
+    return Plan(graph, steps)
+
+
+def missing_carriers(plan: Plan) -> frozenset[str]:
+    """Layers that came out empty although a step of the plan needs their result to exist."""
+    missing: frozenset[str] = frozenset()
+    for step in plan.steps.values():
+        for source, want in step.wants.items():
+            if step.exists and want.stored and not plan.steps[source].exists:
+                missing |= plan.steps[source].out.vanished
+    return missing
+
+
+def _shared_layers(graph: fx.Graph, model: nn.Module) -> frozenset[str]:
+    """Names of layers that are called twice or share a tensor: two readers could ask for different channels of them."""
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    owners: dict[int, set[str]] = {}
+    for name in set(calls):
+        layer = model.get_submodule(name)
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            owners.setdefault(id(tensor), set()).add(name)
+    for node in graph.nodes:
+        if node.op == "get_attr" and not is_mode(node):
+            owners.setdefault(id(attribute(model, node.target)), set()).add(node.target)
+    tied = [name for names in owners.values() if len(names) > 1 for name in names]
+    return frozenset(tied) | frozenset(name for name in calls if calls.count(name) > 1)

@@ -1,0 +1,101 @@
+"""Layers with parameters of their own: convolutions, linear layers, batch norms, PReLU."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from models.batch_norm import UnevenBatchNorm2d
+from models.channel_flow.call import Call, numbered, opaque, rule, through, unshared
+from models.channel_flow.channels import Channels, LayerCut, Step
+
+
+@rule(*numbered("Conv"))
+@unshared
+def _conv(call: Call) -> Step:
+    conv, given = call.module, call.channels(call.source)
+    rank = conv.weight.dim()
+    if given is None:
+        given = Channels(conv.in_channels, tuple(range(conv.in_channels)), 1, rank)
+    if given.flat or (given.axis, given.full) != (1, conv.in_channels):
+        return opaque(call)
+    live = call.outputs_of_layer(given, conv.out_channels)
+    if not live:
+        return call.step(Channels(conv.out_channels, (), 1, rank, vanished=call.vanishing(given)))
+    cut, inputs = _cut_groups(conv, live, given.stored)
+    return call.step(Channels(conv.out_channels, cut.rows, 1, rank), wants={call.source: given.storing(inputs)}, cut=cut)
+
+
+def _cut_groups(conv: nn.Module, live: Sequence[int], stored: Sequence[int]) -> tuple[LayerCut, tuple[int, ...]]:
+    """The cut of a convolution and the input channels that it then reads.
+
+    Groups must stay of one size: groups without a live filter go, the others are evened up with their lowest dead filters
+    and input channels to the largest of them.
+    """
+    filters, reads = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+    used = sorted({row // filters for row in live})
+    rows = _evened(live, used, filters)
+    inputs = _evened([channel for channel in stored if channel // reads in set(used)], used, reads)
+    columns = tuple(tuple(channel % reads for channel in inputs if channel // reads == group) for group in used)
+    return LayerCut(rows, columns), inputs
+
+
+def _evened(channels: Sequence[int], groups: Sequence[int], size: int) -> tuple[int, ...]:
+    """At least one channel of each group of `size`, and as many of each as the largest has."""
+    members = {group: [channel for channel in channels if channel // size == group] for group in groups}
+    count = max(1, *(len(own) for own in members.values()))
+    for group, own in members.items():
+        spare = [channel for channel in range(group * size, (group + 1) * size) if channel not in own]
+        members[group] = sorted(own + spare[: count - len(own)])
+    return tuple(channel for group in groups for channel in members[group])
+
+
+@rule(nn.Linear)
+@unshared
+def _linear(call: Call) -> Step:
+    linear, given = call.module, call.channels(call.source)
+    if given is not None and not _last_axis_of(given, linear.in_features):
+        given = None
+    rows = call.outputs_of_layer(given, linear.out_features)
+    axis, rank = (given.rank - 1, given.rank) if given is not None and given.rank else (-1, None)
+    if not rows:
+        return call.step(Channels(linear.out_features, (), axis, rank, vanished=call.vanishing(given)))
+    if given is None:
+        inputs, wants = range(linear.in_features), opaque(call).wants
+    else:
+        want = given if given.stored else given.storing([0])
+        pixels = linear.in_features // given.full  # 1 unless the input is flat
+        inputs = [channel * pixels + pixel for channel in want.stored for pixel in range(pixels)]
+        wants = {call.source: want}
+    cut = LayerCut(rows, (tuple(inputs),))
+    return call.step(Channels(linear.out_features, rows, axis, rank), wants=wants, cut=cut)
+
+
+def _last_axis_of(given: Channels, features: int) -> bool:
+    if given.flat:
+        return features % given.full == 0
+    return given.full == features and (given.axis == -1 or given.axis == given.rank - 1)
+
+
+@rule(*numbered("BatchNorm"), UnevenBatchNorm2d, nn.SyncBatchNorm)
+@unshared
+def _batch_norm(call: Call) -> Step:
+    norm, given = call.module, call.channels(call.source)
+    if given is None or given.flat or (given.axis, given.full) != (1, norm.num_features):
+        return opaque(call)
+    rows = call.outputs_of_layer(given, norm.num_features)
+    if not rows:
+        return call.step(replace(given, stored=(), vanished=call.vanishing(given)))
+    out = given.storing(rows)
+    return call.step(out, wants={call.source: out}, cut=LayerCut(rows))
+
+
+@rule(nn.PReLU)
+@unshared
+def _prelu(call: Call) -> Step:
+    given = call.channels(call.source)
+    if call.module.num_parameters == 1 or given is None or not given.stored:
+        return through(call)
+    if given.flat or (given.axis, given.full) != (1, call.module.num_parameters):
+        return opaque(call)
+    return call.step(given, cut=LayerCut(given.stored))

@@ -1,0 +1,91 @@
+"""Concatenations, the pieces that chunk and split give, indexing, and channel shuffles."""
+
+import operator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torchvision.models.shufflenetv2 import channel_shuffle
+
+from models.channel_flow.call import Call, opaque, rule
+from models.channel_flow.channels import Channels, Step
+
+
+@rule(torch.cat, torch.concat)
+def _cat(call: Call) -> Step:
+    parts, axis = call.argument(0, "tensors"), call.argument(1, "dim", 0)
+    channels = [call.channels(part) for part in parts] if isinstance(parts, list | tuple) else [None]
+    first = channels[0]
+    if any(part is None for part in channels) or first.rank is None or axis % first.rank != first.axis:
+        return opaque(call)
+    if any((part.axis, part.rank, part.flat) != (first.axis, first.rank, False) for part in channels):
+        return opaque(call)
+    stored, full = [], 0
+    for part in channels:
+        stored += [full + channel for channel in part.stored]
+        full += part.full
+    vanished = frozenset().union(*(part.vanished for part in channels)) if not stored else frozenset()
+    return call.step(replace(first, full=full, stored=tuple(stored), vanished=vanished), form="cat")
+
+
+@rule(torch.chunk, torch.split, "chunk", "split")
+def _pieces(call: Call) -> Step:
+    """`chunk` and `split` along the channels. Each piece keeps at least one channel, so that it exists."""
+    given, axis = call.channels(call.source), call.argument(2, "dim", 0)
+    known = given is not None and given.rank is not None and not given.flat and axis % given.rank == given.axis
+    count = call.argument(1, "chunks" if call.node.target in (torch.chunk, "chunk") else "split_size_or_sections")
+    if not known or not isinstance(count, int) or any(not picks_one(user) for user in call.node.users):
+        return opaque(call)
+    size = -(-given.full // count) if call.node.target in (torch.chunk, "chunk") else count
+    starts = range(0, given.full, size)
+    if not given.stored:
+        return call.step(tuple(replace(given, full=min(size, given.full - start)) for start in starts), form="nothing")
+    wanted = set(given.stored)
+    for start in starts:
+        if not wanted.intersection(range(start, start + size)):
+            wanted.add(start)
+    want = given.storing(sorted(wanted))
+    pieces = tuple(
+        replace(given, full=min(size, given.full - start), stored=tuple(c - start for c in want.stored if 0 <= c - start < size))
+        for start in starts
+    )
+    return call.step(pieces, wants={call.source: want}, form="nothing")
+
+
+def picks_one(node: fx.Node) -> bool:
+    return node.target is operator.getitem and isinstance(node.args[1], int)
+
+
+@rule(operator.getitem)
+def _getitem(call: Call) -> Step:
+    """A piece of a chunk, a size, or a tensor subsampled along axes other than the channels'."""
+    out, index = call.steps[call.source].out if call.node.all_input_nodes else None, call.node.args[1]
+    if isinstance(out, tuple) and isinstance(index, int):
+        piece = out[index]
+        return call.step(piece, form="piece")
+    if not isinstance(out, Channels):
+        return call.step(None)
+    index = index if isinstance(index, tuple) else (index,)
+    kept_axes = all(isinstance(entry, slice) and not _holds_node(entry) for entry in index)
+    if out.rank is None or not kept_axes or (len(index) > out.axis and index[out.axis] != slice(None)):
+        return opaque(call)
+    return call.step(out)
+
+
+def _holds_node(entry: slice) -> bool:
+    return any(isinstance(bound, fx.Node) for bound in (entry.start, entry.stop, entry.step))
+
+
+@rule(nn.ChannelShuffle, channel_shuffle, torch.channel_shuffle, F.channel_shuffle)
+def _shuffle(call: Call) -> Step:
+    """Channel shuffle (Zhang et al., CVPR 2018): channel k of group i becomes channel i of block k."""
+    given = call.channels(call.source)
+    groups = call.module.groups if call.node.op == "call_module" else call.argument(1, "groups")
+    if given is None or given.rank is None or given.flat or given.axis != 1:
+        return opaque(call)
+    if given.complete or not given.stored:
+        return call.step(given)
+    old_channels = torch.arange(given.full).view(groups, -1).t().flatten().tolist()
+    stored = {new: old for new, old in enumerate(old_channels) if old in set(given.stored)}
+    return call.step(given.storing(stored), wants={call.source: given.storing(stored.values())}, form="through")
