@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from utils.datasets import Dataset, ImageFiles, SmallImages, read_image
+from utils.datasets import SPLIT_SEED, STREAMED_SIDE_PIXELS, Dataset, ImageFiles, SmallImages, read_image
 from utils.distributed import World
 from utils.errors import UserError
 from utils.seed import derived_seed, generator
 
 CROP_PADDING_PIXELS = 4
-STREAMED_SIDE_PIXELS = 224
 RESIZED_SIDE_PIXELS = 256
 GRACE_SECONDS = 10
+EXAMPLES = 8
 
 
 class Batch(NamedTuple):
@@ -41,8 +41,8 @@ class ImageData:
     """Training and test batches of one dataset for one process of `world`.
 
     `batch_size` counts the images of all processes together; at most `limit_batches` batches are given an epoch, in
-    training and in testing. A last training batch too small to give every process two images (batch normalisation needs
-    two) is left out; every test image is given exactly once.
+    training and in testing, where they are a fixed draw from all classes. A last training batch too small to give every
+    process two images (batch normalisation needs two) is left out; without a limit every test image is given exactly once.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class ImageData:
         self.test_steps = -(-test_length // batch_size)
         if limit_batches is not None:
             self.train_steps, self.test_steps = min(self.train_steps, limit_batches), min(self.test_steps, limit_batches)
+        self._test_order = _fixed_order(dataset.test.labels, min(test_length, self.test_steps * batch_size))
         source = _StreamedSplit if dataset.streamed else _DeviceSplit
         self._train = source(dataset.train, dataset, device=device, augment=True, workers=workers)
         self._test = source(dataset.test, dataset, device=device, augment=False, workers=workers)
@@ -83,8 +84,9 @@ class ImageData:
 
     @cached_property
     def example(self) -> Tensor:
-        """The first test images, at most 8 of them, on the device."""
-        return next(self.test_batches()).images[:8]
+        """Test images of several classes, at most 8 of them, on the device; the same ones in every process."""
+        rows = _fixed_draw(self.dataset.test.labels, min(EXAMPLES, len(self.dataset.test.labels)))
+        return next(self._test.batches([rows], [0], seed=0))[0]
 
     @property
     def train_images(self) -> int:
@@ -99,9 +101,8 @@ class ImageData:
         yield from self._batches(self._train, rows, seed=derived_seed(self.seed, "augmentation", epoch), first_image=first_image)
 
     def test_batches(self) -> Iterator[Batch]:
-        """The test images in their own order, without augmentation."""
-        order = torch.arange(len(self.dataset.test.labels))
-        yield from self._batches(self._test, order.split(self.batch_size)[: self.test_steps], seed=0, first_image=0)
+        """The test images in their own order, or with `limit_batches` so many that were drawn, without augmentation."""
+        yield from self._batches(self._test, self._test_order.split(self.batch_size), seed=0, first_image=0)
 
     def _batches(
         self, split: "_DeviceSplit | _StreamedSplit", rows: Sequence[Tensor], *, seed: int, first_image: int
@@ -117,6 +118,20 @@ class ImageData:
                 weights.append(len(part) * self.world.size / len(batch))
         for (images, labels), weight in zip(split.batches(parts, positions, seed), weights, strict=True):
             yield Batch(images, labels, weight)
+
+
+def _fixed_order(labels: Tensor, count: int) -> Tensor:
+    """All rows in order, or where there are more than `count` of them a draw."""
+    return torch.arange(count) if count == len(labels) else _fixed_draw(labels, count)
+
+
+def _fixed_draw(labels: Tensor, count: int) -> Tensor:
+    """`count` rows that every run draws alike, in random order: of each class its share, as nearly as that can be."""
+    stream = generator(SPLIT_SEED, "limited test")
+    shuffled = torch.randperm(len(labels), generator=stream)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    evenly = by_class[(2 * torch.arange(count) + 1) * len(labels) // (2 * count)]
+    return evenly[torch.randperm(count, generator=stream)]
 
 
 class _Normaliser:

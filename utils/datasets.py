@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +21,11 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError
+from utils.image_spec import ImageSpec
 from utils.seed import generator
 
 SMALL_SIDE_PIXELS = 64
+STREAMED_SIDE_PIXELS = 224
 SPLIT_SEED = 0
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SAMPLED_FILES = 512
@@ -46,7 +48,10 @@ class ImageFiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split; `mean` and `std` are of the three channels of images scaled to [0, 1]."""
+    """A training and a test split; `mean` and `std` are of the three channels of images scaled to [0, 1].
+
+    The training split is empty where only the test images were asked for.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -59,14 +64,42 @@ class Dataset:
     @property
     def streamed(self) -> bool:
         """Whether the images stay on disk and are decoded as they are needed."""
-        return isinstance(self.train, ImageFiles)
+        return isinstance(self.test, ImageFiles)
+
+    @property
+    def images(self) -> ImageSpec:
+        """What a network that is trained on this set has to be given later, and what its classes are called."""
+        size = (STREAMED_SIDE_PIXELS,) * 2 if self.streamed else tuple(self.test.images.shape[2:])
+        return ImageSpec(self.classes, size, self.mean, self.std)
+
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a set is to be read: for a network that has seen other images it must look as those did.
+
+    `normalisation` (mean and std) and `image_size` (height and width) are those of the network, if it is known, in the
+    place of what the training images say. With `test_only` the training images are not looked at unless for that.
+    """
+
+    download: bool = True
+    normalisation: Normalisation | None = None
+    image_size: tuple[int, int] | None = None
+    test_only: bool = False
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the network has seen crops of large images."""
+        return self.image_size is not None and max(self.image_size) > SMALL_SIDE_PIXELS
 
 
 DATASETS: dict[str, Callable[..., Dataset]] = {}
 
 
 def dataset(name: str) -> Callable[[Callable[..., Dataset]], Callable[..., Dataset]]:
-    """Registers `read(data_dir: Path, *, download: bool) -> Dataset` under `name`."""
+    """Registers `read(data_dir: Path, wanted: Wanted) -> Dataset` under `name`."""
 
     def register(read: Callable[..., Dataset]) -> Callable[..., Dataset]:
         DATASETS[name] = read
@@ -75,18 +108,29 @@ def dataset(name: str) -> Callable[[Callable[..., Dataset]], Callable[..., Datas
     return register
 
 
-def load_dataset(name: str, *, data_dir: str | os.PathLike = "./data", download: bool = True) -> Dataset:
+def load_dataset(
+    name: str,
+    *,
+    data_dir: str | os.PathLike = "./data",
+    download: bool = True,
+    normalisation: Normalisation | None = None,
+    image_size: tuple[int, int] | None = None,
+    test_only: bool = False,
+) -> Dataset:
     """Reads the set `name` from `data_dir`, downloading it if it can be and `download` allows it.
 
-    Raises UserError for an unknown name and for missing, empty, unreadable or mismatched folders and files.
+    The other options are those of `Wanted`. Raises UserError for an unknown name and for missing, empty, unreadable or
+    mismatched folders and files.
     """
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: unknown, choose from {', '.join(DATASETS)}")
-    return DATASETS[name](Path(data_dir), download=download)
+    wanted = Wanted(download, normalisation, image_size, test_only)
+    dataset = DATASETS[name](Path(data_dir), wanted)
+    return replace(dataset, mean=normalisation[0], std=normalisation[1]) if normalisation is not None else dataset
 
 
 @dataset("digits")
-def _digits(data_dir: Path, *, download: bool) -> Dataset:
+def _digits(data_dir: Path, wanted: Wanted) -> Dataset:
     """scikit-learn's 1,797 handwritten digits (8x8, 16 grey levels), enlarged to 3x32x32; a fifth of each class for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -101,13 +145,13 @@ def _digits(data_dir: Path, *, download: bool) -> Dataset:
 
 
 @dataset("cifar10")
-def _cifar10(data_dir: Path, *, download: bool) -> Dataset:
-    return _cifar("cifar10", torchvision.datasets.CIFAR10, data_dir, download)
+def _cifar10(data_dir: Path, wanted: Wanted) -> Dataset:
+    return _cifar("cifar10", torchvision.datasets.CIFAR10, data_dir, wanted.download)
 
 
 @dataset("cifar100")
-def _cifar100(data_dir: Path, *, download: bool) -> Dataset:
-    return _cifar("cifar100", torchvision.datasets.CIFAR100, data_dir, download)
+def _cifar100(data_dir: Path, wanted: Wanted) -> Dataset:
+    return _cifar("cifar100", torchvision.datasets.CIFAR100, data_dir, wanted.download)
 
 
 def _cifar(name: str, reader: type[torchvision.datasets.CIFAR10], data_dir: Path, download: bool) -> Dataset:
@@ -129,57 +173,67 @@ def _cifar(name: str, reader: type[torchvision.datasets.CIFAR10], data_dir: Path
 
 
 @dataset("cinic10")
-def _cinic10(data_dir: Path, *, download: bool) -> Dataset:
+def _cinic10(data_dir: Path, wanted: Wanted) -> Dataset:
     """CINIC-10 (Darlow et al., 2018): image folders `train`, `valid`, `test`; `test` is scored if it is there."""
-    return _image_folders("cinic10", data_dir)
+    return _image_folders("cinic10", data_dir, wanted)
 
 
 @dataset("imagenet")
-def _imagenet(data_dir: Path, *, download: bool) -> Dataset:
-    return _image_folders("imagenet", data_dir, normalisation=(IMAGENET_MEAN, IMAGENET_STD), small=False)
+def _imagenet(data_dir: Path, wanted: Wanted) -> Dataset:
+    published = replace(wanted, normalisation=wanted.normalisation or (IMAGENET_MEAN, IMAGENET_STD))
+    return _image_folders("imagenet", data_dir, published, small=False)
 
 
 @dataset("folder")
-def _folder(data_dir: Path, *, download: bool) -> Dataset:
-    return _image_folders("folder", data_dir)
+def _folder(data_dir: Path, wanted: Wanted) -> Dataset:
+    return _image_folders("folder", data_dir, wanted)
 
 
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-
-
-def _image_folders(name: str, data_dir: Path, *, normalisation: Normalisation | None = None, small: bool = True) -> Dataset:
+def _image_folders(name: str, data_dir: Path, wanted: Wanted, *, small: bool = True) -> Dataset:
     if not data_dir.is_dir():
         raise UserError(
             f"--data-dir {data_dir}: no such folder; --dataset {name} reads train/<class>/* and test|val|valid/<class>/*"
         )
+    classes, train, test = _list_splits(data_dir, wanted)
+    if small and not wanted.streamed and (decoded := _decode_if_small(train, test)):
+        return _in_memory(name, classes, *decoded, normalisation=wanted.normalisation)
+    _check_images((*train.paths, *test.paths))
+    mean, std = wanted.normalisation or _sampled_normalisation(train)
+    return Dataset(name, classes, train, test, mean, std)
+
+
+def _list_splits(data_dir: Path, wanted: Wanted) -> tuple[tuple[str, ...], ImageFiles, ImageFiles]:
+    """Class names, training images, none where they are not asked for, and test images."""
     train_dir = data_dir / "train"
     test_dir = next((data_dir / split for split in ("test", "val", "valid") if (data_dir / split).is_dir()), None)
-    if not train_dir.is_dir() or test_dir is None:
+    if test_dir is None:
         raise UserError(f"--data-dir {data_dir}: needs the folders train and test (or val, or valid) with one folder a class")
-    classes, train = _list_images(train_dir)
     test_classes, test = _list_images(test_dir)
+    if wanted.test_only and wanted.normalisation is not None:
+        return test_classes, ImageFiles((), torch.tensor([], dtype=torch.int64)), test
+    if not train_dir.is_dir():
+        need = "give --mean and --std, for the network does not bring them" if wanted.test_only else "training needs it"
+        raise UserError(f"--data-dir {data_dir}: has no folder train beside {test_dir.name}: {need}")
+    classes, train = _list_images(train_dir)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))
         raise UserError(f"--data-dir {data_dir}: train and {test_dir.name} have different class folders, such as {odd[0]!r}")
-    if small and (decoded := _decode_if_small(train, test)):
-        return _in_memory(name, classes, *decoded)
-    _check_images((*train.paths, *test.paths))
-    mean, std = normalisation or _sampled_normalisation(train)
-    return Dataset(name, classes, train, test, mean, std)
+    return classes, train, test
 
 
 def _list_images(folder: Path) -> tuple[tuple[str, ...], ImageFiles]:
     """Class names in sorted order and every image below them."""
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
-    if not classes:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not names:
         raise UserError(f"--data-dir: {folder} has no class folders")
     paths, labels = [], []
-    for label, name in enumerate(classes):
+    for label, name in enumerate(names):
         found = sorted(str(path) for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         if not found:
             raise UserError(f"--data-dir: the class folder {folder / name} holds no image ({', '.join(IMG_EXTENSIONS)})")
         paths += found
         labels += [label] * len(found)
+    classes = tuple(os.fsencode(name).decode(errors="backslashreplace") for name in names)  # text that any file can hold
     return classes, ImageFiles(tuple(paths), torch.tensor(labels))
 
 
@@ -187,12 +241,33 @@ _IMAGE_ERRORS = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image
 
 
 def read_image(path: str) -> Image.Image:
-    """The image at `path` in RGB. Raises UserError, naming the file, if it cannot be read."""
+    """The image at `path` in RGB, 8 bits a channel. Raises UserError, naming the file, if it cannot be read.
+
+    Grey images of 16 bits and of floating-point numbers from 0 to 1 are scaled to 0 to 255. Transparency is left out and
+    the colour below it is shown, as torchvision's ImageFolder does it.
+    """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _to_rgb(image)
     except _IMAGE_ERRORS as error:
         raise UserError(f"--data-dir: the image {path} cannot be read ({error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_bytes(np.asarray(image)))
+    elif isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours as from the palette at once, of which Pillow warns
+    return image.convert("RGB")
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """Grey values of more than 8 bits as uint8, rounded; converting them otherwise would cut them off at 255."""
+    white = 1 if np.issubdtype(values.dtype, np.floating) else 65535
+    lowest, highest = values.min(), values.max()
+    if not 0 <= lowest <= highest <= white:  # NaN is neither
+        raise ValueError(f"its grey values go from {lowest} to {highest}, expected 0 to {white}")
+    return np.rint(values * (255 / white)).astype(np.uint8)
 
 
 def _check_images(paths: Sequence[str]) -> None:
@@ -220,8 +295,8 @@ def _open_image(path: str) -> None:
 
 def _decode_if_small(train: ImageFiles, test: ImageFiles) -> tuple[SmallImages, SmallImages] | None:
     """Both splits in memory if every image has one and the same small size."""
-    first_of_class = {int(label): path for path, label in zip(reversed(train.paths), train.labels.flip(0), strict=True)}
-    sizes = {read_image(path).size for path in first_of_class.values()}
+    firsts = [path for split in (train, test) for path in _first_of_each_class(split)]
+    sizes = {read_image(path).size for path in firsts}
     if len(sizes) > 1 or max(max(size) for size in sizes) > SMALL_SIDE_PIXELS:
         return None
     size = sizes.pop()
@@ -229,6 +304,10 @@ def _decode_if_small(train: ImageFiles, test: ImageFiles) -> tuple[SmallImages, 
     if decoded[0] is None or decoded[1] is None:
         return None
     return SmallImages(decoded[0], train.labels), SmallImages(decoded[1], test.labels)
+
+
+def _first_of_each_class(split: ImageFiles) -> list[str]:
+    return list({int(label): path for path, label in zip(reversed(split.paths), split.labels.flip(0), strict=True)}.values())
 
 
 def _decode(paths: Sequence[str], size: tuple[int, int]) -> Tensor | None:
@@ -253,8 +332,16 @@ def _chunks(length: int, size: int = 1024) -> Iterator[range]:
     return (range(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def _in_memory(name: str, classes: tuple[str, ...], train: SmallImages, test: SmallImages, *, flip: bool = True) -> Dataset:
-    mean, std = _normalisation(train.images)
+def _in_memory(
+    name: str,
+    classes: tuple[str, ...],
+    train: SmallImages,
+    test: SmallImages,
+    *,
+    flip: bool = True,
+    normalisation: Normalisation | None = None,
+) -> Dataset:
+    mean, std = normalisation or _normalisation(train.images)
     return Dataset(name, classes, train, test, mean, std, flip)
 
 

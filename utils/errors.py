@@ -36,7 +36,16 @@ def shown(value: Any, limit: int = MAX_SHOWN) -> str:
     return printable(_SHORT.repr(value), limit)
 
 
-_SHORT = reprlib.Repr()
+class _Short(reprlib.Repr):
+    """Also of whole numbers that have more digits than Python is willing to write."""
+
+    def repr_int(self, value: int, level: int) -> str:
+        return (
+            super().repr_int(value, level) if value.bit_length() < 4 * MAX_SHOWN else f"<a number of {value.bit_length()} bits>"
+        )
+
+
+_SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MAX_SHOWN
 
 

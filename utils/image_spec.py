@@ -4,12 +4,11 @@ It travels in every file that holds a network, so that what a network computes n
 lie beside it.
 """
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, shown
 
 FIELDS = ("class_names", "image_size", "mean", "std")
 CHANNELS = 3
@@ -52,7 +51,7 @@ def read_image_spec(fields: Mapping[str, Any], *, num_classes: int) -> ImageSpec
         if name not in fields:
             raise UserError(f"it has {present[0]} but no {name}, expected {', '.join(FIELDS)} together")
         if not _CHECKS[name](fields[name]):
-            raise UserError(f"its {name} is {_shown(fields[name])}, expected {_EXPECTED[name]}")
+            raise UserError(f"its {name} is {shown(fields[name], 100)}, expected {_EXPECTED[name]}")
     if len(fields["class_names"]) != num_classes:
         raise UserError(f"it names {len(fields['class_names'])} classes, but has {num_classes}")
     means, deviations = (tuple(map(float, fields[name])) for name in ("mean", "std"))
@@ -67,13 +66,6 @@ def is_mean(value: float) -> bool:
 def is_std(value: float) -> bool:
     """Whether `value` can be the standard deviation of such a channel, or the 1 of those who don't divide."""
     return MIN_STD <= value <= 1
-
-
-def _shown(value: Any) -> str:
-    try:
-        return reprlib.repr(value)[:160]
-    except ValueError:  # a whole number of thousands of digits
-        return f"a {type(value).__name__} that is too long to print"
 
 
 def _is_name(value: Any) -> bool:

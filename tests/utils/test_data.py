@@ -1,5 +1,7 @@
 """Batches: which images, how they are cropped and mirrored, and that an epoch can be entered anywhere."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,53 @@ class TestTestBatches:
 
     def test_example(self):
         assert image_data(small_dataset(), batch_size=128).example.shape == (8, 3, 6, 6)
+        assert image_data(small_dataset(test=5), batch_size=2).example.shape == (5, 3, 6, 6)
+
+    def test_example_shows_several_classes_and_is_the_same_in_every_run_and_process(self):
+        dataset = sorted_dataset()
+        worlds = [World(rank, 2, rank) for rank in range(2)]
+        examples = [image_data(dataset, seed=seed, world=world).example for seed in (1, 2) for world in worlds]
+        assert all(torch.equal(example, examples[0]) for example in examples)
+        shown = {int(row) for row in rows_of(examples[0], dataset)}
+        assert len(shown) == 8 and {row // 25 for row in shown} == {0, 1, 2, 3}
+
+
+def sorted_dataset() -> Dataset:
+    """100 test images of four classes, one class after the other, as folders give them."""
+    dataset = small_dataset(test=100)
+    return replace(dataset, test=dataset.test._replace(labels=torch.arange(100) // 25))
+
+
+def rows_of(images: torch.Tensor, dataset: Dataset) -> list[int]:
+    """Which test images these are."""
+    return [int((dataset.test.images.numpy() == image).all((1, 2, 3)).nonzero()[0][0]) for image in pixels(images)]
+
+
+class TestLimitedTest:
+    def rows(self, dataset: Dataset, **options) -> list[int]:
+        return [row for batch in image_data(dataset, **options).test_batches() for row in rows_of(batch.images, dataset)]
+
+    @pytest.mark.parametrize("limit", [1, 2, 5])
+    def test_every_class_has_its_share(self, limit):
+        rows = self.rows(sorted_dataset(), limit_batches=limit)
+        assert len(set(rows)) == 8 * limit
+        assert np.bincount([row // 25 for row in rows]).tolist() == [2 * limit] * 4
+
+    def test_a_rare_class_is_not_more_frequent_than_it_is(self):
+        dataset = sorted_dataset()
+        labels = (torch.arange(100) >= 75).long()
+        rows = self.rows(replace(dataset, test=dataset.test._replace(labels=labels)), limit_batches=2)
+        assert sum(row >= 75 for row in rows) == 4
+
+    def test_the_draw_depends_on_neither_seed_nor_processes(self):
+        dataset = sorted_dataset()
+        alone = self.rows(dataset, limit_batches=3)
+        assert self.rows(dataset, limit_batches=3, seed=77) == alone
+        parts = [self.rows(dataset, limit_batches=3, world=World(rank, 2, rank)) for rank in range(2)]
+        assert sorted(parts[0] + parts[1]) == sorted(alone)
+
+    def test_a_limit_that_cuts_nothing_off_changes_nothing(self):
+        assert self.rows(sorted_dataset(), limit_batches=13) == list(range(100))
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -2,19 +2,22 @@
 
 import hashlib
 import io
+import os
 import pickle
 import shutil
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from utils.data import ImageData
-from utils.datasets import DATASETS, ImageFiles, SmallImages, load_dataset
+from utils.datasets import DATASETS, ImageFiles, SmallImages, load_dataset, read_image
 from utils.errors import UserError
 
 SPLITS = ("train/cat", "train/dog", "test/cat", "test/dog")
@@ -213,3 +216,124 @@ class TestCifar:
 
 def _batch(random: np.random.Generator) -> bytes:
     return pickle.dumps({"data": random.integers(0, 256, (4, 3072), np.uint8), "labels": [0, 1, 2, 3]})
+
+
+class TestPixels:
+    """Every kind of image as RGB of 8 bits, the values worked out by hand."""
+
+    def rgb(self, image: Image.Image, path: Path, **options) -> list[list[int]]:
+        image.save(path, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = read_image(str(path))
+        assert found.mode == "RGB"
+        return np.asarray(found)[0].tolist()
+
+    def grey(self, image: Image.Image, path: Path) -> list[int]:
+        pixels = self.rgb(image, path)
+        assert all(len(set(pixel)) == 1 for pixel in pixels)
+        return [pixel[0] for pixel in pixels]
+
+    @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+    def test_16_bits_are_scaled(self, suffix, tmp_path):
+        """65535 is white, 257 = 65535 / 255 the darkest grey, and 32896 = 128 * 257 is in the middle."""
+        image = Image.fromarray(np.array([[0, 128, 257, 32896, 65535]], np.uint16))
+        assert self.grey(image, tmp_path / f"a.{suffix}") == [0, 0, 1, 128, 255]
+
+    def test_16_bits_of_the_other_byte_order(self, tmp_path):
+        (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + bytes([0x80, 0x80, 0xFF, 0xFF]))
+        assert np.asarray(read_image(str(tmp_path / "a.pgm")))[0, :, 0].tolist() == [128, 255]
+
+    def test_32_bits_that_hold_16(self, tmp_path):
+        assert self.grey(Image.fromarray(np.array([[0, 257, 65535]], np.int32)), tmp_path / "a.tif") == [0, 1, 255]
+
+    def test_floating_point_from_0_to_1(self, tmp_path):
+        assert self.grey(Image.fromarray(np.array([[0, 0.2, 1]], np.float32)), tmp_path / "a.tif") == [0, 51, 255]
+
+    @pytest.mark.parametrize(
+        "values",
+        [np.array([[0, 65536]], np.int32), np.array([[-1, 5]], np.int32), np.array([[0, 1.5]], np.float32)],
+    )
+    def test_values_of_which_nobody_knows_what_is_white(self, values, tmp_path):
+        Image.fromarray(values).save(tmp_path / "a.tif")
+        with pytest.raises(UserError, match=r"a\.tif cannot be read \(its grey values go from"):
+            read_image(str(tmp_path / "a.tif"))
+
+    def test_not_a_number(self, tmp_path):
+        Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "a.tif")
+        with pytest.raises(UserError, match="from nan to nan, expected 0 to 1"):
+            read_image(str(tmp_path / "a.tif"))
+
+    def test_grey(self, tmp_path):
+        assert self.grey(Image.fromarray(np.array([[0, 7, 255]], np.uint8)), tmp_path / "a.png") == [0, 7, 255]
+
+    def test_one_bit(self, tmp_path):
+        assert self.grey(Image.fromarray(np.array([[False, True]])), tmp_path / "a.png") == [0, 255]
+
+    def test_grey_below_transparency(self, tmp_path):
+        assert self.rgb(Image.new("LA", (1, 1), (77, 0)), tmp_path / "a.png") == [[77, 77, 77]]
+
+    def test_colours_below_transparency(self, tmp_path):
+        assert self.rgb(Image.new("RGBA", (1, 1), (7, 8, 9, 0)), tmp_path / "a.png") == [[7, 8, 9]]
+
+    @pytest.mark.parametrize("options", [{}, {"transparency": 1}, {"transparency": bytes([0, 128])}])
+    def test_palette(self, options, tmp_path):
+        image = Image.fromarray(np.array([[0, 1]], np.uint8), "L")
+        image.putpalette([200, 100, 50, 10, 20, 30])
+        assert image.mode == "P"
+        assert self.rgb(image, tmp_path / "a.png", **options) == [[200, 100, 50], [10, 20, 30]]
+
+    def test_cmyk(self, tmp_path):
+        """Full cyan leaves no red; a fifth of black leaves 255 * 0.8 = 204 of the rest."""
+        assert self.rgb(Image.new("CMYK", (1, 1), (255, 0, 0, 51)), tmp_path / "a.tif") == [[0, 204, 204]]
+        found = self.rgb(Image.new("CMYK", (8, 8), (255, 0, 0, 51)), tmp_path / "a.jpg", quality=100)
+        assert np.abs(np.array(found) - [0, 204, 204]).max() <= 2
+
+
+class TestForANetwork:
+    """What a network brings along stands in the place of what lies in the folder."""
+
+    VALUES = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+    def test_its_normalisation(self, small_images, mixed_size_images):
+        for name, folder in (("folder", small_images), ("folder", mixed_size_images), ("imagenet", small_images)):
+            dataset = load_dataset(name, data_dir=folder, normalisation=self.VALUES)
+            assert (dataset.mean, dataset.std) == self.VALUES == dataset.images.normalisation
+        assert load_dataset("digits", normalisation=self.VALUES).std == self.VALUES[1]
+
+    def test_only_test_images(self, small_images):
+        whole = load_dataset("folder", data_dir=small_images)
+        shutil.rmtree(small_images / "train")
+        dataset = load_dataset("folder", data_dir=small_images, normalisation=self.VALUES, test_only=True)
+        assert torch.equal(dataset.test.images, whole.test.images)
+        assert len(dataset.train.labels) == 0 and dataset.images.class_names == ("cat", "dog")
+        data = ImageData(dataset, batch_size=4, seed=1, device=torch.device("cpu"))
+        assert sum(len(batch.labels) for batch in data.test_batches()) == 6
+
+    def test_only_large_test_images(self, tmp_path, mixed_size_images):
+        shutil.copytree(mixed_size_images / "test", tmp_path / "test")
+        dataset = load_dataset("folder", data_dir=tmp_path, normalisation=self.VALUES, test_only=True)
+        data = ImageData(dataset, batch_size=4, seed=1, device=torch.device("cpu"))
+        assert data.example.shape == (6, 3, 224, 224)
+
+    def test_what_is_asked_where_nothing_says_the_normalisation(self, small_images):
+        shutil.rmtree(small_images / "train")
+        with pytest.raises(UserError, match="no folder train beside test: give --mean and --std"):
+            load_dataset("folder", data_dir=small_images, test_only=True)
+        with pytest.raises(UserError, match="no folder train beside test: training needs it"):
+            load_dataset("folder", data_dir=small_images, normalisation=self.VALUES)
+
+    def test_its_image_size_says_whether_it_saw_crops(self, small_images):
+        assert load_dataset("folder", data_dir=small_images, image_size=(12, 12)).images.image_size == (12, 12)
+        assert load_dataset("folder", data_dir=small_images, image_size=(224, 224)).images.image_size == (224, 224)
+
+    def test_sizes_of_training_images_do_not_matter_to_the_test(self, small_images, image_writer):
+        image_writer(small_images / "train" / "cat" / "large", sizes=(90,))
+        assert load_dataset("folder", data_dir=small_images).streamed
+        options = {"normalisation": self.VALUES, "image_size": (12, 12), "test_only": True}
+        assert load_dataset("folder", data_dir=small_images, **options).images.image_size == (12, 12)
+
+    def test_a_class_that_is_called_by_no_text(self, small_images):
+        for split in ("train", "test"):
+            (small_images / split / "dog").rename(os.fsdecode(os.fsencode(small_images / split) + b"/d\xf6g"))
+        assert load_dataset("folder", data_dir=small_images).classes == ("cat", "d\\xf6g")

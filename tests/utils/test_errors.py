@@ -67,3 +67,4 @@ def test_a_value_that_contains_itself_or_grows_without_end_is_shown_at_once():
         doubled = [doubled, doubled]
     assert len(shown(endless)) <= MAX_SHOWN and len(shown(doubled)) <= MAX_SHOWN
     assert len(shown(10**4000)) <= MAX_SHOWN
+    assert shown([10**5000]) == "[<a number of 16610 bits>]"
