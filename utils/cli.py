@@ -13,6 +13,7 @@ from utils.datasets import DATASETS
 from utils.distributed import is_lost_process, leave
 from utils.errors import Interrupted, NonFiniteLoss, UserError
 from utils.memory import keep_freed_memory
+from utils.recorded_flags import recorded_words
 from utils.run_folder import CONFIG, read_config
 from utils.run_state import PLACEMENT_FLAGS
 
@@ -63,6 +64,7 @@ def add_data_flags(parser: Parser) -> None:
         "--workers", type=non_negative_int, default=min(8, os.cpu_count() or 1), help="processes that decode streamed images"
     )
     group.add_argument("--limit-batches", type=positive_int, help="at most so many batches an epoch, in training and in testing")
+    parser.set_defaults(may_download=True)  # False where it is a recorded --data-dir that would be written to
 
 
 def add_training_flags(parser: Parser, *, lr: float, n_epochs: int, schedule: Sequence[int], lr_drops: Sequence[float]) -> None:
@@ -136,22 +138,14 @@ def _resumed_flags(parser: Parser, args: argparse.Namespace, argv: Sequence[str]
         if value != before and not (name == "n_epochs" and value > before):
             rule = "may only be raised" if name == "n_epochs" else "leave it out, a resumed run keeps its flags"
             raise UserError(f"--{name.replace('_', '-')} {_shown(value)}: contradicts {_shown(before)} of {args.resume}; {rule}")
-    return argparse.Namespace(**{**vars(saved), **given})
+    return argparse.Namespace(**{**vars(saved), **given, "may_download": "data_dir" in given})
 
 
 def _saved_flags(parser: Parser, folder: str) -> argparse.Namespace:
     """The flags in a run's config.json, checked as if they had just been typed."""
-    words = []
-    for name, value in read_config(folder, script=parser.prog)["flags"].items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, list):
-            words += [flag, *map(str, value)] if value != parser.get_default(name) else []
-        elif value is True:
-            words.append(flag)
-        elif value is not None and value is not False:
-            words.append(f"{flag}={value}")
+    flags = read_config(folder, script=parser.prog)["flags"]
     try:
-        return parser.parse_args(words)
+        return parser.parse_args(recorded_words(parser, flags))
     except UserError as error:
         raise UserError(f"--resume {folder}: its {CONFIG} does not fit this script: {error}") from error
 

@@ -80,7 +80,8 @@ def append_line(path: str | os.PathLike, line: str, *, durable: bool = False) ->
     """
     data = (line + "\n").encode()
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # what lies there is a file of ours
+        handle = os.open(path, flags, 0o666)
         try:
             if os.write(handle, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

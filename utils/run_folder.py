@@ -3,48 +3,114 @@
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, printable, shown
 from utils.files import TEMPORARY_PREFIX, current_umask, read_json, write_json
 
 BEST, LAST, PREVIOUS, COMPACT = "model_best.pt", "model_last.pt", "model_previous.pt", "model_compact.pt"
 CONFIG, METRICS, SUMMARY, LOCK, TENSORBOARD = "config.json", "metrics.jsonl", "summary.json", "lock", "log"
 KEPT_FILTERS, BEFORE_TRAINING, ARCHIVE = "kept_filters.json", "before_training.json", "model.huff"
+FILES = (BEST, LAST, PREVIOUS, COMPACT, ARCHIVE, CONFIG, METRICS, SUMMARY, KEPT_FILTERS, BEFORE_TRAINING, LOCK)
 UNNAMED_PREFIX, DEAD_AFTER_SECONDS = f"{TEMPORARY_PREFIX}run-", 3600
 NAME_BYTES = 200  # of the 255 that file systems allow; temporary names are longer
+STAMP = "%Y-%m-%d %H:%M:%S"  # what every line of a text log begins with
 
 
 def read_config(folder: str | os.PathLike, *, script: str) -> dict[str, Any]:
-    """A run's config.json. Raises UserError unless `folder` holds a run of this entry script."""
+    """A run's config.json. Raises UserError unless `folder` holds a run of this entry script, in plain files."""
     folder = Path(folder)
+    check_entries(folder)
     if not (folder / CONFIG).is_file():
         raise UserError(f"--resume {folder}: no {CONFIG} there, expected the folder of a run such as saves/1625594011")
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
         raise UserError(f"--resume {folder}: its {CONFIG} is not that of a run")
     if config.get("script") != script:
-        raise UserError(f"--resume {folder}: a run of {config.get('script')}, resume it with that script, not {script}")
+        raise UserError(
+            f"--resume {folder}: a run of {printable(str(config.get('script')))}, resume it with that script, not {script}"
+        )
     return config
+
+
+def check_entries(folder: Path) -> None:
+    """Raises UserError where a link, a pipe or a device stands in the place of what runs write; opens nothing.
+
+    Somebody else may have made the folder, and through a link any file of its user would be emptied or replaced.
+    """
+    for name in (*FILES, TENSORBOARD):
+        kind, expected = _kind(folder / name), "a folder" if name == TENSORBOARD else "a file"
+        if kind not in (None, expected):
+            raise UserError(f"--resume {folder}: {name} is {kind}, expected {expected}; a run writes into its own folder only")
+    for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        if _kind(leftover) == "a folder":
+            raise UserError(f"--resume {folder}: {printable(leftover.name)} is a folder, no run makes one of that name")
+
+
+def _kind(path: Path) -> str | None:
+    """What stands at `path` itself, links not followed; None if nothing does."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    kinds = ((stat.S_ISREG, "a file"), (stat.S_ISDIR, "a folder"), (stat.S_ISLNK, "a link"), (stat.S_ISFIFO, "a pipe"))
+    return next((name for holds, name in kinds if holds(mode)), "a device or a socket")
+
+
+def log_path(folder: Path, log_name: str) -> Path:
+    """The text log of the run in `folder`: beside it, whatever `folder` is called from here, be it `.`."""
+    return (folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))).parent / log_name
+
+
+def check_text_log(folder: str | os.PathLike, log_name: str) -> None:
+    """Raises UserError unless the log that a resumed run's config.json names is a text log of runs beside its folder, or new."""
+    origin = f"--resume {folder}: the text log that its {CONFIG} names, {shown(log_name)},"
+    if not is_plain_name(log_name):
+        raise UserError(f"{origin} must be a plain name: letters that can be printed, no folder, no dot at the beginning")
+    path = log_path(Path(folder), log_name)
+    kind = _kind(path)
+    if kind is None:
+        return
+    if kind != "a file":
+        raise UserError(f"{origin} is {kind} there, expected a file")
+    if path.stat().st_nlink > 1:
+        raise UserError(f"{origin} has another name too (a hard link), and what lies there would grow; put a copy in its place")
+    with open(path, "rb") as file:
+        first = file.read(len(time.strftime(STAMP))).decode(errors="replace")
+    try:
+        time.strptime(first, STAMP) if first else None
+    except ValueError as error:
+        raise UserError(f"{origin} is another file there: no line of it begins as those of a text log do") from error
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a run or a log may have this name: one that can be printed, in one folder, and is none of ours or hidden."""
+    plain = Path(name).name == name and name.isprintable() and not name.startswith(".")
+    return plain and 0 < len(os.fsencode(name)) <= NAME_BYTES
 
 
 def check_save_dir(save_dir: str, *, name: str | None, log_name: str) -> None:
     """Raises UserError if a new run could not be written; writes nothing."""
     for flag, value in (("--run-name", name), ("--log-name", log_name)):
-        if value is not None and (Path(value).name != value or value in ("", "..") or len(os.fsencode(value)) > NAME_BYTES):
-            raise UserError(f"{flag} {value!r}: must be a plain name, it is created inside --save-dir")
+        if value is not None and not is_plain_name(value):
+            rule = "letters that can be printed, no folder, no dot at the beginning"
+            raise UserError(f"{flag} {shown(value)}: must be a plain name, it is created inside --save-dir: {rule}")
     folder = Path(save_dir)
     if name is not None and (folder / name).exists():
         raise UserError(f"--run-name {name}: {folder / name} exists; choose another name, or go on with --resume {folder / name}")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--save-dir {save_dir}: {existing} is no folder that can be written")
-    if (folder / log_name).is_dir() or log_name == name:
+    kind = _kind(folder / log_name)
+    if kind == "a folder" or log_name == name:
         raise UserError(f"--log-name {log_name}: {folder / log_name} is a run's folder; choose another name")
+    if kind not in (None, "a file"):
+        raise UserError(f"--log-name {log_name}: {folder / log_name} is {kind}, expected a file; choose another name")
 
 
 def new_folder(save_dir: Path, name: str | None, config: Mapping[str, Any]) -> Path:

@@ -13,14 +13,14 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from utils.distributed import World, same_everywhere
 from utils.environment import describe_environment
 from utils.errors import UserError
 from utils.files import TEMPORARY_PREFIX, append_line, remove_partial_files, save_checkpoint, write_atomic, write_json
 from utils.metrics_file import read_metrics
-from utils.run_folder import LAST, LOCK, METRICS, PREVIOUS, TENSORBOARD, new_folder
+from utils.run_folder import LAST, LOCK, METRICS, PREVIOUS, STAMP, TENSORBOARD, check_entries, log_path, new_folder
 from utils.run_state import is_state
 from utils.tensorboard import ScalarWriter
 
@@ -34,7 +34,7 @@ class Run:
 
     def __init__(self, folder: Path, *, log_path: Path, world: World):
         self.folder, self.log_path, self.world = folder, log_path, world
-        self._lock: TextIO | None = None
+        self._lock: BinaryIO | None = None
         self._writer: ScalarWriter | None = None
         self._last_is_whole = False
 
@@ -54,7 +54,9 @@ class Run:
     @classmethod
     def reopen(cls, folder: str | os.PathLike, *, log_name: str, world: World, epochs: int) -> "Run":
         """Goes on with a run of which `epochs` epochs are done. Raises UserError if another process still runs it."""
-        run = cls(Path(folder), log_path=Path(folder).parent / log_name, world=world)
+        run = cls(Path(folder), log_path=log_path(Path(folder), log_name), world=world)
+        if world.is_main:
+            check_entries(run.folder)
         run._open(epochs=epochs)
         return run
 
@@ -67,7 +69,8 @@ class Run:
     def _acquire_lock(self) -> None:
         """The lock is this process's alone: it ends with it, even where its DataLoader workers live on for a while."""
         try:
-            self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115, held open as long as the run
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # not through a link, and without emptying anything
+            self._lock = os.fdopen(os.open(self.folder / LOCK, flags, 0o666), "r+b")
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN) and self._lock is not None:
@@ -87,7 +90,7 @@ class Run:
         """Prints a message and adds it, with the time and the run's name, to the shared text log."""
         if self.world.is_main:
             print(message, flush=True)
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            stamp = time.strftime(STAMP)
             for line in message.splitlines():
                 append_line(self.log_path, f"{stamp} {self.folder.name} {line}")
 

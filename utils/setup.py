@@ -15,9 +15,11 @@ from utils.distributed import World, join, world_from_environment
 from utils.engine import Hooks, Trainer, TrainingPlan, check_acceleration, prepare_step, sgd
 from utils.errors import UserError
 from utils.files import digest, read_json
-from utils.run_folder import CONFIG, check_save_dir
+from utils.run_folder import CONFIG, check_save_dir, check_text_log
 from utils.run_state import check_state
 from utils.runs import Run
+
+NO_SETTINGS = frozenset(("resume", "dry_run", "defaults", "may_download"))
 
 
 def prepare(args: argparse.Namespace) -> tuple[torch.device, World]:
@@ -29,7 +31,9 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, World]:
         raise UserError(f"--batch-size {args.batch_size}: batch normalisation needs at least 2 images a process")
     device = choose_device(args.device, args.dev_idx, world)
     check_acceleration(device=device, amp=args.amp, compiled=args.compile, sync_bn=args.sync_bn)
-    if args.resume is None and not args.evaluate:
+    if args.resume is not None:
+        check_text_log(args.resume, args.log_name)
+    elif not args.evaluate:
         check_save_dir(args.save_dir, name=args.run_name, log_name=args.log_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -111,7 +115,7 @@ def _reopen_run(args: argparse.Namespace, *, world: World, state: dict[str, Any]
 
 def flags_of(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that make a run what it is, as plain values."""
-    return {name: value for name, value in vars(args).items() if name not in ("resume", "dry_run", "defaults")}
+    return {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
 
 
 def _device_name(device: torch.device) -> str:
@@ -122,7 +126,9 @@ def load_data(args: argparse.Namespace, *, device: torch.device, world: World) -
     """The dataset of the flags in batches; where it has to be downloaded the main process does it, the others wait."""
     if dist.is_initialized() and not world.is_main:
         dist.barrier()
-    dataset = load_dataset(args.dataset, data_dir=args.data_dir, download=world.is_main and not args.dry_run)
+    dataset = load_dataset(
+        args.dataset, data_dir=args.data_dir, download=world.is_main and args.may_download and not args.dry_run
+    )
     if dist.is_initialized() and world.is_main:
         dist.barrier()
     data = ImageData(

@@ -38,7 +38,11 @@ class TestSchedule:
 
     def test_defaults_are_those_of_a_line_without_flags(self, parser):
         args = cli.parse_flags(parser, ["--schedule", "--lr-drops", "--lr", "3"])
-        assert args.defaults == setup.flags_of(cli.parse_flags(parser, [])) | {"resume": None, "dry_run": False}
+        assert args.defaults == setup.flags_of(cli.parse_flags(parser, [])) | {
+            "resume": None,
+            "dry_run": False,
+            "may_download": True,
+        }
 
     def test_none(self, parser):
         args = cli.parse_flags(parser, ["--schedule", "--lr-drops"])
@@ -51,7 +55,7 @@ class TestResume:
     def test_needs_no_other_flag(self, parser, tmp_path):
         folder = start_run(tmp_path, parser, *self.WORDS.split())
         resumed, first = cli.parse_flags(parser, ["--resume", folder]), cli.parse_flags(parser, self.WORDS.split())
-        assert vars(resumed) == {**vars(first), "resume": folder}
+        assert vars(resumed) == {**vars(first), "resume": folder, "may_download": False}
 
     def test_flags_that_came_later_have_their_defaults(self, parser, tmp_path):
         folder = start_run(tmp_path, parser, *self.WORDS.split())
@@ -75,6 +79,7 @@ class TestResume:
         folder = start_run(tmp_path, parser, "--device", "cuda", "--workers", "3")
         args = cli.parse_flags(parser, ["--resume", folder, "--device", "auto", "--data-dir", "/elsewhere", "--dry-run"])
         assert (args.device, args.workers, args.data_dir, args.dry_run) == ("auto", 3, "/elsewhere", True)
+        assert args.may_download  # into a folder that was typed
 
     @pytest.mark.parametrize(
         ("words", "message"),

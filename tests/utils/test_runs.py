@@ -124,12 +124,18 @@ class TestLock:
         done.set()
         helper.join()
 
-    def test_folder_that_cannot_be_written(self, tmp_path):
+    def test_opening_it_empties_nothing(self, tmp_path):
         create(tmp_path).close()
+        (tmp_path / "mine").write_text("kept")
         (tmp_path / "run" / "lock").unlink()
-        (tmp_path / "run" / "lock").mkdir()
-        with pytest.raises(UserError, match=r"cannot lock .*/run/lock: Is a directory"):
-            Run.reopen(tmp_path / "run", log_name="log.txt", world=World(), epochs=0)
+        os.link(tmp_path / "mine", tmp_path / "run" / "lock")
+        Run.reopen(tmp_path / "run", log_name="log.txt", world=World(), epochs=0).close()
+        assert (tmp_path / "mine").read_text() == "kept"
+
+    def test_folder_that_is_no_run(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match=r"cannot lock .*/file/lock: Not a directory"):
+            Run.reopen(tmp_path / "file", log_name="log.txt", world=World(), epochs=0)
 
 
 def _hold(folder: Path, locked, done) -> None:
