@@ -35,7 +35,7 @@ from models.in_place import reuse_memory
 from models.modes import deviating_modes
 from models.outputs import Outputs, has_outputs
 from models.relayout import AddInto, Relayout, Relayouts
-from utils.errors import UserError
+from utils.errors import UserError, shown
 
 
 def narrow(model: nn.Module, kept: Mapping[str, Sequence[int]], *, wide_sums: bool = False) -> "NarrowNetwork":
@@ -64,10 +64,14 @@ def _checked_channels(model: nn.Module, name: str, channels: Sequence[int]) -> t
     layers = dict(model.named_modules())
     full = output_channels(layers[name]) if name in layers else None
     if full is None:
-        raise UserError(f"kept channels: {type(model).__name__} has no convolution, batch norm or linear layer named {name!r}")
+        raise UserError(
+            f"kept channels: {type(model).__name__} has no convolution, batch norm or linear layer named {shown(name)}"
+        )
     whole_numbers = all(isinstance(channel, int) and 0 <= channel < full for channel in channels)
     if not whole_numbers or list(channels) != sorted(set(channels)):
-        raise UserError(f"kept channels of {name!r}: ascending numbers from 0 to {full - 1} expected, not {list(channels)}")
+        raise UserError(
+            f"kept channels of {name!r}: ascending numbers from 0 to {full - 1} expected, not {shown(list(channels))}"
+        )
     return tuple(channels)
 
 

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from models import MODELS, build_model
 from models.narrow import narrow
-from utils.errors import UserError, naming
+from utils.errors import UserError, naming, printable, shown
 from utils.files import FORMAT, load_checkpoint
 from utils.image_spec import ImageSpec, read_image_spec
 
-SHOWN_DIFFERENCES = 3
+SHOWN_DIFFERENCES, SHOWN_NAME = 3, 60
+# A file whose network would be larger than both is refused: at full width so many times what it holds, and so many bytes
+MAX_GROWTH, MODEST_BYTES = 100, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,14 @@ def load_network(path: str | os.PathLike, *, flag: str, model: str | None = None
         raise UserError(f"{origin}: holds a {name}, not the {model} of {model_flag}")
     with naming(origin):
         images = read_image_spec(checkpoint, num_classes=num_classes)
-    compact = bool(checkpoint.get("compact"))
-    network = build_model(name, num_classes=num_classes)
+    compact = checkpoint.get("compact", False)
+    network = _build(name, num_classes, state, origin)
+    _check_layers(network, kept, origin, name)
     if compact:
         with naming(origin):
             network = narrow(network, kept)
     _load_state(network, state, origin, name)
-    metrics = checkpoint.get("metrics") or {}
-    return NetworkFile(network.eval(), name, num_classes, kept, compact, metrics, images)
+    return NetworkFile(network.eval(), name, num_classes, kept, compact, checkpoint.get("metrics") or {}, images)
 
 
 def as_dense(file: NetworkFile) -> NetworkFile:
@@ -106,23 +108,42 @@ def as_dense(file: NetworkFile) -> NetworkFile:
 
 def _checked_fields(checkpoint: Mapping[str, Any], origin: str) -> tuple[str, int, dict[str, Tensor], dict[str, list[int]]]:
     version = checkpoint["format"]
-    if version != FORMAT:
-        raise UserError(f"{origin}: checkpoint format {version!r} is none that this version reads ({FORMAT})")
+    if type(version) is not int or version != FORMAT:
+        raise UserError(f"{origin}: checkpoint format {shown(version)} is none that this version reads ({FORMAT})")
     name, num_classes = checkpoint.get("model"), checkpoint.get("num_classes")
     if not isinstance(name, str) or name not in MODELS:
-        raise UserError(f"{origin}: holds a network {name!r}, known are {', '.join(MODELS)}")
+        raise UserError(f"{origin}: holds a network {shown(name)}, known are {', '.join(MODELS)}")
     state = _checked_state(checkpoint.get("state_dict"), origin)
     # a wrong number must not become an allocation without bounds
-    if not isinstance(num_classes, int) or not 1 <= num_classes <= _most_rows(state):
-        raise UserError(f"{origin}: num_classes is {num_classes!r}, expected the number of rows of its linear layer")
+    if type(num_classes) is not int or not 1 <= num_classes <= _most_rows(state):
+        raise UserError(f"{origin}: num_classes is {shown(num_classes)}, expected the number of rows of its linear layer")
     kept = checkpoint.get("kept") or {}
-    if not isinstance(kept, dict) or not all(isinstance(channels, list) for channels in kept.values()):
+    if not isinstance(kept, dict) or not all(isinstance(name, str) and _is_channels(kept[name]) for name in kept):
         raise UserError(f"{origin}: kept is no mapping from layers to lists of channels")
+    for field_name, (kinds, description) in _OTHER_FIELDS.items():
+        if not isinstance(checkpoint.get(field_name), kinds):
+            raise UserError(f"{origin}: its {field_name} is {shown(checkpoint[field_name])}, expected {description}")
     return name, num_classes, state, kept
 
 
+_OTHER_FIELDS = {
+    "compact": (bool | None, "True or False"),
+    "epoch": (int | None, "a whole number"),
+    "metrics": (dict | None, "a mapping from names to numbers"),
+    "config": (dict | None, "a mapping from flags to values"),
+}
+
+
+def _is_channels(value: Any) -> bool:
+    return isinstance(value, list) and all(type(channel) is int for channel in value)
+
+
 def _checked_state(state: Any, origin: str) -> dict[str, Tensor]:
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    ):
         raise UserError(f"{origin}: holds no state_dict, a mapping from parameter names to tensors")
     return with_versions(state, like=state)
 
@@ -134,13 +155,36 @@ def with_versions(state: Mapping[str, Tensor], *, like: Any, without: str = "") 
     """
     versions = getattr(like, "_metadata", None)
     state = OrderedDict(state)
-    if isinstance(versions, Mapping) and all(isinstance(entry, Mapping) for entry in versions.values()):
+    if isinstance(versions, Mapping) and all(_is_version(path, entry) for path, entry in versions.items()):
         state._metadata = OrderedDict((path.removeprefix(without), dict(entry)) for path, entry in versions.items())
     return state
 
 
+def _is_version(path: Any, entry: Any) -> bool:
+    return isinstance(path, str) and isinstance(entry, Mapping) and isinstance(entry.get("version"), int | None)
+
+
 def _most_rows(state: Mapping[str, Tensor]) -> int:
-    return max((len(value) for value in state.values() if value.ndim), default=0)
+    return max((len(value) for value in state.values() if value.ndim and value.numel()), default=0)
+
+
+def _build(name: str, num_classes: int, state: Mapping[str, Tensor], origin: str) -> nn.Module:
+    """The network at full width, once it is known that it is in proportion to what the file holds."""
+    with torch.device("meta"):
+        claimed = sum(value.nbytes for value in build_model(name, num_classes=num_classes).state_dict().values())
+    held = sum(value.nbytes for value in state.values())
+    if claimed > max(MODEST_BYTES, MAX_GROWTH * held):
+        raise UserError(
+            f"{origin}: its {name} with {num_classes} classes would take {claimed:,} bytes, more than {MAX_GROWTH} times "
+            f"the {held:,} that the file holds of it"
+        )
+    return build_model(name, num_classes=num_classes)
+
+
+def _check_layers(network: nn.Module, kept: Mapping[str, Sequence[int]], origin: str, model: str) -> None:
+    unknown = kept.keys() - dict(network.named_modules()).keys()
+    if unknown:
+        raise UserError(f"{origin}: keeps channels of {printable(min(unknown), SHOWN_NAME)}, which {model} has not")
 
 
 def _load_bare(checkpoint: Mapping[str, Any], origin: str, model: str | None, model_flag: str) -> NetworkFile:
@@ -155,7 +199,9 @@ def _load_bare(checkpoint: Mapping[str, Any], origin: str, model: str | None, mo
     if not classifiers:
         raise UserError(f"{origin}: holds no linear layer, so it is no {model}")
     num_classes = len(classifiers[-1])
-    network = build_model(model, num_classes=num_classes)
+    if num_classes == 0:
+        raise UserError(f"{origin}: its last linear layer has no rows, so it has no classes")
+    network = _build(model, num_classes, state, origin)
     _load_state(network, state, origin, model)
     return NetworkFile(network.eval(), model, num_classes)
 
@@ -166,17 +212,22 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], origin: str, mo
     counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
     state = with_versions({**counters, **state}, like=state)
     differences = [f"{name} is missing" for name in expected if name not in state]
-    differences += [f"{name} is unknown" for name in state if name not in expected]
+    differences += [f"{printable(name, SHOWN_NAME)} is unknown" for name in state if name not in expected]
     differences += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
+        f"{name} is {printable(str(tuple(state[name].shape)), SHOWN_NAME)}, not {tuple(value.shape)}"
         for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ]
     if differences:
-        shown = "; ".join(differences[:SHOWN_DIFFERENCES])
+        listed = "; ".join(differences[:SHOWN_DIFFERENCES])
         more = f" and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
-        raise UserError(f"{origin}: does not fit {model}: {shown}{more}")
-    spoilt = [name for name, value in state.items() if not value.isfinite().all()]
-    if spoilt:
-        raise UserError(f"{origin}: {spoilt[0]} holds NaN or infinite numbers, expected those of a trained network")
+        raise UserError(f"{origin}: does not fit {model}: {listed}{more}")
+    for name, value in expected.items():
+        if value.is_floating_point() and not state[name].is_floating_point():
+            raise UserError(f"{origin}: {name} holds numbers of {state[name].dtype}, expected {value.dtype}")
     network.load_state_dict(state)
+    for name, value in network.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{origin}: {name} holds NaN or infinite numbers, expected those of a trained network")
+        if name.endswith("running_var") and (value < 0).any():
+            raise UserError(f"{origin}: {name} holds a negative variance, {float(value.min()):.3g}")

@@ -15,7 +15,7 @@ from models.channel_flow import Channels, Plan, output_channels, plan_channels, 
 from models.modes import evaluating
 from models.narrow import NarrowNetwork, narrow
 from models.outputs import has_outputs
-from utils.errors import UserError
+from utils.errors import UserError, shown
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
 
@@ -133,6 +133,6 @@ def _pruned_entries(tensor: Tensor, name: str, channels: Sequence[int]) -> Tenso
     pruned = set(range(len(tensor))).difference(channels)
     if len(pruned) + len(channels) != len(tensor):
         raise UserError(
-            f"kept channels of {name!r}: different numbers from 0 to {len(tensor) - 1} expected, not {list(channels)}"
+            f"kept channels of {name!r}: different numbers from 0 to {len(tensor) - 1} expected, not {shown(list(channels))}"
         )
     return tensor[sorted(pruned)]

@@ -7,7 +7,6 @@ channels that are kept. The byte layout is described in docs/archive_format.md.
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +20,15 @@ from models.network_file import with_versions
 from quantize import huffman
 from quantize.container import pack_sections, read_description, unpack_sections
 from quantize.table import ArchiveReport, LayerSize
-from utils.errors import UserError
+from utils.errors import UserError, printable, shown
 from utils.files import write_atomic
 from utils.image_spec import FIELDS, ImageSpec, read_image_spec
+from utils.untrusted import open_regular
 
 PLAIN_FORMAT, FORMAT = 1, 2  # without and with what a user of the network must know of its images
+SHOWN_VALUE = 80
 SECTIONS = ("payload", "codebooks", "code_lengths", "layers", "kept", "uncoded")
+MAX_CLASSES = 1 << 20  # a network that is put together channel by channel costs time and memory for each of them
 LENGTH_BITS = 5  # of a code length in the file
 LAYER_ROW = np.dtype([("entries", "<u4"), ("payload_bytes", "<u4")])
 FLOAT_TYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
@@ -54,6 +56,8 @@ def save_archive(
     `model` is its name in `models.MODELS`; `images` goes into the archive where it is known. Raises UserError if the network
     is not that model with so many classes (shared weights have to be baked first) or if the file cannot be written.
     """
+    if num_classes > MAX_CLASSES:
+        raise UserError(f"cannot archive a network with {num_classes} classes, at most {MAX_CLASSES:,} are read back")
     dense = _dense_on_meta(model, num_classes)
     kept = dict(getattr(network, "kept", {}))
     expected = (narrow(dense, kept) if kept else dense).state_dict()
@@ -86,7 +90,8 @@ def load_archive(path: str | os.PathLike) -> nn.Module:
 def read_archive(path: str | os.PathLike) -> tuple[nn.Module, ArchiveReport]:
     """`load_archive`, and where the bytes of the file go; the report names the model and its classes."""
     try:
-        return _read(Path(path).read_bytes())
+        with open_regular(path) as file:
+            return _read(file.read())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UserError as error:
@@ -96,9 +101,9 @@ def read_archive(path: str | os.PathLike) -> tuple[nn.Module, ArchiveReport]:
 def is_archive(path: str | os.PathLike) -> bool:
     """Whether a file begins like an archive and not like a checkpoint, which is a zip file or a pickle; False without a file."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return file.read(9)[8:] == b"{"
-    except OSError:
+    except (OSError, UserError):
         return False
 
 
@@ -209,22 +214,28 @@ def _read(data: bytes) -> tuple[nn.Module, ArchiveReport]:
 def _check_format(description: Mapping[str, Any]) -> None:
     version = description.get("format")
     if type(version) is not int or version < 1:
-        raise UserError(f"damaged, its format is {version!r}, expected a number")
+        raise UserError(f"damaged, its format is {shown(version, SHOWN_VALUE)}, expected a number")
     if version > FORMAT:
-        raise UserError(f"has format {version}, newer than format {FORMAT} that this program reads")
+        raise UserError(f"has format {shown(version, SHOWN_VALUE)}, newer than format {FORMAT} that this program reads")
 
 
 def _check_description(description: Mapping[str, Any], sections: Mapping[str, bytes]) -> None:
     if set(sections) != set(SECTIONS):
-        raise UserError(f"damaged, it holds the sections {', '.join(sorted(sections))}, expected {', '.join(SECTIONS)}")
+        raise UserError(
+            f"damaged, it holds the sections {printable(', '.join(sorted(sections)))}, expected {', '.join(SECTIONS)}"
+        )
     images = FIELDS if description["format"] > PLAIN_FORMAT else ()
     if set(description) != {"format", "model", "num_classes", "dtypes", "sha256", *images}:
-        raise UserError(f"damaged, its description names {', '.join(description)}")
+        raise UserError(f"damaged, its description names {printable(', '.join(description))}")
     if description["model"] not in list(MODELS):  # a list takes what cannot be hashed
-        raise UserError(f"holds a network {str(description['model'])[:80]!r}, known are {', '.join(MODELS)}")
+        raise UserError(f"holds a network {shown(description['model'], SHOWN_VALUE)}, known are {', '.join(MODELS)}")
     classes = description["num_classes"]
+    if type(classes) is int and classes > MAX_CLASSES:
+        raise UserError(f"has {shown(classes, SHOWN_VALUE)} classes, at most {MAX_CLASSES:,} are read")
     if type(classes) is not int or not 1 <= classes <= len(sections["uncoded"]):  # each class has a bias, stored as it is
-        raise UserError(f"damaged, {classes!r} classes do not fit into {len(sections['uncoded'])} bytes of biases")
+        raise UserError(
+            f"damaged, {shown(classes, SHOWN_VALUE)} classes do not fit into {len(sections['uncoded'])} bytes of biases"
+        )
 
 
 def _take_tensor(cursors: Mapping[str, _Cursor], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, CodedTensor | None]:
@@ -252,10 +263,10 @@ def _dtypes(expected: Mapping[str, Tensor], unusual: Any) -> list[torch.dtype]:
     """The element type of each tensor; `unusual` is what the file says of those that differ from the architecture's."""
     dtypes = [tensor.dtype for tensor in expected.values()]
     if not isinstance(unusual, dict) or not set(unusual) <= set(FLOAT_TYPES):
-        raise UserError(f"damaged, its element types are {str(unusual)[:80]!r}, known are {', '.join(FLOAT_TYPES)}")
+        raise UserError(f"damaged, its element types are {shown(unusual, SHOWN_VALUE)}, known are {', '.join(FLOAT_TYPES)}")
     for name, positions in unusual.items():
         if not isinstance(positions, list) or not all(_is_float_position(position, dtypes) for position in positions):
-            raise UserError(f"damaged, tensors of type {name} are {str(positions)[:80]!r}, expected positions of such")
+            raise UserError(f"damaged, tensors of type {name} are {shown(positions, SHOWN_VALUE)}, expected positions of such")
         for position in positions:
             dtypes[position] = FLOAT_TYPES[name]
     return dtypes

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from utils.errors import UserError
+from utils.errors import UserError, printable, shown
 
 METADATA_KEY = "archive"
 MAX_HEADER_BYTES = 1 << 22  # parsed JSON takes many times its text
@@ -59,10 +59,12 @@ def unpack_sections(data: bytes, description: Mapping[str, Any]) -> dict[str, by
     try:
         tensors = safetensors.deserialize(data)
     except (safetensors.SafetensorError, ValueError) as error:
-        raise UserError(f"damaged, not a safetensors file ({error})") from error
+        raise UserError(f"damaged, not a safetensors file ({printable(str(error))})") from error
     for name, tensor in tensors:
         if tensor["dtype"] != "U8" or len(tensor["shape"]) != 1:
-            raise UserError(f"damaged, section {name!r} is {tensor['dtype']} {tensor['shape']}, expected bytes")
+            raise UserError(
+                f"damaged, section {shown(name, 80)} is {tensor['dtype']} {shown(tensor['shape'], 80)}, expected bytes"
+            )
     return {name: tensor["data"] for name, tensor in tensors}
 
 

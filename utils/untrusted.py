@@ -11,7 +11,7 @@ import os
 import pickletools
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import torch
@@ -208,11 +208,15 @@ def check_loaded(value: Any, *, file_bytes: int) -> None:
 
 
 def _inside(part: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(part, Mapping):
-        for key, inner in part.items():
-            if not isinstance(key, str | int | float | bool | None):
+    if isinstance(part, dict):
+        for key, inner in dict.items(part):
+            if not isinstance(key, str | int | float | None):
                 raise UserError(f"refused, a mapping has the key {shown(key, SHOWN_NAME)}, expected names")
             yield (str(key), inner)
+        attributes = getattr(part, "__dict__", {})  # of an OrderedDict; others could take the place of its methods
+        if not attributes.keys() <= {"_metadata"}:
+            raise UserError(f"refused, a mapping has attributes of its own: {shown(list(attributes), SHOWN_NAME)}")
+        yield from attributes.items()
     elif isinstance(part, list | tuple):
         yield from ((name, inner) for inner in part)
 

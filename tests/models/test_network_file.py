@@ -148,6 +148,16 @@ class TestRefused:
             ({"state_dict": {"a": torch.tensor(1)}}, "num_classes is 7"),
             ({"kept": [1, 2]}, "kept is no mapping"),
             ({"kept": {"conv_1_3x3": 3}}, "kept is no mapping"),
+            ({"kept": {"conv_1_3x3": [True]}}, "kept is no mapping"),
+            ({"kept": {3: [0]}}, "kept is no mapping"),
+            ({"kept": {"conv_9": [0]}}, "keeps channels of conv_9, which resnet20 has not"),
+            ({"format": True}, "checkpoint format True is none that this version reads (1)"),
+            ({"num_classes": True}, "num_classes is True"),
+            ({"compact": 1}, "its compact is 1, expected True or False"),
+            ({"epoch": [3]}, "its epoch is [3], expected a whole number"),
+            ({"metrics": [1]}, "its metrics is [1], expected a mapping"),
+            ({"config": "lr"}, "its config is 'lr', expected a mapping"),
+            ({"state_dict": {1: torch.zeros(7)}}, "holds no state_dict"),
         ],
     )
     def test_fields(self, changes, part, network, tmp_path):
@@ -161,7 +171,7 @@ class TestRefused:
             ({"conv_1_3x3": [-1]}, "-1"),
             ({"conv_1_3x3": [2, 1]}, "conv_1_3x3"),
             ({"conv_1_3x3": [1, 1]}, "conv_1_3x3"),
-            ({"conv_1_3x3": ["a"]}, "conv_1_3x3"),
+            ({"conv_1_3x3": ["a"]}, "kept is no mapping"),
         ],
     )
     def test_channels_of_a_compact_network(self, kept, part, network, tmp_path):
@@ -179,6 +189,52 @@ class TestRefused:
     def test_numbers_that_are_none(self, value, network, tmp_path):
         state = {**network.state_dict(), "bn_1.running_var": torch.full((16,), value)}
         refuse(write(tmp_path / "a.pt", network, state_dict=state), "bn_1.running_var holds NaN or infinite numbers")
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.int8])
+    def test_numbers_of_another_kind(self, dtype, network, tmp_path):
+        state = {**network.state_dict(), "bn_1.weight": torch.ones(16, dtype=dtype)}
+        refuse(
+            write(tmp_path / "a.pt", network, state_dict=state), f"bn_1.weight holds numbers of {dtype}, expected torch.float32"
+        )
+
+    def test_numbers_that_are_too_large_for_the_network(self, network, tmp_path):
+        state = {**network.state_dict(), "bn_1.weight": torch.full((16,), 1e300, dtype=torch.float64)}
+        refuse(write(tmp_path / "a.pt", network, state_dict=state), "bn_1.weight holds NaN or infinite numbers")
+
+    def test_negative_variances(self, network, tmp_path):
+        state = {**network.state_dict(), "bn_1.running_var": torch.full((16,), -0.5)}
+        refuse(write(tmp_path / "a.pt", network, state_dict=state), "bn_1.running_var holds a negative variance, -0.5")
+
+    @pytest.mark.parametrize("versions", [3, {1: {}}, {"": 3}, {"": {"version": "x"}}])
+    def test_versions_of_modules_that_are_none_do_not_count(self, versions, network, tmp_path):
+        state = network.state_dict()
+        state._metadata = versions
+        torch.save(state, tmp_path / "a.pt")
+        assert load_network(tmp_path / "a.pt", flag="--t-path", model="resnet20").num_classes == 7
+
+    def test_methods_of_a_mapping_that_are_none(self, network, tmp_path):
+        state = network.state_dict()
+        state.values = 3
+        torch.save(state, tmp_path / "a.pt")
+        refuse(tmp_path / "a.pt", "refused, a mapping has attributes of its own", model="resnet20")
+
+    @pytest.mark.parametrize("name", ["x" * 10**5, "a\nb", "\x1b[2J", "\ud800"])
+    def test_long_and_unprintable_names(self, name, network, tmp_path):
+        with pytest.raises(UserError) as raised:
+            load_network(write(tmp_path / "a.pt", network, model=name), flag="")
+        known = str(raised.value).index(", known are")
+        assert known < len(str(tmp_path)) + 250
+        assert str(raised.value).isprintable()
+        state = {name + str(number): torch.zeros(7) for number in range(9)}
+        with pytest.raises(UserError) as raised:
+            load_network(write(tmp_path / "a.pt", network, state_dict=state), flag="")
+        assert len(str(raised.value)) < len(str(tmp_path)) + 300
+        assert str(raised.value).isprintable()
+
+    def test_a_small_file_of_a_network_with_very_many_classes(self, network, tmp_path):
+        state = {"fc3.bias": torch.zeros(300_000)}
+        path = write(tmp_path / "a.pt", network, model="alexnet", state_dict=state, num_classes=300_000)
+        refuse(path, "its alexnet with 300000 classes would take ")
 
     def test_says_how_many_more_differ(self, network, tmp_path):
         refuse(write(tmp_path / "a.pt", network, state_dict={"a": torch.zeros(7)}), "and ", " more")

@@ -1,16 +1,20 @@
 """A damaged or forged archive is refused in one line, in little time and memory, and never read as another network."""
 
+import os
 import random
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from archives import IMAGES, KEPT, TEST_MODELS, edited, network_of, rehashed
+from bounded import run_bounded
 from safetensors.numpy import load, save
 
 from models import MODELS
-from quantize.archive import differing_tensors, load_archive, save_archive
+from quantize.archive import differing_tensors, is_archive, load_archive, save_archive
+from utils.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,7 +131,8 @@ def test_forging_by_the_helper_is_otherwise_faithful(tiny, tmp_path):
         ({"model": "resnet57"}, "network 'resnet57', known are alexnet"),
         ({"model": ["tiny"]}, "network"),
         ({"model": "small"}, "section 'kept'"),
-        ({"num_classes": 10**15}, "classes do not fit"),
+        ({"num_classes": 10**15}, "has 1000000000000000 classes, at most 1,048,576 are read"),
+        ({"num_classes": 10**6}, "classes do not fit"),
         ({"num_classes": 0}, "0 classes"),
         ({"num_classes": -4}, "-4 classes"),
         ({"class_names": ["a"] * 5}, "it names 5 classes, but has 4"),
@@ -240,3 +245,37 @@ def test_a_forged_number_of_classes_costs_no_memory(tiny, tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def many_classes(path):
+    """The message, and the seconds of this process's own time that it took to refuse the file."""
+    start = time.process_time()
+    with pytest.raises(UserError) as error:
+        load_archive(path)
+    return str(error.value), time.process_time() - start
+
+
+@pytest.mark.parametrize("classes", [16_000_000, 2**20])
+def test_an_archive_with_millions_of_classes_is_refused_in_a_second_and_500_megabytes(classes, tmp_path):
+    """Its bytes of biases are enough for them, and one of its layers is said to be narrow, so that it is put together anew."""
+    data, network = archive_bytes(network_of("small"), tmp_path / "model.huff", model="small")
+    layers = np.array([name == "conv_1_3x3" for name, module in network.named_modules() if hasattr(module, "weight")])
+    kept = np.packbits(np.concatenate([layers, np.ones(16, bool)]))
+    forged = edited(
+        data,
+        description={"num_classes": classes, "model": "small"},
+        sections={"kept": kept, "uncoded": np.zeros(2 * classes, U8)},
+    )
+    (tmp_path / "model.huff").write_bytes(forged)
+    message, seconds = run_bounded(many_classes, tmp_path / "model.huff")
+    assert ("has 16000000 classes" if classes > 2**20 else "cannot hold 67108864 symbols") in message
+    assert seconds < 1
+
+
+def test_a_pipe_and_a_device_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        assert not is_archive(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: is no ordinary file but a {name}"):
+            load_archive(tmp_path / name)
