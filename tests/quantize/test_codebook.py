@@ -12,6 +12,7 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 import quantize.codebook
+from models.cifar_resnet import CifarResNet
 from quantize.codebook import bake_weights, find_codebook, layer_bits, share_weights
 
 
@@ -34,7 +35,25 @@ def test_clusters_are_those_of_scikit_learn(bits, monkeypatch):
     reference = KMeans(2**bits, init=start, n_init=1, algorithm="lloyd", tol=0).fit(values[:, None])
     codebook, index = find_codebook(values, bits)
     np.testing.assert_allclose(codebook, np.sort(reference.cluster_centers_[:, 0]), atol=1e-5)
-    assert np.square(codebook[index - 1] - values).sum() == pytest.approx(reference.inertia_, rel=1e-4)
+    assert inertia(values, codebook, index) == pytest.approx(reference.inertia_, rel=1e-4)
+
+
+def inertia(values, codebook, index):
+    return np.square(codebook[index - 1] - values).sum()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_empty_clusters_begin_anew_as_those_of_scikit_learn(seed):
+    """The stem of ResNet-20 has few weights for 64 values on a line, and many of them begin without any weight."""
+    torch.manual_seed(seed)
+    values = CifarResNet(depth=20, num_classes=10).conv_1_3x3.weight.detach().double().numpy().ravel()
+    start = np.linspace(values.min(), values.max(), 64)[:, None]
+    reference = KMeans(64, init=start, n_init=1, algorithm="lloyd").fit(values[:, None])
+    codebook, index = find_codebook(values, 6)
+    assert codebook.size == 64
+    # Not the same bits: of two values equally far the one or the other goes first. Centroids here are means, there nearly so.
+    assert inertia(values, codebook, index) <= reference.inertia_ * (1 + 1e-9)
+    assert inertia(values, codebook, index) == pytest.approx(reference.inertia_, rel=0.01)
 
 
 def test_a_cluster_that_loses_its_weights_begins_anew_far_from_the_others():
