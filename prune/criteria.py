@@ -8,6 +8,7 @@ its scores are rounded to float32 afterwards, so that the same weights rank alik
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class Criterion:
     ) -> Tensor:
         """Scores (F,) of the filters of `weight` (F, C, kH, kW), on its device, in its dtype but at least float32.
 
-        `grad` has the shape of `weight`. Raises UserError where it is needed and not given.
+        `grad` has the shape of `weight`. Raises UserError where it is needed and not given, and unless the scores are F finite
+        numbers: what else a new criterion may return would prune something all the same.
         """
         if self.needs_gradient and (grad is None or grad.shape != weight.shape):
             given = "none" if grad is None else f"one of shape {tuple(grad.shape)}"
@@ -53,7 +55,20 @@ class Criterion:
             "gm_distance": gm_distance,
         }
         scores = self.score(weight.double(), **{name: available[name] for name in self.inputs})
-        return scores.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        self._check_form(scores, filters=len(weight))
+        scores = scores.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        if not scores.isfinite().all():
+            raise UserError(f"{self.name} gives scores that are not finite: are the weights NaN or infinite?")
+        return scores
+
+    def _check_form(self, scores: Any, *, filters: int) -> None:
+        expected = f"expected one finite number a filter, ({filters},)"
+        if not isinstance(scores, Tensor):
+            raise UserError(f"{self.name} gives a {type(scores).__name__} as scores, {expected}")
+        if scores.shape != (filters,):
+            raise UserError(f"{self.name} gives scores of shape {tuple(scores.shape)}, {expected}")
+        if scores.is_complex() or scores.dtype == torch.bool:
+            raise UserError(f"{self.name} gives scores of type {scores.dtype}, {expected}")
 
 
 CRITERIA: dict[str, Criterion] = {}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.conv_norm import conv_norm_pairs
 from prune.criteria import CRITERIA
-from utils.errors import UserError
+from utils.errors import UserError, naming
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +104,8 @@ def choose_filters(
     kept = {}
     for layer in layers:
         gradient = gradients.get(layer.name) if gradients else None
-        scores = score(layer.conv.weight, gradient, gamma=gamma, generator=generator, gm_distance=gm_distance).cpu()
-        if not scores.isfinite().all():
-            raise UserError(f"{layer.name}: {criterion} gives scores that are not finite: are the weights NaN or infinite?")
+        with naming(layer.name):
+            scores = score(layer.conv.weight, gradient, gamma=gamma, generator=generator, gm_distance=gm_distance).cpu()
         kept[layer.name] = _highest(scores, ratios[layer.name], groups=layer.conv.groups, multiple=multiple)
     return kept
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from models.network_file import load_network
+from prune.criteria import CRITERIA, Criterion
 from prune.masks import keep_count, prunable_layers
+from utils.files import load_checkpoint, save_checkpoint
 
 TINY = ["--n-epochs", "2", "--limit-batches", "2", "--batch-size", "32", "--schedule", "--device", "cpu", "--prune-rates", "0.6"]
 
@@ -105,3 +107,57 @@ def test_excluded_layers_and_multiples(prune):
     kept = {name: len(layer["kept"]) for name, layer in json.loads((folder / "kept_filters.json").read_text()).items()}
     assert kept["conv_1_3x3"] == 16
     assert {count for name, count in kept.items() if name.startswith("stage_")} == {8, 16, 40}
+
+
+def test_a_criterion_without_one_score_a_filter_ends_the_run_before_anything_is_pruned(
+    trained_run, tmp_path, run_script, monkeypatch
+):
+    monkeypatch.setitem(CRITERIA, "filter-new", Criterion("filter-new", lambda weight: weight.abs().sum(1), frozenset()))
+    teacher = ["--t-path", str(trained_run / "model_best.pt"), "--s-copy-t", "--prune-mode", "filter-new"]
+    ended = run_script("pruning", *teacher, *TINY, "--save-dir", str(tmp_path), "--run-name", "run")
+    assert ended.status == 2
+    assert ended.errors.strip().endswith(
+        "conv_1_3x3: filter-new gives scores of shape (16, 3, 3), expected one finite number a filter, (16,)"
+    )
+    assert not list(tmp_path.glob("run/*.pt"))
+
+
+def old_soft_state(folder: Path) -> None:
+    """Turns the saved state of a soft pruning into one of the version that cleared BN biases, and nothing before epoch 0."""
+    checkpoint = load_checkpoint(folder / "model_last.pt")
+    hooks = checkpoint["resume"]["hooks"]
+    hooks["just_pruned"] = hooks.pop("just_cleared")
+    save_checkpoint(folder / "model_last.pt", checkpoint)
+
+
+def test_a_soft_pruning_of_an_older_version_does_not_go_on_as_another_method(prune, run_script):
+    folder = prune("--prune-mode", "filter-l2", "--soft-prune")
+    old_soft_state(folder)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+    ended = run_script("pruning", "--resume", str(folder), "--n-epochs", "3")
+    assert ended.status == 2
+    assert f"--resume {folder}: an older version began it, whose soft pruning was another method; start it anew" in ended.errors
+    assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
+
+
+def test_recalibrated_statistics_are_in_every_file_and_training_does_not_see_them(prune):
+    method = ("--prune-mode", "filter-l2", "--soft-prune")
+    plain, recalibrated = prune(*method, name="plain"), prune(*method, "--recalibrate-bn", "2", name="recalibrated")
+    lines = [metrics_of(folder) for folder in (plain, recalibrated)]
+    assert [line["loss"] for line in lines[0][::2]] == [line["loss"] for line in lines[1][::2]]
+    assert all(first["loss"] != second["loss"] for first, second in zip(lines[0][1::2], lines[1][1::2], strict=True))
+    for name in ("model_last.pt", "model_best.pt", "model_compact.pt"):
+        states = [load_checkpoint(folder / name) for folder in (plain, recalibrated)]
+        assert states[1]["state_dict"]["bn_1.num_batches_tracked"] == 2
+        assert not torch.equal(*(state["state_dict"]["bn_1.running_mean"] for state in states))
+    states = [load_checkpoint(folder / "model_last.pt")["resume"]["objective"] for folder in (plain, recalibrated)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    scores = [json.loads((folder / "before_training.json").read_text())["pruned"]["loss"] for folder in (plain, recalibrated)]
+    assert scores[0] != scores[1]
+
+
+def test_hard_pruning_is_recalibrated_in_either_form(prune):
+    method = ("--prune-mode", "filter-gm", "--recalibrate-bn", "1")
+    for form in ("masked", "compact"):
+        state = load_checkpoint(prune(*method, "--train-form", form, name=form) / "model_best.pt")["state_dict"]
+        assert state["bn_1.num_batches_tracked"] == 1

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from prune.criteria import CRITERIA, criterion
+import prune.criteria
+from prune.criteria import CRITERIA, Criterion, criterion
 from utils.errors import UserError
 
 
@@ -148,3 +149,28 @@ def test_bad_options_are_named(options, message):
 def test_a_missing_or_misshapen_gradient_is_named(grad):
     with pytest.raises(UserError, match=r"filter-nggm needs a gradient of the weight's shape \(3, 2, 1, 1\)"):
         CRITERIA["filter-nggm"](draw(3, 2, 1, 1), grad)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda weight: weight.abs().sum(1), r"scores of shape \(4, 3, 3\), expected one finite number a filter, \(4,\)"),
+        (lambda weight: weight.sum(), r"scores of shape \(\), expected one"),
+        (lambda weight: weight.flatten(1).sum(1)[:3], r"scores of shape \(3,\), expected one"),
+        (lambda weight: weight.flatten(1).sum(1, keepdim=True), r"scores of shape \(4, 1\), expected one"),
+        (lambda weight: weight.flatten(1).sum(1).tolist(), "a list as scores, expected one"),
+        (lambda weight: weight.flatten(1).sum(1) > 0, "scores of type torch.bool, expected one"),
+        (lambda weight: torch.view_as_complex(weight.flatten(1)[:, :2].contiguous()), "scores of type torch.complex128"),
+        (lambda weight: weight.flatten(1).sum(1).sub(100).log(), "scores that are not finite"),
+        (lambda weight: weight.flatten(1).abs().sum(1) * 1e300, "scores that are not finite"),
+    ],
+)
+def test_scores_that_are_not_one_finite_number_a_filter_are_refused_by_name(score, message, monkeypatch):
+    monkeypatch.setattr("prune.criteria.CRITERIA", {})
+    criterion("filter-new")(score)
+    with pytest.raises(UserError, match=f"^filter-new gives {message}"):
+        prune.criteria.CRITERIA["filter-new"](draw(4, 2, 3, 3))
+
+
+def test_whole_numbers_are_scores():
+    assert Criterion("filter-new", lambda weight: torch.arange(4), frozenset())(draw(4, 2, 3, 3)).tolist() == [0, 1, 2, 3]
