@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models import MODELS
+from models import check_model
 from models.narrow import NarrowNetwork, narrow
 from models.network_file import NetworkFile, as_dense, load_network
 from prune.compact import TOLERANCE, check_pruned_zeros, compact, relative_difference
@@ -27,7 +27,8 @@ SCRIPT = "export.py"
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog=SCRIPT, description="Write the small network of a checkpoint in a form that others run.")
     parser.add_argument("--load-path", metavar="FILE", help="checkpoint: dense, pruned or compact")
-    parser.add_argument("--model", choices=MODELS, help="its network (default: the one that its file names)")
+    parser.add_argument("--model", type=cli.checked(check_model), metavar="NAME",
+                        help="its network (default: the one that its file names, unless that is FILE.py:FUNCTION)")  # fmt: skip
     parser.add_argument("--format", default="onnx", choices=EXPORTERS, help="what to write")
     parser.add_argument("--output", metavar="FILE", help="the file to write")
     parser.add_argument("--force", action="store_true", help="replace an existing --output")

@@ -3,7 +3,7 @@
 import argparse
 from functools import partial
 
-from models import MODELS, PRETRAINED_MODELS, build_model
+from models import NAMES, build_model, check_model
 from models.network_file import describe_network, load_network
 from utils import cli, setup
 from utils.data import ImageData
@@ -19,9 +19,9 @@ SCRIPT = "initial_train.py"
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog=SCRIPT, description="Train a network.")
-    parser.add_argument("--model", choices=MODELS, help="the network")
+    parser.add_argument("--model", type=cli.checked(check_model), metavar="NAME", help=f"the network: {NAMES}")
     parser.add_argument(
-        "--pretrained", action="store_true", help=f"start from ImageNet weights: {', '.join(sorted(PRETRAINED_MODELS))}"
+        "--pretrained", action="store_true", help="start from the weights that torchvision or timm publish for it"
     )
     parser.add_argument("--load-path", metavar="FILE", help="checkpoint that --evaluate scores")
     cli.add_data_flags(parser)

@@ -12,7 +12,7 @@ from torch import nn
 
 from distill import DISTILLERS, distiller_options
 from distill.objective import DistillationObjective, build_objective, check_losses
-from models import MODELS, build_model
+from models import NAMES, build_model, check_model
 from models.network_file import NetworkFile, as_dense, load_network
 from prune.choice import FilterChoice
 from prune.compact import check_pruned_zeros, compact
@@ -44,9 +44,10 @@ SCRIPT = "pruning.py"
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog=SCRIPT, description="Prune the filters of a network and fine-tune it with distillation.")
     networks = parser.add_argument_group("networks")
-    networks.add_argument("--t-model", choices=MODELS, help="the teacher: the unpruned network")
+    networks.add_argument("--t-model", type=cli.checked(check_model), metavar="NAME", help=f"the teacher, unpruned: {NAMES}")
     networks.add_argument("--t-path", metavar="FILE", help="checkpoint of the teacher")
-    networks.add_argument("--s-model", choices=MODELS, help="the student: the network that is pruned (default: --t-model)")
+    networks.add_argument("--s-model", type=cli.checked(check_model), metavar="NAME",
+                          help="the student: the network that is pruned (default: --t-model)")  # fmt: skip
     networks.add_argument("--s-path", metavar="FILE", help="checkpoint of the student (default: new weights)")
     networks.add_argument("--s-copy-t", action="store_true", help="the student starts as a copy of the teacher")
     pruning = parser.add_argument_group("pruning")
@@ -134,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     leave()  # the rest is for the main process alone
     if world.is_main:
         head = setup.summary_head(args, SCRIPT, run)
-        finish(run, result, data=data.alone(), config=setup.flags_of(args), head=head)
+        finish(run, result, model=student.model, data=data.alone(), config=setup.flags_of(args), head=head)
     run.close()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import MODELS
+from models import check_model
 from models.modes import evaluating
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, describe_network, load_network
@@ -38,7 +38,8 @@ SHORT_MODES = tuple(mode.removesuffix("-quan") for mode in QUAN_MODES)
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog=SCRIPT, description="Quantize a network by shared weights and encode it into one file.")
     network = parser.add_argument_group("network")
-    network.add_argument("--model", choices=MODELS, help="the network (default: the one that its file names)")
+    network.add_argument("--model", type=cli.checked(check_model), metavar="NAME",
+                         help="the network (default: the one that its file names, unless that is FILE.py:FUNCTION)")  # fmt: skip
     network.add_argument(
         "--load-path", metavar="FILE", help="its checkpoint: dense, pruned or compact; for --evaluate also an archive"
     )
@@ -62,9 +63,9 @@ def get_args_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> None:
     check_flags(args)
     if args.inspect is not None:
-        return inspect(args.inspect)
+        return inspect(args)
     if args.decode is not None:
-        return decode(args.decode, args.output, force=args.force)
+        return decode(args)
 
     device, world = setup.prepare(args)
     state, fallback = read_state(args.resume) if args.resume else (None, None)
@@ -172,14 +173,14 @@ def describe_compact(network: nn.Module, *, model: str, num_classes: int, config
 
 def encode(args: argparse.Namespace, run: Run, result: dict[str, Any], data: ImageData) -> None:
     """Encodes the best network, proves that it decodes to the same bits, and leaves archive, small checkpoint and summary."""
-    best = load_network(run.folder / BEST, flag="--save-dir")
+    best = load_network(run.folder / BEST, flag="--save-dir", model=args.model)
     dense = setup.to_device(best.network, data.device)
     small = setup.to_device(without_zeros(dense, data), data.device)
     identity = {"model": best.model, "num_classes": best.num_classes}
     description = describe_compact(small, **identity, config=setup.flags_of(args))
     run.save(COMPACT, {**description, "epoch": result["best"]["epoch"], "metrics": result["best"]})
     report = save_archive(run.folder / ARCHIVE, small, **identity)
-    decoded = setup.to_device(load_archive(run.folder / ARCHIVE), data.device)
+    decoded = setup.to_device(load_archive(run.folder / ARCHIVE, model=args.model), data.device)
     check_identical(small, decoded, data)
     scores = {**read_json(run.folder / BEFORE_TRAINING), "fine_tuned": evaluate(small, data), "decoded": evaluate(decoded, data)}
     sizes = compare_networks(dense, small, data.example[:1], files=(run.folder / BEST, run.folder / COMPACT))
@@ -209,21 +210,21 @@ def log_result(run: Run, report: ArchiveReport, *, scores: Mapping[str, Any], si
     run.log(f"done -> {run.folder / ARCHIVE}")
 
 
-def inspect(path: str) -> None:
-    """Prints where the bytes of an archive go."""
-    _, report = read_flagged(path, flag="--inspect")
-    print(f"{path}: {report.model}, {report.num_classes} classes")
+def inspect(args: argparse.Namespace) -> None:
+    """Prints where the bytes of the archive in --inspect go."""
+    _, report = read_flagged(args.inspect, flag="--inspect", model=args.model)
+    print(f"{args.inspect}: {report.model}, {report.num_classes} classes")
     print("\n".join(report.lines()))
 
 
-def decode(path: str, output: str, *, force: bool) -> None:
-    """Writes the network of an archive as a checkpoint."""
-    if Path(output).exists() and not force:
-        raise UserError(f"--output {output}: exists already, choose another name or give --force")
-    network, report = read_flagged(path, flag="--decode")
-    config = {"decoded_from": Path(path).name}
-    save_checkpoint(output, describe_compact(network, model=report.model, num_classes=report.num_classes, config=config))
-    print(f"{path}: {report.model}, {report.num_classes} classes -> {output}")
+def decode(args: argparse.Namespace) -> None:
+    """Writes the network of the archive in --decode as a checkpoint."""
+    if Path(args.output).exists() and not args.force:
+        raise UserError(f"--output {args.output}: exists already, choose another name or give --force")
+    network, report = read_flagged(args.decode, flag="--decode", model=args.model)
+    config = {"decoded_from": Path(args.decode).name}
+    save_checkpoint(args.output, describe_compact(network, model=report.model, num_classes=report.num_classes, config=config))
+    print(f"{args.decode}: {report.model}, {report.num_classes} classes -> {args.output}")
 
 
 def score(args: argparse.Namespace, data: ImageData) -> None:
@@ -232,19 +233,17 @@ def score(args: argparse.Namespace, data: ImageData) -> None:
         file = load_checked(args, data)
         return setup.print_score(file.model, data, evaluate(file.network, data, amp=args.amp))
     origin = f"--load-path {args.load_path}"
-    network, report = read_flagged(args.load_path, flag="--load-path")
-    if args.model not in (None, report.model):
-        raise UserError(f"{origin}: holds a {report.model}, not the {args.model} of --model")
+    network, report = read_flagged(args.load_path, flag="--load-path", model=args.model)
     setup.check_classes(report.num_classes, data, origin=origin)
     network = setup.to_device(network, data.device)
     setup.check_images(network, data, origin=origin)
     setup.print_score(report.model, data, evaluate(network, data, amp=args.amp))
 
 
-def read_flagged(path: str, *, flag: str) -> tuple[nn.Module, ArchiveReport]:
-    """`read_archive` of the file that `flag` names."""
+def read_flagged(path: str, *, flag: str, model: str | None) -> tuple[nn.Module, ArchiveReport]:
+    """`read_archive` of the file that `flag` names, which holds the `model` of --model where that is given."""
     try:
-        return read_archive(path)
+        return read_archive(path, model=model)
     except UserError as error:
         raise UserError(f"{flag} {error}") from error
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from models import check_model
 from reporting.attention import attention_pictures
 from reporting.gather import gather
 from reporting.page import Picture
@@ -38,11 +39,14 @@ def get_args_parser() -> cli.Parser:
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="where the dataset for --attention is (default: as its run says)"
     )
+    for role, name in (("teacher", "t_model"), ("student", "s_model")):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=cli.checked(check_model), metavar="NAME",
+                            help=f"the {role} of --attention, where its run names a Python file")  # fmt: skip
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    for name in ("images", "data_dir"):
+    for name in ("images", "data_dir", "t_model", "s_model"):
         if getattr(args, name) is not None and args.attention is None:
             raise UserError(f"--{name.replace('_', '-')}: belongs to --attention RUN, which is not given")
     if args.pictures is not None and args.collect is not None:
@@ -65,7 +69,9 @@ def main(args: argparse.Namespace) -> None:
 def draw_attention(args: argparse.Namespace) -> list[Picture]:
     if args.attention is None:
         return []
-    return attention_pictures(args.attention, images=args.images, data_dir=args.data_dir)
+    return attention_pictures(
+        args.attention, images=args.images, data_dir=args.data_dir, t_model=args.t_model, s_model=args.s_model
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from torchvision.models import ResNet, get_model_weights
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models.outputs import Outputs
-from utils.errors import UserError
+from models.sources import torchvision_weights
 
 _BLOCKS = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -43,16 +43,8 @@ def build_imagenet_resnet(name: str, *, num_classes: int, pretrained: bool = Fal
     block, layers = _BLOCKS[name]
     model = ImageNetResNet(block, layers, num_classes=num_classes)
     if pretrained:
-        state = _published_weights(name)
+        state = torchvision_weights(name, get_model_weights(name).DEFAULT)
         if num_classes != IMAGENET_CLASSES:
             state = {key: value for key, value in state.items() if not key.startswith("fc.")}
         model.load_state_dict(state, strict=num_classes == IMAGENET_CLASSES)
     return model
-
-
-def _published_weights(name: str) -> dict[str, Tensor]:
-    weights = get_model_weights(name).DEFAULT
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:
-        raise UserError(f"--pretrained: the weights of {name} could not be downloaded from {weights.url}: {error}") from error

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import MODELS, build_model
+from models import NAMES, build_model, build_on_meta, check_model, trusted_model
 from models.narrow import narrow
 from utils.errors import UserError, naming, printable, shown
 from utils.files import FORMAT, load_checkpoint
@@ -75,17 +75,18 @@ def describe_network(
 def load_network(path: str | os.PathLike, *, flag: str, model: str | None = None, model_flag: str = "--model") -> NetworkFile:
     """Reads `path`, named by `flag`, and builds its network on the CPU, in eval mode.
 
-    A file that does not say which network it holds, such as a bare state_dict, needs `model`. Raises UserError for a file
-    that cannot be read, has a newer format, or whose network, names or shapes are not those of `model` or of its own name.
+    A file that does not say which network it holds, such as a bare state_dict, needs `model`, from `model_flag`. So does one
+    that names a Python file: code runs because somebody typed its name, never because a checkpoint says so. Raises UserError
+    for a file that cannot be read, has a newer format, or whose network, names or shapes are not those of `model` or of its
+    own name.
     """
     checkpoint = load_checkpoint(path, flag=flag)
     origin = f"{flag} {path}"
     if "format" not in checkpoint:
         return _load_bare(checkpoint, origin, model, model_flag)
     name, num_classes, state, kept = _checked_fields(checkpoint, origin)
-    if model is not None and model != name:
-        raise UserError(f"{origin}: holds a {name}, not the {model} of {model_flag}")
     with naming(origin):
+        name = trusted_model(name, model, model_flag=model_flag)
         images = read_image_spec(checkpoint, num_classes=num_classes)
     compact = checkpoint.get("compact", False)
     network = _build(name, num_classes, state, origin)
@@ -111,8 +112,8 @@ def _checked_fields(checkpoint: Mapping[str, Any], origin: str) -> tuple[str, in
     if type(version) is not int or version != FORMAT:
         raise UserError(f"{origin}: checkpoint format {shown(version)} is none that this version reads ({FORMAT})")
     name, num_classes = checkpoint.get("model"), checkpoint.get("num_classes")
-    if not isinstance(name, str) or name not in MODELS:
-        raise UserError(f"{origin}: holds a network {shown(name)}, known are {', '.join(MODELS)}")
+    if not isinstance(name, str):
+        raise UserError(f"{origin}: holds a network {shown(name)}, expected {NAMES}")
     state = _checked_state(checkpoint.get("state_dict"), origin)
     # a wrong number must not become an allocation without bounds
     if type(num_classes) is not int or not 1 <= num_classes <= _most_rows(state):
@@ -170,8 +171,7 @@ def _most_rows(state: Mapping[str, Tensor]) -> int:
 
 def _build(name: str, num_classes: int, state: Mapping[str, Tensor], origin: str) -> nn.Module:
     """The network at full width, once it is known that it is in proportion to what the file holds."""
-    with torch.device("meta"):
-        claimed = sum(value.nbytes for value in build_model(name, num_classes=num_classes).state_dict().values())
+    claimed = sum(value.nbytes for value in build_on_meta(name, num_classes=num_classes).state_dict().values())
     held = sum(value.nbytes for value in state.values())
     if claimed > max(MODEST_BYTES, MAX_GROWTH * held):
         raise UserError(
@@ -192,10 +192,11 @@ def _load_bare(checkpoint: Mapping[str, Any], origin: str, model: str | None, mo
     state = _checked_state(checkpoint.get("state_dict", checkpoint), origin)
     if model is None:
         raise UserError(f"{origin}: does not say which network it holds; name it with {model_flag}")
-    if model not in MODELS:
-        raise UserError(f"{model_flag} {model}: unknown, choose from {', '.join(MODELS)}")
+    with naming(model_flag):
+        check_model(model)
     state = with_versions({name.removeprefix("module."): value for name, value in state.items()}, like=state, without="module.")
-    classifiers = [value for value in state.values() if value.ndim == 2]
+    weights = [value for value in state.values() if value.ndim >= 2]
+    classifiers = [value for value in weights if value.ndim == 2] or weights[-1:]  # or a convolution
     if not classifiers:
         raise UserError(f"{origin}: holds no linear layer, so it is no {model}")
     num_classes = len(classifiers[-1])

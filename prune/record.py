@@ -80,12 +80,15 @@ def describe_pruned(
     return describe_network(state, model=file.model, num_classes=file.num_classes, config=config, kept=live)
 
 
-def finish(run: Run, result: Mapping[str, Any], *, data: ImageData, config: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+def finish(
+    run: Run, result: Mapping[str, Any], *, model: str, data: ImageData, config: Mapping[str, Any], head: Mapping[str, Any]
+) -> None:
     """Removes the pruned filters of the best network, proves that nothing changed, and leaves small network and summary.
 
-    `result` is what the training returned, `head` what the summary begins with. For the main process alone.
+    `result` is what the training returned, `model` the network's name, `head` what the summary begins with. For the main
+    process alone.
     """
-    best = load_network(run.folder / BEST, flag="--save-dir")
+    best = load_network(run.folder / BEST, flag="--save-dir", model=model)
     dense = setup.to_device(best.network, data.device)
     small = compact(dense, data.example)
     difference = relative_difference(dense, small, (batch.images for batch in data.test_batches()))

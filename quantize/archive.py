@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import MODELS, build_model
+from models import MODELS, build_model, build_on_meta, trusted_model
 from models.channel_flow import output_channels
 from models.narrow import narrow
 from models.network_file import with_versions
@@ -53,12 +53,13 @@ def save_archive(
 ) -> ArchiveReport:
     """Writes `network`, dense or narrow, to `path`, atomically, and says where the bytes went.
 
-    `model` is its name in `models.MODELS`; `images` goes into the archive where it is known. Raises UserError if the network
-    is not that model with so many classes (shared weights have to be baked first) or if the file cannot be written.
+    `model` is its name, as `models.build_model` takes it; `images` goes into the archive where it is known. Raises UserError
+    if the network is not that model with so many classes (shared weights have to be baked first) or if the file cannot be
+    written.
     """
     if num_classes > MAX_CLASSES:
         raise UserError(f"cannot archive a network with {num_classes} classes, at most {MAX_CLASSES:,} are read back")
-    dense = _dense_on_meta(model, num_classes)
+    dense = build_on_meta(model, num_classes=num_classes)
     kept = dict(getattr(network, "kept", {}))
     expected = (narrow(dense, kept) if kept else dense).state_dict()
     state = network.state_dict()
@@ -78,20 +79,21 @@ def save_archive(
     return _report(description, dense, state, coded, file_bytes=len(data), images=images)
 
 
-def load_archive(path: str | os.PathLike) -> nn.Module:
+def load_archive(path: str | os.PathLike, *, model: str | None = None) -> nn.Module:
     """The network of an archive, on the CPU, in eval mode, each tensor bit for bit what was saved.
 
-    Raises UserError, in one line, for a file that is missing, damaged in any way, of a newer format, or that describes
-    what no network of this program is; memory stays in proportion to the file and its network.
+    `model` says which network it must hold. An archive of a network from a Python file needs it, for no code runs because a
+    file names it. Raises UserError, in one line, for a file that is missing, damaged in any way, of a newer format, or that
+    describes what no network of this program is; memory stays in proportion to the file and its network.
     """
-    return read_archive(path)[0]
+    return read_archive(path, model=model)[0]
 
 
-def read_archive(path: str | os.PathLike) -> tuple[nn.Module, ArchiveReport]:
+def read_archive(path: str | os.PathLike, *, model: str | None = None) -> tuple[nn.Module, ArchiveReport]:
     """`load_archive`, and where the bytes of the file go; the report names the model and its classes."""
     try:
         with open_regular(path) as file:
-            return _read(file.read())
+            return _read(file.read(), model)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UserError as error:
@@ -190,13 +192,15 @@ class _Cursor:
             raise UserError(f"damaged, section {self.section!r} has {left} bytes more than the network needs")
 
 
-def _read(data: bytes) -> tuple[nn.Module, ArchiveReport]:
+def _read(data: bytes, model: str | None) -> tuple[nn.Module, ArchiveReport]:
     description = read_description(data)
     _check_format(description)
     sections = unpack_sections(data, description)
     _check_description(description, sections)
     images = read_image_spec(description, num_classes=description["num_classes"])
-    dense = _dense_on_meta(description["model"], description["num_classes"])
+    description = {**description, "model": trusted_model(description["model"], model)}
+    name, num_classes = description["model"], description["num_classes"]
+    dense = build_on_meta(name, num_classes=num_classes)
     kept = _unpack_kept(dense, sections["kept"])
     network = narrow(dense, kept) if kept else dense
     cursors = {name: _Cursor(sections[name], name) for name in SECTIONS if name != "kept"}
@@ -207,6 +211,9 @@ def _read(data: bytes) -> tuple[nn.Module, ArchiveReport]:
     for cursor in cursors.values():
         cursor.finish()
     report = _report(description, dense, state, coded, file_bytes=len(data), images=images)
+    if name not in MODELS:  # it may hold tensors that are not in its state, which now cost no more than the file
+        dense = build_model(name, num_classes=num_classes)
+        network = narrow(dense, kept) if kept else dense
     network.load_state_dict(with_versions(state, like=expected), assign=True)
     return network.eval(), report
 
@@ -227,8 +234,8 @@ def _check_description(description: Mapping[str, Any], sections: Mapping[str, by
     images = FIELDS if description["format"] > PLAIN_FORMAT else ()
     if set(description) != {"format", "model", "num_classes", "dtypes", "sha256", *images}:
         raise UserError(f"damaged, its description names {printable(', '.join(description))}")
-    if description["model"] not in list(MODELS):  # a list takes what cannot be hashed
-        raise UserError(f"holds a network {shown(description['model'], SHOWN_VALUE)}, known are {', '.join(MODELS)}")
+    if not isinstance(description["model"], str):
+        raise UserError(f"damaged, its network is {shown(description['model'], SHOWN_VALUE)}, expected a name")
     classes = description["num_classes"]
     if type(classes) is int and classes > MAX_CLASSES:
         raise UserError(f"has {shown(classes, SHOWN_VALUE)} classes, at most {MAX_CLASSES:,} are read")
@@ -277,12 +284,6 @@ def _is_float_position(position: Any, dtypes: Sequence[torch.dtype]) -> bool:
 
 
 # ---- both ways ---------------------------------------------------------------------------------------------------------
-
-
-def _dense_on_meta(model: str, num_classes: int) -> nn.Module:
-    """The architecture without memory for its values, which costs nothing however large a file says it is."""
-    with torch.device("meta"):
-        return build_model(model, num_classes=num_classes)
 
 
 def _packed_bytes(bits: int) -> int:

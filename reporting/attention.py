@@ -25,6 +25,7 @@ from utils.data import ImageData
 from utils.datasets import Dataset, load_dataset
 from utils.errors import UserError
 from utils.files import read_json
+from utils.python_file import names_function
 from utils.run_folder import BEST, CONFIG
 
 MAPS = "magma"
@@ -46,13 +47,21 @@ class Pair:
     hap_ts: int
 
 
-def attention_pictures(folder: Path, *, images: Sequence[int] | None = None, data_dir: Path | None = None) -> list[Picture]:
+def attention_pictures(
+    folder: Path,
+    *,
+    images: Sequence[int] | None = None,
+    data_dir: Path | None = None,
+    t_model: str | None = None,
+    s_model: str | None = None,
+) -> list[Picture]:
     """Attention maps and similarity matrices of the pruning run in `folder`, teacher beside student.
 
     `images` are positions in the test set, by default the first image of each of the first classes; `data_dir` is where
-    the dataset is now. Raises UserError for a folder that is no pruning run with a teacher, or without its checkpoints.
+    the dataset is now; `t_model` and `s_model` name the networks where the run names Python files, whose code never runs for
+    that. Raises UserError for a folder that is no pruning run with a teacher, or without its checkpoints.
     """
-    pair = load_pair(folder, data_dir=data_dir)
+    pair = load_pair(folder, data_dir=data_dir, t_model=t_model, s_model=s_model)
     with matplotlib.rc_context(LOOK):
         maps = _draw_maps(pair, images)
         similarities = _draw_similarities(pair)
@@ -74,11 +83,14 @@ def attention_pictures(folder: Path, *, images: Sequence[int] | None = None, dat
     ]
 
 
-def load_pair(folder: Path, *, data_dir: Path | None = None) -> Pair:
+def load_pair(folder: Path, *, data_dir: Path | None = None, t_model: str | None = None, s_model: str | None = None) -> Pair:
     """Reads the networks and the dataset that the run's config.json names. Raises UserError, as `attention_pictures`."""
     flags = _pruning_flags(folder)
-    student = load_network(folder / BEST, flag="--attention")
-    teacher = load_network(_teacher_path(folder, flags["t_path"]), flag="--attention", model=flags.get("t_model"))
+    named = None if names_function(flags.get("t_model")) else flags.get("t_model")
+    networks = {"--s-model": (folder / BEST, s_model), "--t-model": (_teacher_path(folder, flags["t_path"]), t_model or named)}
+    student, teacher = (
+        load_network(path, flag="--attention", model=model, model_flag=flag) for flag, (path, model) in networks.items()
+    )
     dataset = load_dataset(flags["dataset"], data_dir=data_dir or flags["data_dir"], download=False)
     for file in (student, teacher):
         if file.num_classes != len(dataset.classes):

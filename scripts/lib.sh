@@ -114,7 +114,7 @@ add_run() {
   local entry_script=$1 label=$2 dataset=$3 seed=$4 needed=$5 data_dir=$DATA_DIR name command checksum
   shift 5
   checksum=$(printf '%s\n' "$@" | cksum)
-  printf -v name '%s-%s-%s-seed%s-%08x' "$label" "$dataset" "$MODEL" "$seed" "${checksum%% *}"
+  printf -v name '%s-%s-%s-seed%s-%08x' "$label" "$dataset" "${MODEL//[\/:]/-}" "$seed" "${checksum%% *}"
   FOLDER=$SAVE_DIR/$name
   if [[ " ${FOLDERS[*]} " == *" $FOLDER "* ]]; then return; fi
   if [[ $dataset == cinic10 || $dataset == imagenet ]]; then data_dir=$DATA_DIR/$dataset; fi # folders of images
@@ -169,13 +169,22 @@ add_pruning() {
     "${criterion_flags[@]}" "${DISTILLATION[@]}" "${RECIPE[@]}" "$@"
 }
 
+# resume_command I: the command of run I becomes the one that resumes it. A run does not take the name of a Python file from its
+# config.json, so that is given again.
+resume_command() {
+  local flag=--model code=''
+  if [[ ${ENTRY_SCRIPTS[$1]} == pruning.py ]]; then flag=--t-model; fi
+  if [[ $MODEL == *.py:* ]]; then printf -v code ' %s %q' "$flag" "$MODEL"; fi
+  printf -v "COMMANDS[$1]" '%q %s --resume %q%s' "$PYTHON" "${ENTRY_SCRIPTS[$1]}" "${FOLDERS[$1]}" "$code"
+}
+
 # run_all: runs what add_run has listed since the last run_all, JOBS at a time; DRY=1 prints it instead.
 run_all() {
   local i status pids=() earlier=$PRINTED
   for ((i = LISTED; i < ${#FOLDERS[@]}; i++)); do
     if [[ -f ${FOLDERS[i]}/summary.json ]]; then continue; fi
     if [[ -f ${FOLDERS[i]}/config.json ]]; then
-      printf -v 'COMMANDS[i]' '%q %s --resume %q' "$PYTHON" "${ENTRY_SCRIPTS[i]}" "${FOLDERS[i]}"
+      resume_command "$i"
     fi
     if [[ $DRY == 1 ]]; then
       if ((earlier && PRINTED == earlier)); then echo "$SCRIPT: the commands above must end before the others start" >&2; fi

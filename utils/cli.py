@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ from utils.datasets import DATASETS
 from utils.distributed import is_lost_process, leave
 from utils.errors import Interrupted, NonFiniteLoss, UserError
 from utils.memory import keep_freed_memory
+from utils.python_file import names_function
 from utils.recorded_flags import recorded_words
 from utils.run_folder import CONFIG, read_config
 from utils.run_state import PLACEMENT_FLAGS
@@ -53,6 +54,19 @@ momentum_value = number(float, "a number from 0 to below 1", lambda value: 0 <= 
 proportion = number(float, "a proportion from 0 to 1", lambda value: 0 <= value <= 1)
 keep_proportion = number(float, "a proportion above 0 and at most 1", lambda value: 0 < value <= 1)
 seed_value = number(int, "a whole number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
+
+
+def checked(check: Callable[[str], None]) -> Callable[[str], str]:
+    """An argparse type: a text that `check` raises no UserError for."""
+
+    def parse(text: str) -> str:
+        try:
+            check(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
+
+    return parse
 
 
 def add_data_flags(parser: Parser) -> None:
@@ -133,12 +147,23 @@ def _resumed_flags(parser: Parser, args: argparse.Namespace, argv: Sequence[str]
     absent = object()
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent))))
     given = {name: value for name, value in given.items() if value is not absent}
+    _check_code(vars(saved), given, folder=args.resume)
     for name in given.keys() - PLACEMENT_FLAGS:
         value, before = given[name], getattr(saved, name)
         if value != before and not (name == "n_epochs" and value > before):
             rule = "may only be raised" if name == "n_epochs" else "leave it out, a resumed run keeps its flags"
             raise UserError(f"--{name.replace('_', '-')} {_shown(value)}: contradicts {_shown(before)} of {args.resume}; {rule}")
     return argparse.Namespace(**{**vars(saved), **given, "may_download": "data_dir" in given})
+
+
+def _check_code(saved: Mapping[str, Any], given: Mapping[str, Any], *, folder: str) -> None:
+    """Raises UserError for a Python file that only config.json names: code runs because somebody typed its name."""
+    for name, value in saved.items():
+        if names_function(value) and name not in given:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"--resume {folder}: began with {flag} {value}, code that never runs because a file names it; give {flag} again"
+            )
 
 
 def _saved_flags(parser: Parser, folder: str) -> argparse.Namespace:

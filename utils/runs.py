@@ -5,13 +5,14 @@ Only the main process of a distributed run writes; the others hold a `Run` that 
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,7 @@ from utils.environment import describe_environment
 from utils.errors import UserError
 from utils.files import TEMPORARY_PREFIX, append_line, remove_partial_files, save_checkpoint, write_atomic, write_json
 from utils.metrics_file import read_metrics
+from utils.python_file import names_function
 from utils.run_folder import LAST, LOCK, METRICS, PREVIOUS, STAMP, TENSORBOARD, check_entries, log_path, new_folder
 from utils.run_state import is_state
 from utils.tensorboard import ScalarWriter
@@ -139,7 +141,7 @@ class Run:
     def resume_command(self) -> str:
         """What goes on with this run, for a shell."""
         launcher = ["python3"] if self.world.size == 1 else ["torchrun", f"--nproc_per_node={self.world.size}"]
-        return shlex.join([*launcher, sys.argv[0], "--resume", str(self.folder)])
+        return shlex.join([*launcher, sys.argv[0], "--resume", str(self.folder), *_code_flags(sys.argv)])
 
     def seconds(self) -> float:
         """Wall time of all epochs so far, over every process that worked on this run in turn."""
@@ -150,3 +152,10 @@ class Run:
             self._writer.close()
         if self._lock is not None:
             self._lock.close()
+
+
+def _code_flags(words: Sequence[str]) -> list[str]:
+    """The flags of a command that name a Python file: a run does not take them from its config.json."""
+    split = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    pairs = itertools.pairwise(split)
+    return [part for flag, value in pairs if flag.startswith("--") and names_function(value) for part in (flag, value)]

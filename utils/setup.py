@@ -155,15 +155,19 @@ def check_classes(num_classes: int, data: ImageData, *, origin: str) -> None:
 
 @torch.no_grad()
 def check_images(network: nn.Module, data: ImageData, *, origin: str) -> None:
-    """Raises UserError if the network of `origin` (flag and value) cannot take images of the dataset's size."""
+    """Raises UserError if the network of `origin` (flag and value) gives no logits for images of the dataset's size."""
     was_training = network.training
+    height, width = data.example.shape[2:]
     try:
-        network.eval()(data.example)
-    except RuntimeError as error:
-        height, width = data.example.shape[2:]
+        logits = network.eval()(data.example)
+    except Exception as error:  # networks refuse a size in any way: by an assertion, a shape that does not fit
         reason = str(error).partition("\n")[0]
         raise UserError(f"{origin}: cannot take {width}x{height} images of --dataset {data.dataset.name} ({reason})") from error
     network.train(was_training)
+    expected = (len(data.example), len(data.dataset.classes))
+    if not isinstance(logits, Tensor) or logits.shape != expected:
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UserError(f"{origin}: must return logits of shape {expected} for {len(data.example)} images, not {found}")
 
 
 def to_device(network: nn.Module, device: torch.device, *, sync_bn: bool = False) -> nn.Module:

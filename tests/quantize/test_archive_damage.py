@@ -128,7 +128,7 @@ def test_forging_by_the_helper_is_otherwise_faithful(tiny, tmp_path):
         ({"format": "1"}, "its format is '1'"),
         ({"format": True}, "its format is True"),
         ({"format": None}, "its format is None"),
-        ({"model": "resnet57"}, "network 'resnet57', known are alexnet"),
+        ({"model": "resnet57"}, "network 'resnet57': the nearest are resnet"),
         ({"model": ["tiny"]}, "network"),
         ({"model": "small"}, "section 'kept'"),
         ({"num_classes": 10**15}, "has 1000000000000000 classes, at most 1,048,576 are read"),

@@ -1,0 +1,102 @@
+"""A function in somebody's own Python file, named `FILE.py:FUNCTION` on a command line.
+
+Its code runs, so such a name is only ever taken from the person at the terminal or from a caller, never from a file.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import re
+import symtable
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from utils.errors import UserError
+
+_NAME = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)", re.DOTALL)
+
+
+def names_function(name: Any) -> bool:
+    """Whether `name` has the form `FILE.py:FUNCTION`."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def function_of(name: str) -> str:
+    """`FUNCTION` of `FILE.py:FUNCTION`."""
+    return _split(name)[1]
+
+
+def check_function(name: str) -> None:
+    """Raises UserError unless the file of `FILE.py:FUNCTION` is there and defines the function. Runs nothing of it."""
+    path, function = _split(name)
+    try:
+        table = symtable.symtable(path.read_bytes(), str(path), "exec")
+    except OSError as error:
+        raise UserError(f"{name}: {path} cannot be read: {error.strerror or error}") from error
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{name}: {path}{_line(error)} is no Python: {getattr(error, 'msg', error)}") from error
+    defined = [symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()]
+    if function not in defined and "import *" not in path.read_text():
+        nearest = get_close_matches(function, defined) or [symbol for symbol in defined if not symbol.startswith("_")]
+        raise UserError(f"{name}: {path} defines no {function}; it has {', '.join(nearest) or 'nothing'}")
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function of `FILE.py:FUNCTION`; the file runs once in a process. Its folder is the last place that it imports from.
+
+    Raises UserError, with file and line, for whatever goes wrong.
+    """
+    check_function(name)
+    path, function = _split(name)
+    with naming_lines(name):
+        module = _load_module(path.resolve())
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise UserError(f"{name}: {function} is no function but {type(found).__name__}")
+    return found
+
+
+@contextlib.contextmanager
+def naming_lines(name: str) -> Iterator[None]:
+    """Turns an error of the code in the file of `name` into a UserError of one line that says where in the file it arose."""
+    try:
+        yield
+    except Exception as error:  # it is somebody else's code
+        path = _split(name)[0].resolve()
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+        where = f"{path.name} line {lines[-1]}" if lines else path.name
+        raise UserError(f"{name}: {where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _split(name: str) -> tuple[Path, str]:
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        raise UserError(f"{name!r}: expected FILE.py:FUNCTION")
+    return Path(parts["path"]), parts["function"]
+
+
+def _line(error: Exception) -> str:
+    return f" line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+
+
+def _load_module(path: Path) -> ModuleType:
+    """The module of a file, under a name that no import statement asks for."""
+    module_name = f"_python_file_{hashlib.sha256(bytes(path)).hexdigest()[:16]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
