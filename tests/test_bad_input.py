@@ -171,6 +171,7 @@ COMMANDS = [
     (PRUNE, f"{COPY} --gamma 1.5", ["--gamma", "'1.5'"]),
     (PRUNE, f"{COPY} --prune-mode filter-a --prune-interval 2", ["--prune-interval 2", "--soft-prune"]),
     (PRUNE, f"{COPY} --prune-mode filter-r --soft-prune", ["--soft-prune", "filter-r", "filter-l2"]),
+    (PRUNE, f"{COPY} --recalibrate-bn 0", ["--recalibrate-bn", "0"]),
     (PRUNE, f"{COPY} --prune-mode filter-a --soft-prune --train-form compact", ["--train-form compact", "--soft-prune"]),
     (PRUNE, f"{COPY} --distill mse", ["--distill", "mse", "hap"]),
     (PRUNE, f"{COPY} --distill at at", ["--distill at at"]),

@@ -23,6 +23,12 @@ DROPOUT = Recipe(
     "initial_train",
     "--model alexnet --run-name run --n-epochs 2 --limit-batches 2 --batch-size 16 --schedule --lr-drops",
 )
+RECALIBRATED = Recipe(
+    "recalibrated",
+    "pruning",
+    "--t-path {teacher} --s-copy-t --prune-mode filter-l2 --prune-rates 0.6 --soft-prune --prune-interval 2 --recalibrate-bn 1 "
+    "--run-name run --n-epochs 2 --limit-batches 2 --batch-size 16 --schedule --lr-drops",
+)
 FOLDER_FLAGS = (
     "--model resnet20 --dataset folder --run-name run --n-epochs 2 --limit-batches 2 --batch-size 2 --schedule --lr-drops"
 )
@@ -130,8 +136,9 @@ class TestStopped:
             (HARD, signal.SIGINT, 130),
             (SOFT, signal.SIGTERM, 143),
             (QUANTIZED, signal.SIGINT, 130),
+            (RECALIBRATED, signal.SIGTERM, 143),
         ],
-        ids=["dropout", "hard", "soft", "quantized"],
+        ids=["dropout", "hard", "soft", "quantized", "recalibrated"],
     )
     def test_saves_within_the_epoch_and_says_how_to_go_on(self, recipe, number, status, tmp_path, untouched, trained_run):
         reference = untouched(recipe)
