@@ -23,6 +23,7 @@ from quantize.table import ArchiveReport, LayerSize
 from utils.errors import UserError, printable, shown
 from utils.files import write_atomic
 from utils.image_spec import FIELDS, ImageSpec, read_image_spec
+from utils.seed import preserved_random_state
 from utils.untrusted import open_regular
 
 PLAIN_FORMAT, FORMAT = 1, 2  # without and with what a user of the network must know of its images
@@ -199,8 +200,8 @@ def _read(data: bytes, model: str | None) -> tuple[nn.Module, ArchiveReport]:
     _check_description(description, sections)
     images = read_image_spec(description, num_classes=description["num_classes"])
     description = {**description, "model": trusted_model(description["model"], model)}
-    name, num_classes = description["model"], description["num_classes"]
-    dense = build_on_meta(name, num_classes=num_classes)
+    identity = {"name": description["model"], "num_classes": description["num_classes"]}
+    dense = build_on_meta(**identity)
     kept = _unpack_kept(dense, sections["kept"])
     network = narrow(dense, kept) if kept else dense
     cursors = {name: _Cursor(sections[name], name) for name in SECTIONS if name != "kept"}
@@ -211,8 +212,9 @@ def _read(data: bytes, model: str | None) -> tuple[nn.Module, ArchiveReport]:
     for cursor in cursors.values():
         cursor.finish()
     report = _report(description, dense, state, coded, file_bytes=len(data), images=images)
-    if name not in MODELS:  # it may hold tensors that are not in its state, which now cost no more than the file
-        dense = build_model(name, num_classes=num_classes)
+    if description["model"] not in MODELS:  # it may hold tensors beside its state, which now cost no more than the file
+        with preserved_random_state():
+            dense = build_model(**identity)
         network = narrow(dense, kept) if kept else dense
     network.load_state_dict(with_versions(state, like=expected), assign=True)
     return network.eval(), report
