@@ -54,8 +54,8 @@ def main(args: argparse.Namespace) -> None:
     default = PICTURE_NAMES if args.readme is None else README_PICTURES
     names = default if args.pictures is None else args.pictures
     results = gather(args.runs or [COMMITTED_RESULTS if args.readme else Path("saves")])
-    for folder, reason in results.skipped:
-        print(f"left out {folder}: {reason}")
+    for skipped in results.skipped:
+        print(f"left out {skipped}")
     if args.readme is not None:
         update_readme(args.readme, results.groups, figures=args.output or FIGURES, picture_names=names)
     elif args.collect is not None:

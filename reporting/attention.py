@@ -1,5 +1,6 @@
 """What distillation by attention preserves, to look at: the maps of every block, and HAP's similarities between images."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from models.outputs import Outputs
 from reporting.naming import model_label
 from reporting.page import Picture
 from reporting.pictures import LOOK, png
+from reporting.settings import check_flags
 from utils.data import ImageData
-from utils.datasets import Dataset, load_dataset
-from utils.errors import UserError
+from utils.datasets import DATASETS, Dataset, load_dataset
+from utils.errors import UserError, naming
 from utils.files import read_json
 from utils.python_file import names_function
 from utils.run_folder import BEST, CONFIG
@@ -99,12 +101,16 @@ def load_pair(folder: Path, *, data_dir: Path | None = None, t_model: str | None
 
 
 def _pruning_flags(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
+    if not os.path.lexists(folder / CONFIG):
         raise UserError(f"--attention {folder}: no {CONFIG} there, expected the folder of a pruning run")
     config = read_json(folder / CONFIG)
     flags = config.get("flags") if isinstance(config, dict) else None
     if not isinstance(flags, dict) or not flags.get("t_path") or not flags.keys() >= {"dataset", "data_dir", "hap_ts"}:
         raise UserError(f"--attention {folder}: this run has no teacher (--t-path), expected a run of pruning.py that has one")
+    with naming(f"--attention {folder}"):
+        check_flags(flags)
+        if not isinstance(flags["t_path"], str) or flags["dataset"] not in DATASETS or not flags["hap_ts"]:
+            raise UserError(f"its {CONFIG} names no teacher, dataset or --hap-ts that there could be")
     return flags
 
 

@@ -8,7 +8,6 @@ this one or where the flag says; otherwise as its own text, in which the run's s
 
 import contextlib
 import json
-import math
 import os
 import re
 import statistics
@@ -20,10 +19,12 @@ from typing import Any, NamedTuple
 
 from reporting.measures import measures_of
 from reporting.naming import ORIGIN_FLAGS, flag_label, method_label
-from utils.errors import UserError
+from reporting.settings import check_flags
+from utils.errors import UserError, naming, printable, shown
 from utils.files import read_json
 from utils.metrics_file import read_metrics
 from utils.run_folder import CONFIG, KEPT_FILTERS, METRICS, SUMMARY
+from utils.untrusted import open_regular
 
 UNPRUNED_SCRIPT = "initial_train.py"
 PLACE_FLAGS = frozenset(("seed", "run_name", "save_dir", "log_name", "data_dir", "device", "dev_idx", "workers", "evaluate"))
@@ -31,6 +32,8 @@ STATE_FLAGS = frozenset(("checkpoint_interval", "checkpoint_minutes", "force"))
 SCRIPT_ORDER = (UNPRUNED_SCRIPT, "pruning.py", "quantize_encode.py")
 SWITCHED_OFF = ("false", "null", "[]")
 MEASURED_TIMES = ("latency_ms", "speedup", "minutes")  # mean little over different machines
+MAX_LAYERS, MAX_COUNT = 500, 10**9  # of a run that a report can show
+NAME_LENGTH, TEXT_LENGTH = 80, 4000  # characters that are shown of a name and of a command
 ORIGIN_DEPTH = 4  # files from files: a quantized from a pruned from a trained network, and one to spare
 
 
@@ -47,6 +50,10 @@ class Skipped(NamedTuple):
 
     folder: Path
     reason: str
+
+    def __str__(self) -> str:
+        """One line that can be written anywhere."""
+        return printable(f"{self.folder}: {self.reason}", TEXT_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -155,53 +162,57 @@ class _Reader:
     def record(self, folder: Path) -> Record:
         """Raises UserError, saying why, for anything but a finished, whole run."""
         try:
-            if not (folder / CONFIG).is_file():
+            if not os.path.lexists(folder / CONFIG):
                 raise UserError(f"no run, it has no {CONFIG}")
             config = self._config(folder)
-            if (folder / SUMMARY).is_file():
-                return self._read(folder, config, read_json(folder / SUMMARY))
+            if os.path.lexists(folder / SUMMARY):
+                return self._read(folder, config, _read_clean(folder / SUMMARY))
             raise UserError(f"unfinished, {_progress(folder, config['flags'])}")
         except UserError:
             raise
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror}") from error
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise UserError(f"damaged, not what a run writes ({type(error).__name__}: {error})") from error
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise UserError(f"damaged, not what a run writes ({type(error).__name__}: {printable(str(error))})") from error
 
     def _config(self, folder: Path) -> dict[str, Any]:
         if folder not in self._configs:
-            config = read_json(folder / CONFIG)
+            config = _read_clean(folder / CONFIG)
             if not isinstance(config, dict) or not isinstance(config.get("flags"), dict) or "script" not in config:
                 raise UserError(f"{folder / CONFIG} is damaged: not that of a run")
+            with naming(f"{folder / CONFIG} is damaged"):
+                check_flags(config["flags"])
             self._configs[folder] = config
         return self._configs[folder]
 
     def _read(self, folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> Record:
         flags = config["flags"]
         settings = self._settings(folder, config, seed=str(flags["seed"]), depth=ORIGIN_DEPTH)
-        layers = read_json(folder / KEPT_FILTERS) if (folder / KEPT_FILTERS).is_file() else {}
+        layers = _read_clean(folder / KEPT_FILTERS) if os.path.lexists(folder / KEPT_FILTERS) else {}
         return Record(
             folder=folder,
             label=method_label(settings),
             settings=settings,
             circumstances={
-                "device": str(config.get("device")),
-                "torch": str(config.get("versions", {}).get("torch")),
-                "commit": re.sub(r"^(\w{7})\w+", r"\1", str(config.get("git_sha"))),
+                "device": _text(config.get("device")),
+                "torch": _text(config.get("versions", {}).get("torch")),
+                "commit": re.sub(r"^(\w{7})\w+", r"\1", _text(config.get("git_sha"))),
             },
             dataset=_dataset_name(flags),
-            model=str(summary.get("model") or flags.get("s_model") or flags.get("t_model") or flags["model"]),
-            seed=int(flags["seed"]),
-            command=str(config.get("command", "")),
+            model=_text(summary.get("model") or flags.get("s_model") or flags.get("t_model") or flags["model"]),
+            seed=flags["seed"],
+            command=_text(config.get("command", ""), TEXT_LENGTH),
             measures=measures_of(summary),
-            curve={int(line["epoch"]): _finite(line["top1"]) for line in read_metrics(folder) if line["split"] == "test"},
-            kept={name: int(count) for name, count in summary.get("kept_filters", {}).items()},
-            filters={name: int(layer["filters"]) for name, layer in layers.items()},
+            curve={
+                _count(line["epoch"], "an epoch"): _accuracy(line["top1"]) for line in _metrics(folder) if line["split"] == "test"
+            },
+            kept=_counts(summary.get("kept_filters", {})),
+            filters=_counts({name: layer["filters"] for name, layer in layers.items()}),
         )
 
     def _settings(self, folder: Path, config: dict[str, Any], *, seed: str, depth: int) -> dict[str, Any]:
         """Flat: `n_epochs` is this run's, `t_path n_epochs` that of the run that trained the teacher."""
-        settings = {"script": config["script"], "processes": config.get("processes", 1)}
+        settings = {"script": _text(config["script"]), "processes": config.get("processes", 1)}
         settings["dataset"] = _dataset_name(config["flags"])
         for name, value in config["flags"].items():
             if name in ORIGIN_FLAGS and value is not None:
@@ -220,22 +231,57 @@ class _Reader:
         return {flag: re.sub(rf"(?<!\d){re.escape(seed)}(?!\d)", "*", value)}
 
 
+def _read_clean(path: Path) -> Any:
+    """A JSON file whose texts can be written anywhere: others may have put anything into it. Raises UserError, as read_json."""
+    return _clean(read_json(path))
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {printable(name, NAME_LENGTH): _clean(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_clean(inner) for inner in value]
+    return printable(value, TEXT_LENGTH) if isinstance(value, str) else value
+
+
+def _text(value: Any, length: int = NAME_LENGTH) -> str:
+    return printable(str(value), length)
+
+
 def _dataset_name(flags: Mapping[str, Any]) -> str:
     """Of `--dataset folder` the name of its folder."""
-    name = str(flags["dataset"])
-    return Path(flags["data_dir"]).name or name if name == "folder" else name
+    name = _text(flags["dataset"])
+    return _text(Path(flags["data_dir"]).name or name) if name == "folder" else name
 
 
-def _finite(value: Any) -> float:
-    value = float(value)
-    if not math.isfinite(value):
-        raise UserError(f"{METRICS} is damaged: top1 {value}")
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    if os.path.lexists(folder / METRICS):
+        with naming(METRICS), open_regular(folder / METRICS):
+            pass
+    return read_metrics(folder)
+
+
+def _accuracy(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
+        raise UserError(f"{METRICS} is damaged: top1 {shown(value)}")
+    return float(value)
+
+
+def _counts(counts: Mapping[str, Any]) -> dict[str, int]:
+    if len(counts) > MAX_LAYERS:
+        raise UserError(f"damaged, it lists {len(counts)} layers, more than {MAX_LAYERS}")
+    return {name: _count(count, "filters of a layer") for name, count in counts.items()}
+
+
+def _count(value: Any, what: str) -> int:
+    if type(value) is not int or not 0 <= value < MAX_COUNT:
+        raise UserError(f"damaged, {what}: {shown(value)} is no whole number below {MAX_COUNT:,}")
     return value
 
 
 def _progress(folder: Path, flags: Mapping[str, Any]) -> str:
-    epochs = {line["epoch"] for line in read_metrics(folder) if isinstance(line, dict) and "epoch" in line}
-    return f"{len(epochs)} of {flags.get('n_epochs', '?')} epochs are done"
+    epochs = {_count(line["epoch"], "an epoch") for line in _metrics(folder) if isinstance(line, dict) and "epoch" in line}
+    return f"{len(epochs)} of {_text(flags.get('n_epochs', '?'))} epochs are done"
 
 
 def _group(records: Sequence[Record]) -> tuple[list[Group], list[Skipped]]:

@@ -1,13 +1,13 @@
 """Which figures of a run's summary.json a report shows, and where the entry scripts put them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, shown
 
 LATENCY_BATCH = 64
 REQUIRED = ("last_top1", "best_top1")
+LARGEST, SHORTEST_MS = 1e18, 1e-6  # of any measure, of a latency
 # Places by measure; the first that is there counts. Accuracies in percent.
 PLACES: dict[str, Sequence[tuple[str, ...]]] = {
     "last_top1": [("last", "top1")],
@@ -32,7 +32,7 @@ PLACES: dict[str, Sequence[tuple[str, ...]]] = {
 def measures_of(summary: Mapping[str, Any]) -> dict[str, float]:
     """The measures that a summary.json has, and those that follow from them.
 
-    Raises UserError if an accuracy is missing or anything that is there is no finite number.
+    Raises UserError if an accuracy is missing, or anything that is there is no number that it can be.
     """
     found = {name: _first(summary, places, name) for name, places in PLACES.items()}
     measures = {name: value for name, value in found.items() if value is not None}
@@ -48,13 +48,13 @@ def _first(summary: Mapping[str, Any], places: Sequence[tuple[str, ...]], name: 
         for key in place:
             value = value.get(key) if isinstance(value, Mapping) else None
         if value is not None:
-            return _number(value, ".".join(place))
+            return _number(value, ".".join(place), largest=100 if name.endswith("top1") else LARGEST)
     return None
 
 
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"its summary is damaged: {name} is {value!r}, not a number")
+def _number(value: Any, place: str, *, largest: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
+        raise UserError(f"its summary is damaged: {place} is {shown(value)}, not a number from 0 to {largest:g}")
     return float(value)
 
 
@@ -63,6 +63,8 @@ def _derived(measures: Mapping[str, float]) -> dict[str, float]:
     if "reference_top1" in measures:
         derived["drop"] = measures["reference_top1"] - measures["last_top1"]
     if {"latency_ms", "dense_latency_ms"} <= measures.keys():
+        if measures["latency_ms"] < SHORTEST_MS:
+            raise UserError(f"its summary is damaged: a latency of {measures['latency_ms']:g} ms")
         derived["speedup"] = measures["dense_latency_ms"] / measures["latency_ms"]
     if "seconds" in measures:
         derived["minutes"] = measures["seconds"] / 60

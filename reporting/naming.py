@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from utils.errors import printable
+
+VALUE_LENGTH = 80  # characters that are shown of a flag's value
 CRITERIA = {"filter-r": "Random", "filter-a": "PFEC", "filter-l2": "L2", "filter-gm": "FPGM", "filter-nggm": "NGGM"}
 SOFT_CRITERIA = {"filter-a": "SFP (L1)", "filter-l2": "SFP", "filter-gm": "SFP (GM)"}
 MODELS = {"alexnet": "AlexNet"}
@@ -33,10 +36,10 @@ def flag_label(name: str, value: Any) -> str:
 def value_text(value: Any) -> str:
     """A flag's value; None stands for a default that depends on other flags."""
     if isinstance(value, list):
-        return " ".join(map(value_text, value)) or "none"
+        return printable(" ".join(map(value_text, value)), VALUE_LENGTH) or "none"
     if value is None:
         return "default"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else printable(str(value), VALUE_LENGTH)
 
 
 def origin_settings(settings: Mapping[str, Any], flag: str) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def dashed(flag: str) -> str:
 
 def _pruned(settings: Mapping[str, Any]) -> str:
     mode = settings.get("prune_mode")
-    criterion = (SOFT_CRITERIA if settings.get("soft_prune") else CRITERIA).get(mode, str(mode))
+    criterion = (SOFT_CRITERIA if settings.get("soft_prune") else CRITERIA).get(mode, value_text(mode))
     parts = [" + ".join([criterion, *_losses(settings)]), _ratio(settings.get("prune_rates"))]
     multiple, batches = settings.get("channel_multiple") or 1, settings.get("recalibrate_bn")
     if multiple > 1:
@@ -65,7 +68,7 @@ def _pruned(settings: Mapping[str, Any]) -> str:
 def _losses(settings: Mapping[str, Any]) -> list[str]:
     names = [name for name in settings.get("distill") or [] if name not in ("none", "kd")]
     with_kd = settings.get("distill") != ["none"] and settings.get("alpha")
-    return [name.upper() for name in [*names, *(["kd"] if with_kd else [])]]
+    return [value_text(name.upper()) for name in [*names, *(["kd"] if with_kd else [])]]
 
 
 def _ratio(ratios: Any) -> str:
@@ -76,6 +79,6 @@ def _ratio(ratios: Any) -> str:
 
 def _quantized(settings: Mapping[str, Any]) -> str:
     origin = origin_settings(settings, "load_path")
-    mode = str(settings.get("quan_mode")).removesuffix("-quan")
+    mode = value_text(settings.get("quan_mode")).removesuffix("-quan")
     name = method_label(origin) if origin else "network"
     return f"{name}, quantized ({mode}, {value_text(settings.get('quan_bits'))} bits)"

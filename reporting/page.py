@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from reporting.gather import Group, Results
 from reporting.tables import Cell, headings, notes, rows
+from utils.errors import printable
 
 
 class Picture(NamedTuple):
@@ -68,6 +69,7 @@ const asked = /^#sort=(-?)(\\d+)$/.exec(location.hash);
 if (asked && heads[asked[2] - 1]) sortBy(asked[2] - 1, asked[1] === "-");
 """
 GENERATOR = '<meta name="generator" content="report.py of filter-pruning-distillation">'
+FOLDER_LENGTH = 1000  # characters that are shown of a path
 TEXT_COLUMNS = 3  # dataset, network, method
 
 
@@ -81,7 +83,7 @@ def page(results: Results, *, title: str, caption: str, pictures: Iterable[Pictu
         f'<div class="scroll">{_table(groups)}</div>',
         f"<p>{escape(caption)}</p>",
         _listing("What differs within a row", notes(groups)),
-        _listing("Left out", [f"{folder}: {reason}" for folder, reason in results.skipped]),
+        _listing("Left out", list(map(str, results.skipped))),
         *map(_figure, pictures),
         _commands(groups),
     ]
@@ -128,7 +130,7 @@ def _figure(picture: Picture) -> str:
 
 def _commands(groups: Sequence[Group]) -> str:
     items = [
-        f"<li>{escape(str(record.folder))}, {escape(record.circumstances['device'])}: "
+        f"<li>{escape(printable(str(record.folder), FOLDER_LENGTH))}, {escape(record.circumstances['device'])}: "
         f"top-1 {record.measures['last_top1']:.2f} last, {record.measures['best_top1']:.2f} best<br>"
         f"<code>{escape(record.command)}</code></li>"
         for group in groups

@@ -6,6 +6,7 @@ Each function takes the groups of a report and gives a figure, or None where the
 import io
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from reporting.gather import UNPRUNED_SCRIPT, Group, Statistic, statistic
 from reporting.naming import dashed, model_label, value_text
 from reporting.page import Picture
 from reporting.tables import bytes_text, scaled_text
+from utils.errors import printable
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -37,9 +39,11 @@ LOOK = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "text.parse_math": False,  # a name with dollar signs is no formula
 }
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH, LEGEND_LINE = 4.6, 3.2, 3.4, 0.17  # inches
-DOTS_PER_INCH = 160
+DOTS_PER_INCH, MAX_DOTS = 160, 30_000  # a picture of very many panels is drawn coarser
+LEGEND_LENGTH, LAYER_LENGTH = 300, 40  # characters of a method's and of a layer's name
 DODGE = 0.09  # inches between points of the same value
 FAR_BELOW = 5.0  # points of accuracy; a gap that is also twice as large as all that lies above it ends the axis
 
@@ -65,7 +69,10 @@ def draw_pictures(groups: Sequence[Group], *, names: Sequence[str]) -> list[Pict
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight")
+    dots = min(DOTS_PER_INCH, MAX_DOTS / max(figure.get_size_inches()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph|constrained_layout")  # names that the font has not got, or that take all room
+        figure.savefig(buffer, format="png", dpi=dots, bbox_inches="tight")
     return buffer.getvalue()
 
 
@@ -105,7 +112,8 @@ def bytes_by_stage(groups: Sequence[Group]) -> Figure | None:
         return None
     figure = Figure(figsize=(2 * PANEL_WIDTH + 2, 1.2 + 0.62 * len(shown)), layout="constrained")
     stages, parts = figure.subplots(1, 2, sharey=True) if archived else (figure.subplots(), None)
-    names = [textwrap.fill(f"{model_label(group.subject[1])}, {group.subject[0]}: {group.name}", 40) for group in shown]
+    titles = (f"{model_label(group.subject[1])}, {group.subject[0]}: {group.name}" for group in shown)
+    names = [textwrap.fill(printable(title, LEGEND_LENGTH), 40) for title in titles]
     _draw_stages(stages, shown, names)
     if parts is not None:
         _draw_archive_parts(parts, shown)
@@ -221,7 +229,9 @@ def _panels(
 
 
 def _legend_name(name: str) -> str:
-    return textwrap.fill(name, 44, break_on_hyphens=False)
+    """On lines of their own; a name that began with an underscore would be left out of a legend."""
+    lines = textwrap.fill(printable(name, LEGEND_LENGTH), 44, break_on_hyphens=False)
+    return f" {lines}" if lines.startswith("_") else lines
 
 
 # ---- accuracy against cost ---------------------------------------------------------------------------------------------
@@ -350,7 +360,8 @@ def _draw_kept(axes: Axes, groups: list[Group]) -> None:
     for (counts, names), style in zip(alike.items(), _styles(list(alike)), strict=True):
         axes.plot(range(len(layers)), counts, **style._asdict(), markersize=4,
                   drawstyle="steps-mid", label=_legend_name(_listed(names)))  # fmt: skip
-    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=max(4, 8 - len(layers) // 15))
+    shown = [printable(name, LAYER_LENGTH) for name in layers]
+    axes.set_xticks(range(len(layers)), shown, rotation=90, fontsize=max(4, 8 - len(layers) // 15))
     axes.grid(axis="x", visible=False)
     axes.set(ylabel="filters")
 

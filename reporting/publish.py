@@ -7,7 +7,7 @@ from pathlib import Path
 from reporting.gather import Group, Results
 from reporting.page import GENERATOR, Picture, page
 from reporting.pictures import PICTURE_NAMES, draw_pictures
-from reporting.tables import KEY_MEASURES, caption, comma_separated, markdown, markdown_by_subject, notes
+from reporting.tables import KEY_MEASURES, caption, comma_separated, markdown, markdown_by_subject, markdown_text, notes
 from utils.errors import UserError
 from utils.files import write_atomic
 from utils.run_folder import CONFIG, KEPT_FILTERS, METRICS, SUMMARY
@@ -58,7 +58,7 @@ def write_report(
 def with_remarks(table: str, groups: Sequence[Group], pictures: Sequence[Picture], *, folder: str) -> str:
     """The table with notes and pictures in Markdown; `folder` holds the pictures, as seen from the Markdown file."""
     links = [f"![{picture.title}]({folder}/{picture.file_name})\n\n{picture.caption}\n" for picture in pictures]
-    remarks = [f"- {note}" for note in notes(groups)]
+    remarks = [f"- {markdown_text(note)}" for note in notes(groups)]
     return "\n".join([table, *([*remarks, ""] if remarks else []), *links])
 
 

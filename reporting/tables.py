@@ -105,14 +105,27 @@ def markdown_by_subject(groups: Sequence[Group], measures: Collection[str]) -> s
         columns = _used(members, measures)
         titles = ["method", "n", *(column.title for column in columns)]
         table = _markdown(titles, [_method_cells(group, columns) for group in members], text_columns=1)
-        tables.append(f"**{model_label(model)} on {dataset}**\n\n{table}")
+        tables.append(f"**{markdown_text(f'{model_label(model)} on {dataset}')}**\n\n{table}")
     return "\n".join(tables)
 
 
 def _markdown(titles: Sequence[str], body: Sequence[Sequence[Cell]], *, text_columns: int) -> str:
     lines = [titles, ["---"] * text_columns + ["---:"] * (len(titles) - text_columns)]
-    lines += [[cell.text.replace("|", "\\|") for cell in row] for row in body]
+    lines += [[markdown_text(cell.text) for cell in row] for row in body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def markdown_text(text: str) -> str:
+    """Text as Markdown shows it, whatever it holds: no HTML, no link, no picture, no code, and no cell of its own."""
+    return " ".join(text.split()).translate(MARKDOWN_ESCAPES).replace("](", "]\\(").replace("][", "]\\[")
+
+
+MARKDOWN_ESCAPES = str.maketrans({**{sign: f"\\{sign}" for sign in "\\`*_|~"}, "&": "&amp;", "<": "&lt;", ">": "&gt;"})
+
+
+def spreadsheet_text(text: str) -> str:
+    """Text as a spreadsheet shows it: what it would take for a formula begins with an apostrophe."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def comma_separated(groups: Sequence[Group]) -> str:
@@ -123,8 +136,15 @@ def comma_separated(groups: Sequence[Group]) -> str:
     writer.writerow(["dataset", "model", "method", "differs_in", "n", "seeds", *figures])
     for group in groups:
         seeds = " ".join(str(record.seed) for record in group.records)
-        head = [*group.subject, group.label, ", ".join(group.differs_in), len(group.records), seeds]
-        writer.writerow([*head, *(value for measure in ALL_MEASURES for value in _mean_and_deviation(group, measure))])
+        texts = map(spreadsheet_text, (*group.subject, group.label, ", ".join(group.differs_in)))
+        writer.writerow(
+            [
+                *texts,
+                len(group.records),
+                seeds,
+                *(value for measure in ALL_MEASURES for value in _mean_and_deviation(group, measure)),
+            ]
+        )
     return buffer.getvalue()
 
 

@@ -30,7 +30,7 @@ def write_run(
     ends = {"last": {"epoch": 3, "top1": top1}, "best": {"epoch": 2, "top1": top1 if best is None else best}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "summary.json").write_text(json.dumps({**head, **ends, **summary}))
-    curve = [top1 - 40, top1 - 8, top1 - 1, top1]
+    curve = [max(top1 - below, 0) for below in (40, 8, 1, 0)]
     lines = [
         {"epoch": epoch, "split": split, "top1": value, "seconds": 1.0}
         for epoch, value in enumerate(curve)
