@@ -147,4 +147,4 @@ def speed_table(dense: nn.Module, small: nn.Module, run: Callable[[Tensor], Tens
 
 
 if __name__ == "__main__":
-    cli.execute(lambda: main(get_args_parser().parse_args()))
+    cli.execute(lambda: main(cli.parse_flags(get_args_parser())))

@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill import DISTILLERS, distiller_options
+from distill.flags import add_distillation_flags
 from distill.objective import DistillationObjective, build_objective, check_losses
 from models import NAMES, build_model, check_model
 from models.network_file import NetworkFile, as_dense, load_network
 from prune.choice import FilterChoice
 from prune.compact import check_pruned_zeros, compact
-from prune.criteria import CRITERIA, GM_DISTANCES
+from prune.flags import add_pruning_flags
 from prune.masks import keep_ratios, prunable_layers
 from prune.record import describe_pruned, finish, log_accuracy, log_pruning
 from prune.schedule import (
     SOFT_CRITERIA,
-    TRAIN_FORMS,
     HardPruning,
     PruningSchedule,
     build_schedule,
@@ -50,43 +49,25 @@ def get_args_parser() -> cli.Parser:
                           help="the student: the network that is pruned (default: --t-model)")  # fmt: skip
     networks.add_argument("--s-path", metavar="FILE", help="checkpoint of the student (default: new weights)")
     networks.add_argument("--s-copy-t", action="store_true", help="the student starts as a copy of the teacher")
-    pruning = parser.add_argument_group("pruning")
-    pruning.add_argument("--prune-rates", type=cli.keep_proportion, nargs="+", default=[0.6], metavar="R",
-                         help="proportion of filters retained, one for all conv layers or one a layer")  # fmt: skip
-    pruning.add_argument(
-        "--prune-mode", default="filter-nggm", choices=CRITERIA, help="which filters go: those that it scores lowest"
-    )
-    pruning.add_argument("--soft-prune", action="store_true", help="SFP: pruned filters may grow back")
-    pruning.add_argument(
-        "--prune-interval", type=cli.positive_int, metavar="EPOCHS", help="epochs between soft prunings (default: 1)"
-    )
-    pruning.add_argument("--recalibrate-bn", type=cli.positive_int, metavar="N",
-                         help="estimate batch norm's statistics over N training batches before each evaluation")  # fmt: skip
-    pruning.add_argument("--samp-batches", type=cli.positive_int, metavar="N",
-                         help="training batches for the gradient of filter-nggm (default: all)")  # fmt: skip
-    pruning.add_argument("--gamma", type=cli.proportion, default=0.5, help="weight of the distances in filter-nggm")
-    pruning.add_argument(
-        "--gm-distance", default="euclidean", choices=GM_DISTANCES, help="distances of filter-gm and filter-nggm"
-    )
-    pruning.add_argument("--exclude-layers", nargs="+", default=[], metavar="NAME", help="conv layers that keep all filters")
-    pruning.add_argument("--channel-multiple", type=cli.positive_int, default=1, metavar="M",
-                         help="round kept filters to a multiple of M, for speed")  # fmt: skip
-    pruning.add_argument("--train-form", default="auto", choices=TRAIN_FORMS,
-                         help="hard pruning trains the small network or the large one with zeros; auto: the faster")  # fmt: skip
-    distillation = parser.add_argument_group("distillation")
-    distillation.add_argument("--distill", nargs="+", default=["none"], choices=("none", *DISTILLERS), help="distillation losses")
-    distillation.add_argument("--alpha", type=cli.non_negative_float, default=0.9, help="weight of KD")
-    betas = ", ".join(f"{name} {entry.beta:g}" for name, entry in DISTILLERS.items() if entry.beta is not None)
-    distillation.add_argument(
-        "--betas", type=cli.non_negative_float, nargs="+", help=f"weights of the other losses (default: {betas})"
-    )
-    for keyword, option in distiller_options().items():
-        kind = cli.positive_int if isinstance(option.default, int) else cli.positive_float
-        distillation.add_argument(f"--{keyword.replace('_', '-')}", type=kind, default=option.default, help=option.help)
+    add_pruning_flags(parser)
+    add_distillation_flags(parser)
     cli.add_data_flags(parser)
     cli.add_training_flags(parser, lr=0.01, n_epochs=200, schedule=(60, 120, 160), lr_drops=(0.2, 0.2, 0.2))
     cli.add_run_flags(parser, log_name="pruning.txt")
+    say_which_networks_count(parser)
     return parser
+
+
+def say_which_networks_count(parser: cli.Parser) -> None:
+    cli.counts_in_training(parser, "s_copy_t")
+    scored = "--evaluate scores the file of --s-path where it is given"
+    parser.counts_only("t_path", where=lambda args: not (args.evaluate and args.s_path), only=f"alone, {scored}")
+    parser.counts_only("s_model", where=lambda args: args.s_path or not args.evaluate, only=f"with --s-path, {scored}")
+    parser.counts_only(
+        "t_model",
+        where=lambda args: args.t_path or not (args.s_model or args.s_path),
+        only="with --t-path, or where it names the student as well, without --s-model and --s-path",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -147,12 +128,8 @@ def check_flags(args: argparse.Namespace) -> None:
         check_copy(args)
     elif args.s_model is None and args.s_path is None and args.t_model is None:
         raise UserError("--s-model: name the network to prune, or give --s-path, or --s-copy-t with --t-path")
-    if args.prune_interval is not None and not args.soft_prune:
-        raise UserError(f"--prune-interval {args.prune_interval}: only with --soft-prune, hard pruning chooses once")
     if args.soft_prune and args.prune_mode not in SOFT_CRITERIA:
         raise UserError(f"--soft-prune: not with --prune-mode {args.prune_mode}, choose from {', '.join(SOFT_CRITERIA)}")
-    if args.soft_prune and args.train_form == "compact":
-        raise UserError("--train-form compact: not with --soft-prune, whose filters may grow back; choose auto or masked")
     check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,18 @@ def get_args_parser() -> cli.Parser:
     cli.add_data_flags(parser)
     cli.add_training_flags(parser, lr=0.001, n_epochs=20, schedule=(), lr_drops=())
     cli.add_run_flags(parser, log_name="quantize_encode.txt")
+    say_what_counts(parser, training=cli.names_of(quantization))
     return parser
+
+
+def say_what_counts(parser: cli.Parser, *, training: Sequence[str]) -> None:
+    """Which flags count beside which: the modes that only read an archive take nothing else."""
+    cli.counts_in_training(parser, *training)
+    others = parser.names() - {"inspect", "decode", *cli.PLACES}
+    parser.counts_only(*others, where=lambda args: args.inspect is None, only="without --inspect, which only reads an archive")
+    others -= {"output", "force"}
+    parser.counts_only(*others, where=lambda args: args.decode is None, only="without --decode, which only reads an archive")
+    parser.counts_only("output", "force", where=lambda args: args.decode is not None, only="with --decode")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -110,8 +121,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--inspect {args.inspect}: not with --decode, choose one of them")
     if args.decode is not None:
         return cli.require(args, "output")
-    if args.output is not None or args.force:
-        raise UserError(f"{'--force' if args.output is None else f'--output {args.output}'}: only with --decode")
     if args.inspect is None:
         cli.require(args, "load_path")
 

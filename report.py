@@ -10,7 +10,6 @@ from reporting.page import Picture
 from reporting.pictures import PICTURE_NAMES
 from reporting.publish import README_PICTURES, check_output, collect, update_readme, write_report
 from utils import cli
-from utils.errors import UserError
 
 SCRIPT = "report.py"
 DOCS = Path(__file__).resolve().parent / "docs"
@@ -42,15 +41,20 @@ def get_args_parser() -> cli.Parser:
     for role, name in (("teacher", "t_model"), ("student", "s_model")):
         parser.add_argument(f"--{name.replace('_', '-')}", type=cli.checked(check_model), metavar="NAME",
                             help=f"the {role} of --attention, where its run names a Python file")  # fmt: skip
+    attention_flags = ("images", "data_dir", "t_model", "s_model")
+    parser.counts_only(*attention_flags, where=lambda args: args.attention is not None, only="with --attention RUN")
+    parser.counts_only(
+        "pictures", "output", where=lambda args: args.collect is None, only="without --collect, which draws nothing"
+    )
+    parser.counts_only(
+        "title",
+        where=lambda args: args.collect is None and args.readme is None,
+        only="for a page, without --collect and --readme",
+    )
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    for name in ("images", "data_dir", "t_model", "s_model"):
-        if getattr(args, name) is not None and args.attention is None:
-            raise UserError(f"--{name.replace('_', '-')}: belongs to --attention RUN, which is not given")
-    if args.pictures is not None and args.collect is not None:
-        raise UserError("--pictures: not with --collect, which draws none")
     default = PICTURE_NAMES if args.readme is None else README_PICTURES
     names = default if args.pictures is None else args.pictures
     results = gather(args.runs or [COMMITTED_RESULTS if args.readme else Path("saves")])
@@ -75,4 +79,4 @@ def draw_attention(args: argparse.Namespace) -> list[Picture]:
 
 
 if __name__ == "__main__":
-    cli.execute(lambda: main(get_args_parser().parse_args()))
+    cli.execute(lambda: main(cli.parse_flags(get_args_parser())))

@@ -12,9 +12,6 @@ from distill.base import DISTILLERS, Distiller, DistillerEntry, Option
 from models.outputs import Outputs
 from utils.errors import UserError
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
-
 __all__ = ["DISTILLERS", "Distiller", "DistillerEntry", "Option", "build_distiller", "distiller_options"]
 
 
@@ -45,3 +42,7 @@ def _entry(name: str) -> DistillerEntry:
     if name not in DISTILLERS:
         raise UserError(f"--distill {name}: unknown loss: choose from {', '.join(sorted(DISTILLERS))}")
     return DISTILLERS[name]
+
+
+for _module in iter_modules(__path__):  # at the end, for some of them use what stands above
+    import_module(f"{__name__}.{_module.name}")

@@ -120,6 +120,13 @@ def weighted_losses(names: Sequence[str]) -> list[str]:
     return [name for name in names if name != "none" and DISTILLERS[name].beta is not None]
 
 
+def active_losses(names: Sequence[str], *, alpha: float) -> set[str]:
+    """The losses that `--distill NAMES` at this `--alpha` trains by, KD included, which is there beside every other loss."""
+    if list(names) == ["none"]:
+        return set()
+    return {*weighted_losses(names), *(["kd"] if alpha > 0 else [])}
+
+
 def check_losses(names: Sequence[str], *, has_teacher: bool, alpha: float, betas: Sequence[float] | None) -> None:
     """Raises UserError for losses of `--distill` that do not go together, or not with their weights."""
     chosen = f"--distill {' '.join(names)}"

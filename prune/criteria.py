@@ -75,6 +75,11 @@ CRITERIA: dict[str, Criterion] = {}
 _INPUTS = frozenset(("grad", "gamma", "generator", "gm_distance"))
 
 
+def criteria_with(*inputs: str) -> list[str]:
+    """The criteria that ask for one of these inputs."""
+    return [name for name, entry in CRITERIA.items() if entry.inputs & set(inputs)]
+
+
 def criterion(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Registers the decorated score function as `--prune-mode name`. Its parameters say what it needs beside the weight."""
 

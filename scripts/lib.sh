@@ -165,8 +165,30 @@ add_pruning() {
   distillation "$dataset" "$loss"
   local criterion_flags=(--prune-rates "$KEEP" --prune-mode "$criterion")
   if [[ $criterion == filter-nggm ]]; then criterion_flags+=(--samp-batches 25); fi
+  applicable "$criterion" "$loss" "$@"
   add_run pruning.py "$label" "$dataset" "$seed" "$teacher" --t-model "$MODEL" --t-path "$teacher" --s-copy-t \
-    "${criterion_flags[@]}" "${DISTILLATION[@]}" "${RECIPE[@]}" "$@"
+    "${criterion_flags[@]}" "${DISTILLATION[@]}" "${RECIPE[@]}" "${APPLICABLE[@]}"
+}
+
+# applicable CRITERION LOSS ARGUMENT...: APPLICABLE becomes the arguments without those flags that would have no effect on a
+# pruning by this criterion and with this loss.
+applicable() {
+  local criterion=$1 loss=$2 argument applies=1
+  shift 2
+  APPLICABLE=()
+  for argument in "$@"; do
+    if [[ $argument == --* ]]; then
+      applies=1
+      case $argument in
+        --samp-batches | --gamma) [[ $criterion == filter-nggm ]] || applies=0 ;;
+        --gm-distance) [[ $criterion == filter-gm || $criterion == filter-nggm ]] || applies=0 ;;
+        --alpha | --kd-t) [[ $loss != none ]] || applies=0 ;;
+        --betas) [[ $loss != none && $loss != kd ]] || applies=0 ;;
+        --hap-ts) [[ $loss == hap ]] || applies=0 ;;
+      esac
+    fi
+    if ((applies)); then APPLICABLE+=("$argument"); fi
+  done
 }
 
 # resume_command I: the command of run I becomes the one that resumes it. A run does not take the name of a Python file from its

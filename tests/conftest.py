@@ -1,6 +1,5 @@
 """What the tests share: the entry scripts run inside this process, and a trained network to start from."""
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -43,16 +42,10 @@ def run_main(script: str, *words: str) -> Ended:
         contextlib.redirect_stderr(errors),
     ):
         try:
-            cli.execute(lambda: module.main(parsed(module.get_args_parser(), words)))
+            cli.execute(lambda: module.main(cli.parse_flags(module.get_args_parser(), words)))
         except SystemExit as end:
             status = end.code
     return Ended(status, output.getvalue(), errors.getvalue())
-
-
-def parsed(parser: cli.Parser, words: Sequence[str]) -> argparse.Namespace:
-    """The flags as the script reads them: one that trains nothing has no run to resume."""
-    trains = "--resume" in parser.format_usage()
-    return cli.parse_flags(parser, words) if trains else parser.parse_args(words)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def run_export(capsys):
             mock.patch.object(profile, "MIN_RUN_SECONDS", 0.0),
             pytest.raises(SystemExit) as end,
         ):
-            cli.execute(lambda: export.main(export.get_args_parser().parse_args(words)))
+            cli.execute(lambda: export.main(cli.parse_flags(export.get_args_parser(), words)))
         captured = capsys.readouterr()
         return end.value.code, captured.out, captured.err
 

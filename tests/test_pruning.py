@@ -12,6 +12,7 @@ from prune.masks import keep_count, prunable_layers
 from utils.files import load_checkpoint, save_checkpoint
 
 TINY = ["--n-epochs", "2", "--limit-batches", "2", "--batch-size", "32", "--schedule", "--device", "cpu", "--prune-rates", "0.6"]
+SCORING = ["--limit-batches", "2", "--batch-size", "32", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_training_the_small_network_is_training_the_masked_one(prune, distill):
 def test_a_compact_network_can_be_scored_and_pruned_further(prune, trained_run, tmp_path, run_script):
     first = prune("--prune-mode", "filter-a", name="first")
     path = str(first / "model_compact.pt")
-    scored = run_script("pruning", "--evaluate", "--s-path", path, *TINY)
+    scored = run_script("pruning", "--evaluate", "--s-path", path, *SCORING)
     best = json.loads((first / "summary.json").read_text())["best"]["top1"]
     assert f"top1 {best:.2f}" in scored.output
     flags = ["--prune-mode", "filter-a", "--save-dir", str(tmp_path), "--run-name", "second"]

@@ -13,6 +13,7 @@ from quantize.archive import differing_tensors, load_archive
 from utils.files import load_checkpoint, save_checkpoint
 
 FLAGS = ("--dataset=digits", "--n-epochs=1", "--limit-batches=2", "--batch-size=32", "--lr=0.001", "--device=cpu")
+SCORING_FLAGS = ("--dataset=digits", "--limit-batches=2", "--batch-size=32", "--device=cpu")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_inspect_prints_the_table(finished, run_script):
 def test_evaluate_scores_archive_and_checkpoint_alike(finished, run_script):
     before = {path: path.stat().st_mtime_ns for path in finished.parent.rglob("*")}
     scores = [
-        run_script("quantize_encode", "--evaluate", "--load-path", str(finished / name), *FLAGS).output
+        run_script("quantize_encode", "--evaluate", "--load-path", str(finished / name), *SCORING_FLAGS).output
         for name in ("model.huff", "model_compact.pt")
     ]
     assert scores[0] == scores[1] and scores[0].startswith("resnet20 on digits: loss ")
@@ -152,7 +153,8 @@ def test_bad_input_ends_in_one_line(flags, message, finished, pruned, run_script
     places = {"pruned": pruned, "archive": finished / "model.huff"}
     places |= {name: tmp_path / f"{name}.huff" for name in ("damaged", "newer")}
     words = [word.format(**places) for word in flags.split()]
-    ended = run_script("quantize_encode", *FLAGS, "--save-dir", str(tmp_path / "saves"), "--data-dir", str(tmp_path), *words)
+    common = {"--decode": (), "--inspect": (), "--evaluate": SCORING_FLAGS}.get(words[0] if words else "", FLAGS)
+    ended = run_script("quantize_encode", *common, "--save-dir", str(tmp_path / "saves"), "--data-dir", str(tmp_path), *words)
     assert ended.status == 2
     assert ended.errors.count("\n") == 1 and ended.errors.startswith("quantize_encode.py: error: ")
     assert re.search(message, ended.errors)

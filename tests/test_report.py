@@ -22,7 +22,7 @@ ROOT = Path(report.__file__).resolve().parent
 def run_report(*words):
     """Exit status of the script."""
     with pytest.raises(SystemExit) as end:
-        cli.execute(lambda: report.main(report.get_args_parser().parse_args([str(word) for word in words])))
+        cli.execute(lambda: report.main(cli.parse_flags(report.get_args_parser(), [str(word) for word in words])))
     return end.value.code
 
 
@@ -61,13 +61,13 @@ def test_only_the_pictures_that_are_asked_for(saves, tmp_path):
         (["{tmp}/nowhere"], "nowhere: no such folder"),
         (["{tmp}/empty"], "empty: no finished run found"),
         (["{saves}", "--output", "{tmp}/mine"], "holds other files than a report's"),
-        (["{saves}", "--images", "3"], "--images: belongs to --attention RUN"),
-        (["{saves}", "--data-dir", "x"], "--data-dir: belongs to --attention RUN"),
+        (["{saves}", "--images", "3"], "--images 3: only with --attention RUN"),
+        (["{saves}", "--data-dir", "x"], "--data-dir x: only with --attention RUN"),
         (["{saves}", "--attention", "{saves}/teacher"], "this run has no teacher"),
         (["{saves}", "--attention", "{saves}/pruned-1", "--images", "-1"], "--images: '-1' is not a whole number of 0 or more"),
         (["{saves}", "--readme", "{tmp}/mine/own.txt"], "needs the lines <!-- results:begin -->"),
         (["{saves}", "--readme", "a.md", "--collect", "b"], "not allowed with argument"),
-        (["{saves}", "--pictures", "bytes", "--collect", "b"], "--pictures: not with --collect"),
+        (["{saves}", "--pictures", "bytes", "--collect", "b"], "--pictures bytes: only without --collect"),
         (["{saves}", "--pictures", "byte"], "--pictures: invalid choice: 'byte'"),
         (["{saves}", "--outptu", "x"], "unrecognized arguments: --outptu"),
         (["{saves}", "--output", "{tmp}/mine/own.txt/report"], "cannot be made"),
@@ -79,7 +79,9 @@ def test_bad_input_is_one_line_and_writes_nothing(saves, tmp_path, capsys, flags
     (tmp_path / "mine" / "own.txt").write_text("mine")
     flags = [flag.format(tmp=tmp_path, saves=saves) for flag in flags]
     before = sorted(tmp_path.rglob("*"))
-    assert run_report(*flags, *([] if {"--output", "--readme"} & {*flags} else ["--output", tmp_path / "report"])) == 2
+    assert (
+        run_report(*flags, *([] if {"--output", "--readme", "--collect"} & {*flags} else ["--output", tmp_path / "report"])) == 2
+    )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]

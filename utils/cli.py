@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.datasets import DATASETS
-from utils.distributed import is_lost_process, leave
+from utils.distributed import is_lost_process, leave, world_from_environment
+from utils.effects import Rule, check_effects, given_flags, typed
 from utils.errors import Interrupted, NonFiniteLoss, UserError
 from utils.memory import keep_freed_memory
 from utils.python_file import names_function
@@ -19,13 +20,37 @@ from utils.run_folder import CONFIG, read_config
 from utils.run_state import PLACEMENT_FLAGS
 
 SILENCE_SECONDS = 5.0
+PLACES = frozenset(("data_dir", "save_dir", "workers", "device"))  # taken whatever a script is asked to do
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Says each default once, where there is one that the help text does not say itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False, []) or action.default is argparse.SUPPRESS or "(default:" in action.help:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {_spaced(action.default)})"
+        return f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, and that knows where each flag counts."""
 
     def __init__(self, **options: Any):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+        self.rules: list[Rule] = []
+
+    def counts_only(self, *names: str, where: Callable[[argparse.Namespace], bool], only: str) -> None:
+        """The flags `names` (as in the namespace) have an effect only `where(args)`; `only` ends the sentence "it counts only".
+
+        Given elsewhere they are refused by `parse_flags`.
+        """
+        self.rules.append(Rule(frozenset(names), where, only))
+
+    def names(self) -> set[str]:
+        """All flags so far, as they are called in the namespace."""
+        return {action.dest for action in self._actions} - {"help"}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
@@ -92,6 +117,17 @@ def add_training_flags(parser: Parser, *, lr: float, n_epochs: int, schedule: Se
     group.add_argument("--momentum", type=momentum_value, default=0.9, help="Nesterov momentum of SGD")
     group.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help="weight decay of SGD")
     parser.set_defaults(default_schedule=tuple(schedule), default_lr_drops=tuple(lr_drops))
+    counts_in_training(parser, *names_of(group))
+
+
+def names_of(group: argparse._ArgumentGroup) -> list[str]:
+    """The flags of an argument group, as they are called in the namespace."""
+    return [action.dest for action in group._group_actions]
+
+
+def counts_in_training(parser: Parser, *names: str) -> None:
+    """These flags have no effect where a network is only scored."""
+    parser.counts_only(*names, where=lambda args: not args.evaluate, only="where a network is trained, without --evaluate")
 
 
 def _spaced(values: Sequence[float]) -> str:
@@ -120,39 +156,46 @@ def add_run_flags(parser: Parser, *, log_name: str) -> None:
     )
     group.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     group.add_argument("--evaluate", action="store_true", help="only score the network; writes nothing")
+    counts_in_training(parser, "seed", "run_name", "log_name", "compile", "sync_bn")
+    counts_in_training(parser, "checkpoint_interval", "checkpoint_minutes", "dry_run")
+    parser.counts_only(
+        "sync_bn",
+        where=lambda args: world_from_environment().size > 1,
+        only="among several processes on CUDA devices, as torchrun starts them",
+    )
+    parser.counts_only("dev_idx", where=lambda args: args.device != "cpu", only="for CUDA devices, without --device cpu")
 
 
 def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of a new run, or with `--resume` those that the run was started with. Raises UserError for bad ones.
+    """The flags of a new run, or with `--resume` those that the run was started with.
 
     `defaults` among them holds what each flag is where nobody gives it: what a run of an older version meant that does not
-    know the flag.
+    know the flag. Raises UserError for bad flags, and for a given one that has no effect beside the others.
     """
-    args = parser.parse_args(argv)
-    if args.resume is not None:
-        args = _resumed_flags(parser, args, argv)
+    args, given = parser.parse_args(argv), given_flags(parser, argv)
+    if getattr(args, "resume", None) is not None:
+        args = _resumed_flags(parser, args.resume, given)
+    check_effects(parser.rules, args, given)
     args.defaults = vars(_completed(parser.parse_args([])))
     return _completed(args)
 
 
 def _completed(args: argparse.Namespace) -> argparse.Namespace:
-    _complete_schedule(args)
-    for name in ("default_schedule", "default_lr_drops"):
-        delattr(args, name)
+    if hasattr(args, "default_schedule"):
+        _complete_schedule(args)
+        for name in ("default_schedule", "default_lr_drops"):
+            delattr(args, name)
     return args
 
 
-def _resumed_flags(parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
-    saved = _saved_flags(parser, args.resume)
-    absent = object()
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent))))
-    given = {name: value for name, value in given.items() if value is not absent}
-    _check_code(vars(saved), given, folder=args.resume)
+def _resumed_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> argparse.Namespace:
+    saved = _saved_flags(parser, folder)
+    _check_code(vars(saved), given, folder=folder)
     for name in given.keys() - PLACEMENT_FLAGS:
         value, before = given[name], getattr(saved, name)
         if value != before and not (name == "n_epochs" and value > before):
             rule = "may only be raised" if name == "n_epochs" else "leave it out, a resumed run keeps its flags"
-            raise UserError(f"--{name.replace('_', '-')} {_shown(value)}: contradicts {_shown(before)} of {args.resume}; {rule}")
+            raise UserError(f"{typed(name, value)}: contradicts {_shown(before)} of {folder}; {rule}")
     return argparse.Namespace(**{**vars(saved), **given, "may_download": "data_dir" in given})
 
 

@@ -89,7 +89,7 @@ class TestResume:
             ("--n-epochs 8", "--n-epochs 8: contradicts 9 of .*; may only be raised"),
             ("--names x", "--names x: contradicts x y"),
             ("--seed 2", "--seed 2: contradicts 1"),
-            ("--compile", "--compile True: contradicts False"),
+            ("--compile", "--compile: contradicts False"),
         ],
     )
     def test_contradictions(self, words, message, parser, tmp_path):

@@ -1,0 +1,32 @@
+"""The flags of the losses: which are used, their weights, and the options that each of them is registered with."""
+
+from distill import DISTILLERS, distiller_options
+from distill.objective import active_losses, weighted_losses
+from utils import cli
+
+
+def add_distillation_flags(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--distill", nargs="+", default=["none"], choices=("none", *DISTILLERS), help="distillation losses")
+    group.add_argument("--alpha", type=cli.non_negative_float, default=0.9, help="weight of KD")
+    betas = ", ".join(f"{name} {DISTILLERS[name].beta:g}" for name in weighted_losses(DISTILLERS))
+    group.add_argument("--betas", type=cli.non_negative_float, nargs="+", help=f"weights of the other losses (default: {betas})")
+    for keyword, option in distiller_options().items():
+        kind = cli.positive_int if isinstance(option.default, int) else cli.positive_float
+        group.add_argument(f"--{keyword.replace('_', '-')}", type=kind, default=option.default, help=option.help)
+    cli.counts_in_training(parser, *cli.names_of(group))
+    _say_what_counts(parser)
+
+
+def _say_what_counts(parser: cli.Parser) -> None:
+    parser.counts_only("alpha", where=lambda args: args.distill != ["none"], only="with --distill, where it weighs KD")
+    weighted = ", ".join(weighted_losses(DISTILLERS))
+    parser.counts_only("betas", where=lambda args: weighted_losses(args.distill), only=f"with --distill and one of {weighted}")
+    for option in distiller_options():
+        users = {name for name, entry in DISTILLERS.items() if option in entry.options}
+        alone = " or ".join(sorted(users - {"kd"}))
+        parser.counts_only(
+            option,
+            where=lambda args, users=users: users & active_losses(args.distill, alpha=args.alpha),
+            only="with --distill and an --alpha above 0" if "kd" in users else f"with --distill {alone}",
+        )

@@ -1,0 +1,58 @@
+"""The flags that say what is pruned and how, and where each of them counts."""
+
+import argparse
+
+from prune.criteria import CRITERIA, GM_DISTANCES, criteria_with
+from prune.schedule import TRAIN_FORMS
+from utils import cli
+
+READ_BY_CRITERIA = {"samp_batches": "grad", "gamma": "gamma", "gm_distance": "gm_distance"}  # flag: what a criterion asks for
+
+
+def add_pruning_flags(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("pruning")
+    group.add_argument("--prune-rates", type=cli.keep_proportion, nargs="+", default=[0.6], metavar="R",
+                       help="proportion of filters retained, one for all conv layers or one a layer")  # fmt: skip
+    group.add_argument(
+        "--prune-mode", default="filter-nggm", choices=CRITERIA, help="which filters go: those that it scores lowest"
+    )
+    group.add_argument("--soft-prune", action="store_true", help="SFP: pruned filters may grow back")
+    group.add_argument(
+        "--prune-interval", type=cli.positive_int, metavar="EPOCHS", help="epochs between soft prunings (default: 1)"
+    )
+    group.add_argument("--recalibrate-bn", type=cli.positive_int, metavar="N",
+                       help="estimate batch norm's statistics over N training batches before each evaluation")  # fmt: skip
+    group.add_argument("--samp-batches", type=cli.positive_int, metavar="N",
+                       help="training batches for the gradient of filter-nggm (default: all)")  # fmt: skip
+    group.add_argument("--gamma", type=cli.proportion, default=0.5, help="weight of the distances in filter-nggm")
+    group.add_argument("--gm-distance", default="euclidean", choices=GM_DISTANCES, help="distances of filter-gm and filter-nggm")
+    group.add_argument("--exclude-layers", nargs="+", default=[], metavar="NAME", help="conv layers that keep all filters")
+    group.add_argument("--channel-multiple", type=cli.positive_int, default=1, metavar="M",
+                       help="round kept filters to a multiple of M, for speed")  # fmt: skip
+    group.add_argument("--train-form", default="auto", choices=TRAIN_FORMS,
+                       help="hard pruning trains the small network or the large one with zeros; auto: the faster")  # fmt: skip
+    cli.counts_in_training(parser, *cli.names_of(group))
+    _say_what_counts(parser)
+
+
+def prunes(args: argparse.Namespace) -> bool:
+    """Whether any layer is to lose filters."""
+    return min(args.prune_rates) < 1
+
+
+def _say_what_counts(parser: cli.Parser) -> None:
+    below = "--prune-rates below 1, where filters are pruned"
+    parser.counts_only("prune_mode", "soft_prune", "exclude_layers", "channel_multiple", where=prunes, only=f"with {below}")
+    for flag, read in READ_BY_CRITERIA.items():
+        users = criteria_with(read)
+        parser.counts_only(
+            flag,
+            where=lambda args, users=users: prunes(args) and args.prune_mode in users,
+            only=f"with --prune-mode {' or '.join(users)} and {below}",
+        )
+    parser.counts_only("prune_interval", where=lambda args: args.soft_prune, only="with --soft-prune, hard pruning chooses once")
+    parser.counts_only(  # without rates below 1 still for what an earlier pruning left in the student's file
+        "train_form",
+        where=lambda args: not args.soft_prune and (prunes(args) or args.s_path or args.s_copy_t),
+        only="where filters are pruned for good, without --soft-prune",
+    )
