@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from distill.flags import add_distillation_flags
@@ -17,16 +16,10 @@ from models.network_file import NetworkFile, as_dense, load_network
 from prune.choice import FilterChoice
 from prune.compact import check_pruned_zeros, compact
 from prune.flags import add_pruning_flags
+from prune.forms import build_schedule, check_compact_form, training_form
 from prune.masks import keep_ratios, prunable_layers
 from prune.record import describe_pruned, finish, log_accuracy, log_pruning
-from prune.schedule import (
-    SOFT_CRITERIA,
-    HardPruning,
-    PruningSchedule,
-    build_schedule,
-    check_soft_state,
-    trains_small,
-)
+from prune.schedule import SOFT_CRITERIA, HardPruning, PruningSchedule, check_soft_state
 from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import leave
@@ -35,6 +28,7 @@ from utils.errors import UserError, naming
 from utils.plan import print_plan
 from utils.recalibration import check_recalibration
 from utils.run_state import read_state
+from utils.runs import Run
 from utils.seed import seed_everything
 
 SCRIPT = "pruning.py"
@@ -85,6 +79,8 @@ def main(args: argparse.Namespace) -> None:
     choose = filter_choice(args, student, data)
     objective_of(args, student.network, teacher, data)  # losses that cannot compare the two say so before anything is written
     check_recalibration(student.network, args.recalibrate_bn)
+    if args.train_form == "compact" and state is None:
+        check_compact_form(student.network, choose.without_gradient()(), data.example)
     plan = replace(setup.training_plan(args), recalibrate_bn_batches=args.recalibrate_bn)
     if args.dry_run:
         return dry_run(args, plan, student, choose)
@@ -95,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
     setup.warn_about(run, plan, fallback)
     before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data)
-    schedule = schedule_of(args, student, choose, device=device, state=state)
+    schedule = schedule_of(args, student, choose, run=run, state=state)
     if state is None:
         log_pruning(
             run, before, schedule=schedule, student=student, data=data, recalibrate_bn_batches=plan.recalibrate_bn_batches
@@ -203,7 +199,7 @@ def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageDat
 
 
 def schedule_of(
-    args: argparse.Namespace, student: NetworkFile, choose: FilterChoice, *, device: torch.device, state: Mapping[str, Any] | None
+    args: argparse.Namespace, student: NetworkFile, choose: FilterChoice, *, run: Run, state: Mapping[str, Any] | None
 ) -> PruningSchedule:
     """What keeps the student pruned."""
     return build_schedule(
@@ -211,7 +207,9 @@ def schedule_of(
         choose,
         soft_interval=(args.prune_interval or 1) if args.soft_prune else None,
         last_epoch=args.n_epochs - 1,
-        small=trains_small(args.train_form, device, amp=args.amp, compiled=args.compile),
+        form=training_form(args.train_form, choose.data.device, amp=args.amp, compiled=args.compile),
+        images=choose.data.example,
+        warn=run.warn,
         state=state,
     )
 
@@ -230,7 +228,11 @@ def dry_run(args: argparse.Namespace, plan: TrainingPlan, student: NetworkFile, 
     pruned = copy.deepcopy(student.network)
     HardPruning(pruned, kept)
     lines = [f"{layer.name} would keep {len(kept[layer.name])} of {layer.filters}" for layer in choose.layers]
-    networks = {"dense": student.network, "pruned": compact(pruned, choose.data.example)}
+    networks = {"dense": student.network}
+    try:
+        networks["pruned"] = compact(pruned, choose.data.example)
+    except UserError as error:
+        lines.append(f"no compact network could be written: {error}")
     print_plan(args, plan=plan, data=choose.data, networks=networks, lines=lines)
 
 

@@ -182,13 +182,15 @@ class NarrowNetwork(nn.Module):
     def get_submodule(self, target: str) -> nn.Module:
         return self.__parts.owner.get_submodule(target) if target else self
 
-    def stored_rows(self, key: str) -> list[int] | None:
-        """The rows of the dense tensor `key` that this network has, None if it has none of them."""
+    def stored(self, key: str) -> tuple[Tensor, list[int]] | None:
+        """The tensor that holds what is left of the dense tensor `key`, and the dense rows in it; None if nothing is left."""
         own = self.state_dict(keep_vars=True).get(self.__home(key))
         if own is None:
             return None
         entries = self.__parts.entries.get(self.__home(key))
-        return list(range(len(own))) if entries is None else entries[0].flatten().tolist()
+        if entries is not None:
+            return own, entries[0].flatten().tolist()
+        return own, list(range(len(own))) if own.dim() else []
 
     def __home(self, key: str) -> str:
         return self.__parts.origin.homes.get(key, key)
@@ -203,24 +205,27 @@ class NarrowNetwork(nn.Module):
         state, origin = self.state_dict(), self.__parts.origin
         device = next((value.device for value in state.values() if isinstance(value, Tensor)), torch.device("cpu"))
         dense: dict[str, Tensor] = OrderedDict()
-        for key in origin.state:
-            value = state.get(self.__home(key))
+        for key, full in origin.state.items():
+            value = state.get(self.__home(key), full if not isinstance(full, Tensor) else None)
             if value is None and key in origin.idle and idle is not None:
                 value = idle[key]
-            dense[key] = self.__dense_entry(key, value, device)
+            blank = 1 if key.endswith("running_var") else 0
+            dense[key] = self.widened(key, value, blank=blank).to(device) if isinstance(full, Tensor) else value
         dense._metadata = copy.deepcopy(origin.metadata)
         return dense
 
-    def __dense_entry(self, key: str, value: Any, device: torch.device) -> Any:
+    def widened(self, key: str, value: Tensor | None, *, blank: float = 0) -> Tensor:
+        """`value`, of the shape of this network's tensor `key`, in the shape of the dense one, with `blank` where it was cut.
+
+        None stands for a tensor of which nothing is left; the result is then on the CPU.
+        """
         entries, full = self.__parts.entries.get(self.__home(key)), self.__parts.origin.state[key]
-        if value is None and not isinstance(full, Tensor):
-            return full
-        if value is not None and entries is None:
+        if value is None:
+            return torch.full(full.shape, blank, dtype=full.dtype)
+        if entries is None:
             return value
-        dtype = value.dtype if value is not None else full.dtype
-        dense = torch.full(full.shape, 1 if key.endswith("running_var") else 0, dtype=dtype, device=device)
-        if value is not None:
-            dense[entries] = value
+        dense = value.new_full(full.shape, blank)
+        dense[entries] = value
         return dense
 
     def load_dense_state_dict(self, state: Mapping[str, Tensor]) -> None:

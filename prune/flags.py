@@ -3,7 +3,7 @@
 import argparse
 
 from prune.criteria import CRITERIA, GM_DISTANCES, criteria_with
-from prune.schedule import TRAIN_FORMS
+from prune.forms import TRAIN_FORMS
 from utils import cli
 
 READ_BY_CRITERIA = {"samp_batches": "grad", "gamma": "gamma", "gm_distance": "gm_distance"}  # flag: what a criterion asks for

@@ -25,6 +25,23 @@ class PrunableLayer:
     def filters(self) -> int:
         return self.conv.out_channels
 
+    def conv_parameters(self) -> dict[str, Tensor]:
+        """Weight and, where there is one, bias, by their keys in the network's state dict."""
+        return _existing(self.name, self.conv, "weight", "bias")
+
+    def zeroed(self) -> dict[str, Tensor]:
+        """All that is 0 for a filter that gives only zeros, by its key: rows of the convolution and of its batch norm.
+
+        A batch norm without weight and bias gives `-mean / std` for a map of zeros in evaluation: its mean is 0 as well.
+        """
+        norm = _existing(self.bn_name, self.bn, "weight", "bias") or _existing(self.bn_name, self.bn, "running_mean")
+        return self.conv_parameters() | norm
+
+
+def _existing(name: str | None, layer: nn.Module | None, *tensors: str) -> dict[str, Tensor]:
+    found = {f"{name}.{key}": getattr(layer, key, None) for key in tensors}
+    return {key: tensor for key, tensor in found.items() if tensor is not None}
+
 
 def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
     """Every `nn.Conv2d` of `model` in `named_modules()` order: the order of `--prune-rates`.
@@ -48,7 +65,8 @@ def keep_ratios(layers: Sequence[PrunableLayer], rates: Sequence[float], *, excl
     """The proportion of filters that each layer retains, by name: `--prune-rates` and `--exclude-layers`.
 
     `rates` is one value for all layers or one a layer; excluded layers are counted there too, and retain everything.
-    Raises UserError for a value outside (0, 1], a wrong number of values, or a name that is not among the layers.
+    Raises UserError for a value outside (0, 1], a wrong number of values, a name that is not among the layers, or a layer
+    whose weight is computed from other parameters (weight norm, a parametrization): there is no filter to set to 0.
     """
     names = [layer.name for layer in layers]
     for rate in rates:
@@ -59,7 +77,11 @@ def keep_ratios(layers: Sequence[PrunableLayer], rates: Sequence[float], *, excl
     if unknown:
         raise UserError(f"--exclude-layers {' '.join(unknown)}: no such conv layer: choose from {', '.join(names)}")
     each = rates if len(rates) == len(names) else [rates[0]] * len(names)
-    return {name: 1.0 if name in exclude else ratio for name, ratio in zip(names, each, strict=True)}
+    ratios = {name: 1.0 if name in exclude else ratio for name, ratio in zip(names, each, strict=True)}
+    for layer in layers:
+        if ratios[layer.name] < 1 and "weight" not in dict(layer.conv.named_parameters(recurse=False)):
+            raise UserError(f"{layer.name}: its weight is computed from other parameters; add it to --exclude-layers")
+    return ratios
 
 
 def _check_keep_ratio(keep_ratio: float) -> None:

@@ -13,6 +13,7 @@ from prune.schedule import PruningSchedule
 from utils import setup
 from utils.data import ImageData
 from utils.engine import evaluate
+from utils.errors import UserError
 from utils.files import read_json
 from utils.profile import compare_networks, comparison_table
 from utils.recalibration import recalibrated_batch_norm
@@ -75,7 +76,8 @@ def describe_pruned(
 
     `file` is what the student was before it was pruned, `config` the flags of the run.
     """
-    state = network.dense_state_dict() if isinstance(network, NarrowNetwork) else network.state_dict()
+    is_small = isinstance(network, NarrowNetwork)
+    state = network.dense_state_dict(idle=schedule.model.state_dict()) if is_small else network.state_dict()
     live = schedule.live_channels(kept)
     return describe_network(state, model=file.model, num_classes=file.num_classes, config=config, kept=live)
 
@@ -90,7 +92,31 @@ def finish(
     """
     best = load_network(run.folder / BEST, flag="--save-dir", model=model)
     dense = setup.to_device(best.network, data.device)
-    small = compact(dense, data.example)
+    kept = {layer.name: len(best.kept.get(layer.name, range(layer.filters))) for layer in prunable_layers(dense)}
+    summary = {**head, "model": best.model, **read_json(run.folder / BEFORE_TRAINING), **result, "kept_filters": kept}
+    try:
+        small = compact(dense, data.example)
+    except UserError as error:  # the training is worth its summary all the same
+        run.warn(f"no compact network is written: {error}")
+        written = BEST
+    else:
+        summary["compact"] = save_compact(run, best, dense, small, result=result, data=data, config=config)
+        written = COMPACT
+    run.save_json(SUMMARY, summary)
+    run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / written}")
+
+
+def save_compact(
+    run: Run,
+    best: NetworkFile,
+    dense: nn.Module,
+    small: NarrowNetwork,
+    *,
+    result: Mapping[str, Any],
+    data: ImageData,
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Writes the small network of `best`, which is `dense` on the device; gives what the summary says of the two."""
     difference = relative_difference(dense, small, (batch.images for batch in data.test_batches()))
     accuracy = {name: evaluate(network, data)["top1"] for name, network in (("dense", dense), ("compact", small))}
     identity = {"model": best.model, "num_classes": best.num_classes}
@@ -100,7 +126,4 @@ def finish(
     run.log(comparison_table(comparison))
     run.log(f"top1 of the dense network {accuracy['dense']:.2f}, of the compact {accuracy['compact']:.2f}")
     run.log(f"largest difference of their logits, relative to the largest logit: {difference:.1e}")
-    kept = {layer.name: len(best.kept.get(layer.name, range(layer.filters))) for layer in prunable_layers(dense)}
-    summary = {**head, "model": best.model, **read_json(run.folder / BEFORE_TRAINING), **result, "kept_filters": kept}
-    run.save_json(SUMMARY, {**summary, "compact": {"top1": accuracy, "relative_difference": difference, **comparison}})
-    run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / COMPACT}")
+    return {"top1": accuracy, "relative_difference": difference, **comparison}

@@ -6,7 +6,7 @@ not yet pruned in this sense; the network that it ships is.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from models.batch_norm import quicken_batch_norms
 from models.narrow import NarrowNetwork, narrow
 from prune.masks import PrunableLayer, prunable_layers
+from prune.proof import check_equal_training
 from utils.engine import Hooks
 from utils.errors import UserError
 
 SOFT_CRITERIA = ("filter-a", "filter-l2", "filter-gm")
-TRAIN_FORMS = ("auto", "compact", "masked")
 
 
 class PruningSchedule(Hooks):
@@ -66,35 +66,72 @@ class HardPruning(PruningSchedule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._parameters, self._masks = [], []
+        self._zeros = _Zeros()
         for layer, pruned in _losses(self.layers, self.kept):
-            for parameter in (*_conv_parameters(layer), *_bn_parameters(layer)):
-                self._parameters.append(parameter)
-                self._masks.append(torch.ones_like(parameter).index_fill_(0, pruned.to(parameter.device), 0))
+            for tensor in layer.zeroed().values():
+                self._zeros.add(tensor, pruned)
         self.after_step()
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """Clears what momentum, weight decay and the BN bias' gradient brought back, in a few launches and no sync."""
-        if self._parameters:
-            torch._foreach_mul_(self._parameters, self._masks)
-            torch._foreach_add_(self._parameters, 0.0)  # a negative weight times 0 is -0.0, which this turns into 0.0
+        self._zeros.restore()
 
 
 class PhysicalPruning(PruningSchedule):
-    """One choice before training, and the filters are gone from the network that is trained: nothing is left to be kept at 0.
+    """One choice before training, and the filters are gone from the network that is trained.
 
-    It computes what the network of `HardPruning` computes, step by step, up to rounding.
+    It computes what the network of `HardPruning` computes, step by step, up to rounding. Filters that could not be cut (of a
+    layer that is called twice, or that even up the groups of a convolution) are held at 0. Raises UserError for a network
+    that has no narrow form.
     """
 
     def __init__(self, model: nn.Module, kept: Mapping[str, Tensor]):
         super().__init__(model)
         self.kept = HardPruning(model, kept).kept
+        self._network = narrow(model, self.live_channels(self.kept))
+        quicken_batch_norms(self._network)
+        self._zeros = _Zeros()
+        for key, pruned in self._pruned_rows().items():
+            stored = self._network.stored(key)
+            if stored is not None:
+                tensor, rows = stored
+                self._zeros.add(tensor, torch.isin(torch.tensor(rows), pruned).nonzero().flatten())
+
+    def _pruned_rows(self) -> dict[str, Tensor]:
+        """The rows that are 0 in the masked network, by key."""
+        return {key: pruned for layer, pruned in _losses(self.layers, self.kept) for key in layer.zeroed()}
+
+    def prove(self, images: Tensor) -> None:
+        """Raises UserError unless the small network evaluates and trains as the masked one does, on `images` (N, C, H, W)."""
+        check_equal_training(self.model, self._network, images, pruned=self._pruned_rows())
 
     def trained_network(self) -> NarrowNetwork:
-        network = narrow(self.model, self.live_channels(self.kept))
-        quicken_batch_norms(network)
-        return network
+        return self._network
+
+    def after_step(self) -> None:
+        self._zeros.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"compact": True}
+
+
+class _Zeros:
+    """Rows of tensors that are set to 0 again and again."""
+
+    def __init__(self):
+        self._tensors: list[Tensor] = []
+        self._masks: list[Tensor] = []
+
+    def add(self, tensor: Tensor, rows: Tensor) -> None:
+        if len(rows):
+            self._tensors.append(tensor)
+            self._masks.append(torch.ones_like(tensor).index_fill_(0, rows.to(tensor.device), 0))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if self._tensors:
+            torch._foreach_mul_(self._tensors, self._masks)
+            torch._foreach_add_(self._tensors, 0.0)  # a negative weight times 0 is -0.0, which this turns into 0.0
 
 
 class SoftPruning(PruningSchedule):
@@ -123,7 +160,7 @@ class SoftPruning(PruningSchedule):
         self.kept = self.choose()
         self._just_cleared = True
         for layer, pruned in _losses(self.layers, self.kept):
-            _clear(_conv_parameters(layer), pruned)
+            _clear(layer.conv_parameters().values(), pruned)
 
     def after_step(self) -> None:
         self._just_cleared = False
@@ -143,14 +180,14 @@ class SoftPruning(PruningSchedule):
         saved = []
         try:
             for layer, pruned in _losses(self.layers, kept):
-                parameters = [*_conv_parameters(layer), *_bn_parameters(layer)]
-                saved += [(parameter, parameter.detach().clone()) for parameter in parameters]
-                _clear(parameters, pruned)
+                tensors = layer.zeroed().values()
+                saved += [(tensor, tensor.detach().clone()) for tensor in tensors]
+                _clear(tensors, pruned)
             yield kept
         finally:
             with torch.no_grad():
-                for parameter, before in saved:
-                    parameter.copy_(before)
+                for tensor, before in reversed(saved):  # one of two layers may have been cleared by the other already
+                    tensor.copy_(before)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"just_cleared": self._just_cleared}
@@ -166,49 +203,6 @@ def check_soft_state(state: Mapping[str, Any], *, folder: str | os.PathLike) -> 
         raise UserError(f"--resume {folder}: an older version began it, whose soft pruning was another method; start it anew")
 
 
-def build_schedule(
-    network: nn.Module,
-    choose: Callable[[], dict[str, Tensor]],
-    *,
-    soft_interval: int | None,
-    last_epoch: int,
-    small: bool,
-    state: Mapping[str, Any] | None = None,
-) -> PruningSchedule:
-    """What keeps `network` pruned; hard pruning makes its one choice here, or takes it from the state of a resumed run.
-
-    `soft_interval` is the number of epochs between soft prunings, None for hard pruning. That one trains the network without
-    the pruned filters where it is `small`; a resumed run goes on with the form that it began with.
-    """
-    if soft_interval is not None:
-        return SoftPruning(network, choose, interval=soft_interval, last_epoch=last_epoch)
-    if state is None:
-        return (PhysicalPruning if small else HardPruning)(network, choose())
-    return (PhysicalPruning if _was_trained_small(state) else HardPruning)(network, state["resume"]["hooks"]["kept"])
-
-
-def trains_small(form: str, device: torch.device, *, amp: bool, compiled: bool) -> bool:
-    """Whether hard pruning trains the small network, for `--train-form` compact, masked or auto: auto is the faster one."""
-    faster_small = device.type == "cpu" and not amp and not compiled  # as measured, docs/performance.md
-    return form == "compact" or (form == "auto" and faster_small)
-
-
-def _was_trained_small(state: Mapping[str, Any]) -> bool:
-    """Whether the saved state is that of the small network itself, whatever device this goes on with."""
-    trained = state["resume"]["objective"]
-    return any(trained[f"student.{name}"].shape != tensor.shape for name, tensor in state["state_dict"].items())
-
-
-def _conv_parameters(layer: PrunableLayer) -> list[Tensor]:
-    conv = layer.conv
-    return [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
-
-
-def _bn_parameters(layer: PrunableLayer) -> list[Tensor]:
-    """Weight and bias, in this order, or nothing."""
-    return [layer.bn.weight, layer.bn.bias] if layer.bn is not None and layer.bn.affine else []
-
-
 def _losses(layers: Mapping[str, PrunableLayer], kept: Mapping[str, Tensor]) -> Iterator[tuple[PrunableLayer, Tensor]]:
     """The layers that lose filters, each with the indices of those that go."""
     for name, indices in kept.items():
@@ -218,9 +212,9 @@ def _losses(layers: Mapping[str, PrunableLayer], kept: Mapping[str, Tensor]) -> 
 
 
 @torch.no_grad()
-def _clear(parameters: list[Tensor], pruned: Tensor) -> None:
-    for parameter in parameters:
-        parameter.index_fill_(0, pruned.to(parameter.device), 0)
+def _clear(tensors: Iterable[Tensor], pruned: Tensor) -> None:
+    for tensor in tensors:
+        tensor.index_fill_(0, pruned.to(tensor.device), 0)
 
 
 def _checked_kept(layers: Mapping[str, PrunableLayer], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from distill import DISTILLERS
 from models import MODELS, build_model
 from models.cifar_resnet import CifarResNet
 from models.network_file import describe_network
+from prune import record
 from prune.criteria import CRITERIA
 from prune.schedule import SOFT_CRITERIA, HardPruning, PhysicalPruning
 from utils import cli, profile
@@ -86,6 +87,36 @@ def test_a_cpu_trains_the_form_that_is_faster_there(teacher, monkeypatch, flags,
     monkeypatch.setattr(pruning, "build_schedule", lambda *args, **options: made.append(build(*args, **options)) or made[-1])
     train(teacher, "run", "--prune-mode", "filter-gm", *flags)
     assert [type(schedule) for schedule in made] == [form]
+
+
+class TwoFaced(OneBlock):
+    """Its training is not its evaluation, which no small form can follow."""
+
+    def forward(self, x):
+        return super().forward(x) * 2 if self.training else super().forward(x)
+
+
+def test_a_network_without_a_small_form_is_trained_with_zeros(teacher, monkeypatch):
+    monkeypatch.setitem(MODELS, "one-block", TwoFaced)
+    train(teacher, "auto", "--prune-mode", "filter-gm")
+    log = (teacher.parent / "saves" / "pruning.txt").read_text()
+    assert log.count("WARNING: trains the large network with zeros, not the small one: TwoFaced runs other operations") == 1
+    for flags in (["--train-form", "compact"], ["--train-form", "compact", "--dry-run"]):
+        with pytest.raises(UserError, match="--train-form compact: TwoFaced runs other operations in training"):
+            train(teacher, "compact", "--prune-mode", "filter-gm", *flags)
+    assert not (teacher.parent / "saves" / "compact").exists()
+
+
+def test_a_run_without_a_compact_network_has_a_summary(teacher, monkeypatch):
+    def refuse(network, images):
+        raise UserError("no way")
+
+    monkeypatch.setattr(record, "compact", refuse)
+    train(teacher, "run", "--prune-mode", "filter-gm")
+    folder = teacher.parent / "saves" / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert "compact" not in summary and summary["kept_filters"] and not (folder / "model_compact.pt").exists()
+    assert "WARNING: no compact network is written: no way" in (teacher.parent / "saves" / "pruning.txt").read_text()
 
 
 @pytest.mark.parametrize("form", ["masked", "compact"])

@@ -1,0 +1,79 @@
+"""In which form hard pruning trains a network: the large one with zeros, or the small one, once that is proved the same."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune.schedule import HardPruning, PhysicalPruning, PruningSchedule, SoftPruning
+from utils.distributed import any_process
+from utils.errors import UserError
+
+TRAIN_FORMS = ("auto", "compact", "masked")
+
+
+def build_schedule(
+    network: nn.Module,
+    choose: Callable[[], dict[str, Tensor]],
+    *,
+    soft_interval: int | None,
+    last_epoch: int,
+    form: str,
+    images: Tensor,
+    warn: Callable[[str], None],
+    state: Mapping[str, Any] | None = None,
+) -> PruningSchedule:
+    """What keeps `network` pruned; hard pruning makes its one choice here, or takes it from the state of a resumed run.
+
+    `soft_interval` is the number of epochs between soft prunings, None for hard pruning. That one trains the network in
+    `form`, compact or masked, and a resumed run in the one that it began with. With form auto it is the compact one if that
+    evaluates and trains as the masked one does on `images`, which is proved before; if not, `warn` is told why, and the masked
+    one is trained. Raises UserError where form compact does not pass.
+    """
+    if soft_interval is not None:
+        return SoftPruning(network, choose, interval=soft_interval, last_epoch=last_epoch)
+    if state is not None:
+        return (PhysicalPruning if _was_trained_small(state) else HardPruning)(network, state["resume"]["hooks"]["kept"])
+    kept = choose()
+    if form == "masked":
+        return HardPruning(network, kept)
+    schedule, reason = _proved(network, kept, images)
+    if any_process(schedule is None):
+        schedule, reason = None, reason or "another process found a difference"
+    if schedule is None and form == "compact":
+        raise UserError(f"--train-form compact: {reason}; choose masked")
+    if schedule is None:
+        warn(f"trains the large network with zeros, not the small one: {reason}")
+    return schedule or HardPruning(network, kept)
+
+
+def check_compact_form(network: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> None:
+    """Raises UserError if `network`, which stays as it is, cannot be trained in its compact form."""
+    schedule, reason = _proved(copy.deepcopy(network), kept, images)
+    if schedule is None:
+        raise UserError(f"--train-form compact: {reason}; choose masked")
+
+
+def _proved(network: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> tuple[PhysicalPruning | None, str | None]:
+    """Pruning in compact form once it is proved right, or why it is not."""
+    try:
+        schedule = PhysicalPruning(network, kept)
+        schedule.prove(images)
+    except UserError as error:
+        return None, str(error)
+    return schedule, None
+
+
+def training_form(form: str, device: torch.device, *, amp: bool, compiled: bool) -> str:
+    """What `--train-form` means: auto is masked where that is faster, as measured (docs/performance.md)."""
+    return "masked" if form == "auto" and (device.type != "cpu" or amp or compiled) else form
+
+
+def _was_trained_small(state: Mapping[str, Any]) -> bool:
+    """Whether the saved state is that of the small network itself, whatever device this goes on with."""
+    if "compact" in state["resume"]["hooks"]:
+        return True
+    trained = {name: tensor.shape for name, tensor in state["resume"]["objective"].items()}
+    return any(trained.get(f"student.{name}") != tensor.shape for name, tensor in state["state_dict"].items())

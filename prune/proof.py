@@ -1,0 +1,157 @@
+"""Before a small network is trained in the place of a masked one: do both evaluate and train alike, on a few images?
+
+Both run as copies in float64, where rounding cannot hide a difference and small batches do not magnify it: once in
+evaluation, once in training, with the gradients of a sum over all that the networks give, weighted at random. Every gradient
+of the masked network is compared, those that the small network has no place for as well, and what the step did to the
+running statistics. Nothing of the networks changes, and no random stream.
+
+Dropout and randomized activations give the two networks other random numbers, since the shapes differ; they are switched off.
+What drops whole images (stochastic depth) draws the same ones in both.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from models.narrow import NarrowNetwork
+from models.outputs import has_outputs
+from utils.errors import UserError
+from utils.seed import preserved_random_state
+
+IMAGES = 4
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}  # of the largest number in a tensor
+NOISE = 1e-4  # of the largest number in all tensors of a kind; less is rounding: a bias before a batch norm has no gradient
+
+Pairs = Iterator[tuple[str, Tensor, Tensor]]  # name, what the masked network has, what the small one has
+
+
+def check_equal_training(masked: nn.Module, small: NarrowNetwork, images: Tensor, *, pruned: Mapping[str, Tensor]) -> None:
+    """Raises UserError, with what differs and by how much, unless `small` evaluates and trains as `masked` does.
+
+    `images` (N, C, H, W) are on the networks' device; the first few are used. `pruned` says which rows of which tensors of
+    `masked` are held at 0, whatever their gradient.
+    """
+    images = images[:IMAGES]
+    methods = ("forward", "outputs") if has_outputs(masked) else ("forward",)
+    with preserved_random_state():
+        dtype = torch.float64 if _computes_in(masked, images, torch.float64) else torch.float32
+        twins = [copy.deepcopy(network).to(dtype).eval() for network in (masked, small)]
+        with torch.no_grad():
+            results = [_run(twin, images.to(dtype), methods, "in evaluation") for twin in twins]
+        _check(_results(*results, "in evaluation"), "{} differs in evaluation", TOLERANCES[dtype])
+        results = [_step(twin.train(), images.to(dtype), methods, "in training") for twin in twins]
+        _check(_results(*results, "in training"), "{} differs in training", TOLERANCES[dtype])
+        _check(_gradients(*twins, pruned), "the gradient of {} differs", TOLERANCES[dtype])
+        _check(_buffers(*twins), "{} differs after a step", TOLERANCES[dtype])
+
+
+def _computes_in(network: nn.Module, images: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the network runs in that precision: one with casts of its own may not."""
+    try:
+        with torch.no_grad():
+            copy.deepcopy(network).to(dtype).eval()(images.to(dtype))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _run(network: nn.Module, images: Tensor, methods: tuple[str, ...], where: str) -> list[Tensor]:
+    """All tensors that the network gives."""
+    results: list[Tensor] = []
+    with _failures_named(network, where), _WithoutDropout():
+        for method in methods:
+            torch.manual_seed(0)
+            results += [leaf for leaf in tree_leaves(getattr(network, method)(images)) if isinstance(leaf, Tensor)]
+    return results
+
+
+def _step(network: nn.Module, images: Tensor, methods: tuple[str, ...], where: str) -> list[Tensor]:
+    """As `_run`; leaves its gradients and the statistics of a step in the network."""
+    network.zero_grad()
+    results = _run(network, images, methods, where)
+    with _failures_named(network, where):
+        learning = [_weighted_sum(result) for result in results if result.requires_grad]
+        if learning:
+            torch.stack(learning).sum().backward()
+    return [result.detach() for result in results]
+
+
+@contextmanager
+def _failures_named(network: nn.Module, where: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        role = "small" if isinstance(network, NarrowNetwork) else "masked"
+        raise UserError(f"the {role} network fails {where}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _weighted_sum(result: Tensor) -> Tensor:
+    """Random weights show a gradient for every entry, which a sum of squares or a cross entropy may not."""
+    generator = torch.Generator().manual_seed(result.numel())
+    weights = torch.rand(result.shape, dtype=torch.float64, generator=generator) - 0.4
+    return (result * weights.to(result)).sum()
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Functions that draw a random number for every channel or entry act as in evaluation."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _RANDOM:
+            call = _RANDOM[function].bind(*args, **kwargs)
+            args, kwargs = call.args, {**call.kwargs, "training": False}
+            args = args[: list(call.signature.parameters).index("training")]
+        return function(*args, **kwargs)
+
+
+_RANDOM = {
+    function: inspect.signature(function)
+    for function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu)
+}
+
+
+def _results(expected: list[Tensor], found: list[Tensor], where: str) -> Pairs:
+    shapes = [[tuple(result.shape) for result in results] for results in (expected, found)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"the small network gives results of the shapes {shapes[1]} {where}, the masked one {shapes[0]}")
+    for place, pair in enumerate(zip(expected, found, strict=True), start=1):
+        yield f"result {place} of {len(expected)}", *pair
+
+
+def _gradients(masked: nn.Module, small: NarrowNetwork, pruned: Mapping[str, Tensor]) -> Pairs:
+    """In the shapes of the masked network; a gradient that there is not is 0, and so is that of a pruned row."""
+    for key, parameter in masked.named_parameters(remove_duplicate=False):
+        stored = small.stored(key)
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        own = small.widened(key, None if stored is None else stored[0].grad).to(gradient, copy=True)
+        for each in (gradient, own) if key in pruned else ():
+            each.index_fill_(0, pruned[key].to(each.device), 0)
+        yield key, gradient, own
+
+
+def _buffers(masked: nn.Module, small: NarrowNetwork) -> Pairs:
+    """Those of which the small network has anything, where it has it."""
+    for key, buffer in masked.named_buffers(remove_duplicate=False):
+        stored = small.stored(key)
+        if stored is not None:
+            there = small.widened(key, torch.ones_like(stored[0])).bool()
+            yield key, buffer[there].double(), small.widened(key, stored[0])[there].double()
+
+
+def _check(pairs: Pairs, message: str, tolerance: float) -> None:
+    pairs = list(pairs)
+    floor = NOISE * max((float(expected.abs().max()) for _, expected, _ in pairs if expected.numel()), default=0.0)
+    for name, expected, found in pairs:
+        if expected.numel():
+            difference, largest = float((expected - found).abs().max()), max(float(expected.abs().max()), floor)
+            if not difference <= tolerance * largest:  # a NaN is no agreement either
+                relative = difference / largest if largest else difference
+                raise UserError(f"{message.format(name)} by {relative:.1e} of its largest number (limit {tolerance})")
