@@ -92,8 +92,34 @@ def write_image_folders(folder: Path, image_writer) -> dict[str, Path]:
 TRAIN, PRUNE, QUANTIZE = "initial_train", "pruning", "quantize_encode"
 COPY = "--t-model resnet20 --t-path {teacher} --s-copy-t"
 
+LONG_INT, LONG_NAME = "9" * 5000, "n" * 300
+
 # script, command line, and what its error must say
 COMMANDS = [
+    (TRAIN, f"--model resnet20 --n-epochs {LONG_INT}", ["--n-epochs", "999...999", "whole number"]),
+    (TRAIN, f"--model resnet20 --seed {10**400}", ["--seed", "2**63 - 1"]),
+    (TRAIN, "--model resnet20 --limit-batches 99999999999999999999", ["--limit-batches", "too large"]),
+    (TRAIN, "--model resnet20 --batch-size 99999999999999999999", ["--batch-size", "too large"]),
+    (TRAIN, "--model resnet20 --workers 1000000", ["--workers", "'1000000'", "0 to 1024"]),
+    (TRAIN, "--model resnet20 --lr 1e300", ["--lr", "'1e300' is too large"]),
+    (TRAIN, "--model resnet20 --lr 1e-300", ["--lr", "'1e-300' is not a number above 0"]),
+    (TRAIN, f"--model resnet20 --schedule 1 2 3 --lr-drops {'1e18 ' * 3}", ["--lr-drops", "too large a learning rate"]),
+    (TRAIN, f"--model resnet20 --run-name {LONG_NAME}", ["--run-name", "too long for a file system"]),
+    (TRAIN, f"--model resnet20 --save-dir /tmp/{LONG_NAME}", ["--save-dir", "too long for a file system"]),
+    (TRAIN, f"--model resnet20 --dataset folder --data-dir {'d/' * 3000}", ["--data-dir", "too long for a file system"]),
+    (TRAIN, f"--resume {LONG_NAME}", ["--resume", "too long for a file system"]),
+    (TRAIN, f"--evaluate --load-path={LONG_NAME}", ["--load-path", "too long for a file system"]),
+    (TRAIN, "--model resnet20 --run-name \udcff", ["--run-name '\\udcff'", "no text in UTF-8"]),
+    (TRAIN, "--model resnet20 --save-dir=/tmp/\udcff", ["--save-dir '/tmp/\\udcff'", "no text in UTF-8"]),
+    (TRAIN, "--model resnet20 --run-name .partial-run-x", ["--run-name '.partial-run-x'", "no dot"]),
+    (TRAIN, "--model resnet20 --run-name a\x1b[2J", ["--run-name", "can be printed"]),
+    (TRAIN, "--model resnet20 --log-name .profile", ["--log-name '.profile'", "no dot"]),
+    (PRUNE, f"{COPY} --distill kd --kd-t 1e300", ["--kd-t", "'1e300' is too large"]),
+    (PRUNE, f"{COPY} --distill kd --kd-t 1e-300", ["--kd-t", "'1e-300'"]),
+    (PRUNE, f"{COPY} --samp-batches 1e20", ["--samp-batches", "'1e20'"]),
+    (PRUNE, f"{COPY} --samp-batches {10**20}", ["--samp-batches", "too large"]),
+    (PRUNE, f"{COPY} --channel-multiple {10**20}", ["--channel-multiple", "too large"]),
+    (QUANTIZE, f"--load-path {{teacher}} --quan-bits conv_1_3x3={LONG_INT[:200]}", ["--quan-bits"]),
     (TRAIN, "", ["--model is required"]),
     (TRAIN, "--model resnet21", ["--model", "resnet21", "resnet20"]),
     (TRAIN, "--model resnet20 --dataset mnist", ["--dataset", "mnist", "cifar10"]),

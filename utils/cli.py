@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from utils.datasets import DATASETS
 from utils.distributed import is_lost_process, leave, world_from_environment
 from utils.effects import Rule, check_effects, given_flags, typed
-from utils.errors import Interrupted, NonFiniteLoss, UserError
+from utils.errors import Interrupted, NonFiniteLoss, UserError, printable, shown
 from utils.memory import keep_freed_memory
 from utils.python_file import names_function
 from utils.recorded_flags import recorded_words
@@ -52,20 +52,70 @@ class Parser(argparse.ArgumentParser):
         """All flags so far, as they are called in the namespace."""
         return {action.dest for action in self._actions} - {"help"}
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        """As argparse's, for words that a file system, a log and a JSON file can take. Raises UserError for others."""
+        words = list(sys.argv[1:] if args is None else args)
+        pairs = [_flag_and_value(word, previous) for word, previous in zip(words, ["", *words], strict=False)]
+        for flag, value in pairs:
+            _check_text(flag, value)
+        parsed = super().parse_args(words, namespace)
+        for flag, value in pairs:  # afterwards: a long number is no number of its flag, and that says more
+            _check_length(flag, value)
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
 
+def _flag_and_value(word: str, previous: str) -> tuple[str, str]:
+    """What a word of a command line gives, and the flag it belongs to as far as that can be seen without the parser."""
+    if word.startswith("--") and "=" in word:
+        flag, value = word.split("=", 1)
+        return flag, value
+    return previous if previous.startswith("--") and "=" not in previous else "", word
+
+
+def _check_text(flag: str, value: str) -> None:
+    """Raises UserError for what is no text, which neither a log nor a JSON file could hold."""
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{_origin(flag, value)}: is no text in UTF-8 without zero bytes")
+
+
+def _check_length(flag: str, value: str) -> None:
+    """Raises UserError for a value that no file system takes as a path."""
+    longest = max(len(part) for part in value.encode().split(b"/"))
+    if flag not in FREE_TEXT_FLAGS and (longest > LONGEST_NAME or len(value.encode()) > LONGEST_PATH):
+        limits = f"{LONGEST_NAME} bytes a name, {LONGEST_PATH} a path"
+        raise UserError(f"{_origin(flag, value)}: is too long for a file system, which takes {limits}")
+
+
+def _origin(flag: str, value: str) -> str:
+    return f"{printable(flag, SHOWN_VALUE)} {shown(value, SHOWN_VALUE)}".lstrip()
+
+
+# bounds that nothing sensible meets: counts fit into 64 bits, squares of factors into float32
+LARGEST_INT, LARGEST_FLOAT, SMALLEST_FLOAT = 2**63 - 1, 1e18, 1e-18
+SHOWN_VALUE = 60  # characters of a value in a message
+LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, of what Linux takes
+FREE_TEXT_FLAGS = ("--title",)  # become no name
+
+
 def number(kind: Callable[[str], Any], description: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """An argparse type: a finite `kind` of number that `accepts` holds for, described as `description` in its error."""
+    """An argparse type: a finite `kind` of number that `accepts` holds for, described as `description` in its error.
+
+    Larger ones than LARGEST_INT and LARGEST_FLOAT are refused, whatever `accepts` says.
+    """
+    largest = LARGEST_INT if kind is int else LARGEST_FLOAT
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
+        except ValueError:  # of whole numbers of thousands of digits as well
             value = math.nan
-        if not math.isfinite(value) or not accepts(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+        if value != value or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{shown(text, SHOWN_VALUE)} is not {description}")
+        if value > largest:
+            raise argparse.ArgumentTypeError(f"{shown(text, SHOWN_VALUE)} is too large, at most {largest:g} is possible")
         return value
 
     return parse
@@ -73,7 +123,8 @@ def number(kind: Callable[[str], Any], description: str, accepts: Callable[[Any]
 
 positive_int = number(int, "a whole number of 1 or more", lambda value: value >= 1)
 non_negative_int = number(int, "a whole number of 0 or more", lambda value: value >= 0)
-positive_float = number(float, "a number above 0", lambda value: value > 0)
+process_count = number(int, "a whole number from 0 to 1024", lambda value: 0 <= value <= 1024)
+positive_float = number(float, f"a number above 0, of {SMALLEST_FLOAT:g} or more", lambda value: value >= SMALLEST_FLOAT)
 non_negative_float = number(float, "a number of 0 or more", lambda value: value >= 0)
 momentum_value = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 proportion = number(float, "a proportion from 0 to 1", lambda value: 0 <= value <= 1)
@@ -100,7 +151,7 @@ def add_data_flags(parser: Parser) -> None:
     group.add_argument("--data-dir", default="./data", help="where the dataset is, or is downloaded to")
     group.add_argument("--batch-size", type=positive_int, default=128, help="images a step, over all processes")
     group.add_argument(
-        "--workers", type=non_negative_int, default=min(8, os.cpu_count() or 1), help="processes that decode streamed images"
+        "--workers", type=process_count, default=min(8, os.cpu_count() or 1), help="processes that decode streamed images"
     )
     group.add_argument("--limit-batches", type=positive_int, help="at most so many batches an epoch, in training and in testing")
     parser.set_defaults(may_download=True)  # False where it is a recorded --data-dir that would be written to
@@ -230,6 +281,9 @@ def _complete_schedule(args: argparse.Namespace) -> None:
         raise UserError(f"--lr-drops: {len(lr_drops)} factors for the {len(schedule)} epochs of --schedule; give one for each")
     if sorted(set(schedule)) != schedule:
         raise UserError(f"--schedule {_spaced(schedule)}: epochs must rise from one to the next")
+    highest = max((args.lr * math.prod(lr_drops[:count]) for count in range(len(lr_drops) + 1)), default=0.0)
+    if not highest <= LARGEST_FLOAT:
+        raise UserError(f"--lr-drops {_spaced(lr_drops)}: multiply --lr {args.lr} to {highest:g}, too large a learning rate")
     args.schedule, args.lr_drops = schedule, lr_drops
 
 
@@ -249,6 +303,10 @@ def execute(main: Callable[[], None]) -> NoReturn:
         leave()  # not after an error: a group that lost a member cannot be left in good order
     except UserError as error:
         status = _complain(error, status=2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        status = _complain(f"{printable(os.fsdecode(error.filename))}: {error.strerror}", status=2)
     except NonFiniteLoss as error:
         status = _complain(error, status=1)
     except Interrupted as error:

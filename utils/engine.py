@@ -129,6 +129,16 @@ def train_step(
 
 
 @torch.no_grad()
+def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first floating-point tensor that holds NaN or an infinite number; the device is waited for once."""
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not floating:
+        return None
+    finite = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist()
+    return next((name for name, good in zip(floating, finite, strict=True) if not good), None)
+
+
+@torch.no_grad()
 def evaluate(network: nn.Module, data: ImageData, *, amp: bool = False) -> dict[str, float]:
     """Loss, top-1 and top-5 accuracy in percent over the test images of all processes; the network's mode is kept."""
     was_training = network.training
@@ -271,16 +281,20 @@ class Trainer:
             raise Interrupted(f"stopped by {name} after {where}; go on with: {self.run.resume_command()}", signal_number=number)
 
     def _check_finite(self) -> None:
-        """Raises NonFiniteLoss before a state is saved that could only go on to it: a last step may have spoilt the weights."""
+        """Raises NonFiniteLoss before a state is saved that could only go on to it: a last step may have spoilt what is saved."""
         self.sums.check_finite(epoch=self.epoch)
-        if not all(parameter.isfinite().all() for parameter in self.objective.parameters()):
-            where = f"epoch {self.epoch + 1}, step {self.batch}"
-            raise NonFiniteLoss(f"the weights are no finite numbers after {where}; try a lower --lr")
+        spoilt = first_non_finite({**dict(self.objective.named_parameters()), **dict(self.objective.named_buffers())})
+        if spoilt is not None:
+            where = f"after epoch {self.epoch + 1}, step {self.batch}"
+            layer, _, tensor = spoilt.rpartition(".")
+            layer = layer.partition(".")[2] or layer  # the objective calls the network its own
+            raise NonFiniteLoss(f"the {tensor} of layer {layer} holds numbers that are not finite {where}; try a lower --lr")
 
     def _finish_epoch(self) -> None:
         train, seconds = self.sums.read(), time.monotonic() - self._began
         broadcast_from_main(self.network.buffers())
         self.hooks.after_epoch(self.epoch)
+        self._check_finite()
         began = time.monotonic()
         with self._shipped() as kept:
             test = evaluate(self.network, self.data, amp=self.plan.amp)

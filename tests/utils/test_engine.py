@@ -208,9 +208,26 @@ class TestDiverging:
 
     def test_last_step_of_an_epoch_that_spoils_the_weights(self, run):
         objective = Spoiling(tiny_network(), lambda loss, step: InfiniteGradient.apply(loss) if step == 5 else loss)
-        with pytest.raises(NonFiniteLoss, match="the weights are no finite numbers after epoch 2, step 3"):
+        with pytest.raises(NonFiniteLoss, match="the weight of layer 1 holds numbers that are not finite after epoch 2, step 3"):
             trainer(run, objective).fit()
         self.check_last_good_state(run)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("minutes", [None, 0.0])
+    def test_batch_norm_statistics_that_are_spoilt(self, value, minutes, run):
+        network = nn.Sequential(tiny_network(), nn.BatchNorm1d(3))
+
+        def spoil(loss: torch.Tensor, step: int) -> torch.Tensor:
+            if step == 5:
+                network[1].running_var.data.fill_(value)  # the loss of a step does not look at it, and x / inf is finite
+            return loss
+
+        with pytest.raises(
+            NonFiniteLoss, match="the running_var of layer 1 holds numbers that are not finite after epoch 2, step 3"
+        ):
+            trainer(run, Spoiling(network, spoil), checkpoint_minutes=minutes).fit()
+        state = load_checkpoint(run.folder / LAST)["resume"]["objective"]
+        assert all(value.isfinite().all() for value in state.values())
 
     def test_step_before_a_save_that_spoils_the_weights(self, run):
         objective = Spoiling(tiny_network(), lambda loss, step: InfiniteGradient.apply(loss) if step == 4 else loss)
