@@ -118,7 +118,7 @@ def _checked_fields(checkpoint: Mapping[str, Any], origin: str) -> tuple[str, in
     # a wrong number must not become an allocation without bounds
     if type(num_classes) is not int or not 1 <= num_classes <= _most_rows(state):
         raise UserError(f"{origin}: num_classes is {shown(num_classes)}, expected the number of rows of its linear layer")
-    kept = checkpoint.get("kept") or {}
+    kept = {} if checkpoint.get("kept") is None else checkpoint["kept"]
     if not isinstance(kept, dict) or not all(isinstance(name, str) and _is_channels(kept[name]) for name in kept):
         raise UserError(f"{origin}: kept is no mapping from layers to lists of channels")
     for field_name, (kinds, description) in _OTHER_FIELDS.items():
