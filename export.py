@@ -2,8 +2,9 @@
 
 import argparse
 import io
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from utils.data import ImageData
 from utils.engine import evaluate
 from utils.errors import UserError, naming
 from utils.files import write_atomic
+from utils.image_spec import ImageSpec
 from utils.profile import latency, profile_network
 
 SCRIPT = "export.py"
@@ -41,13 +43,14 @@ def main(args: argparse.Namespace) -> None:
     cli.require(args, "load_path", "output")
     check_output(Path(args.output), force=args.force)
     device = torch.device("cpu")  # where the file is traced; it runs anywhere
-    data = setup.load_data(args, device=device, world=setup.World())
+    origin = f"--load-path {args.load_path}"
     file = load_network(args.load_path, flag="--load-path", model=args.model)
-    setup.check_classes(file.num_classes, data, origin=f"--load-path {args.load_path}")
-    setup.check_images(file.network, data, origin=f"--load-path {args.load_path}")
+    data = setup.load_data(args, device=device, world=setup.World(), files={origin: file.images})
+    setup.check_classes(file.num_classes, data, origin=origin)
+    setup.check_images(file.network, data, origin=origin)
     dense, small = dense_and_small(file, data, path=args.load_path)
 
-    export = EXPORTERS[args.format](dense, small, data.example)
+    export = EXPORTERS[args.format](dense, small, data.example, metadata=metadata_of(data.dataset.images))
     compaction = relative_difference(dense, small, (batch.images for batch in data.test_batches()))
     difference = exported_difference(small, export.run, data)
     for step, found in (("compact", compaction), ("exported", difference)):
@@ -58,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
             )
     write_atomic(args.output, export.content)
 
+    setup.print_remarks(data)
     print(f"largest difference of the logits, relative to the largest: compact {compaction:.1e}, exported {difference:.1e}")
     print(f"top1 on {data.dataset.name}: dense {evaluate(dense, data)['top1']:.2f}, compact {evaluate(small, data)['top1']:.2f}")
     print(speed_table(dense, small, export.run, data.example[:1], name=export.runtime))
@@ -82,6 +86,11 @@ def dense_and_small(file: NetworkFile, data: ImageData, *, path: str) -> tuple[n
     return as_dense(file).network, file.network
 
 
+def metadata_of(images: ImageSpec) -> dict[str, str]:
+    """What a user of the file must know, as JSON by name: class names, image size, mean and standard deviation."""
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in images.as_fields().items()}
+
+
 class Export(NamedTuple):
     """The bytes of a file for any batch size, the name of what runs it, and a function of images that does."""
 
@@ -90,8 +99,11 @@ class Export(NamedTuple):
     run: Callable[[Tensor], Tensor]
 
 
-def export_onnx(dense: nn.Module, small: nn.Module, images: Tensor) -> Export:
-    """ONNX, run by onnxruntime, for which layers that end in residual sums stay wide: see docs/compaction.md."""
+def export_onnx(dense: nn.Module, small: nn.Module, images: Tensor, *, metadata: Mapping[str, str]) -> Export:
+    """ONNX, run by onnxruntime, for which layers that end in residual sums stay wide: see docs/compaction.md.
+
+    `metadata` becomes the model's `metadata_props`.
+    """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401, torch.onnx needs it
@@ -99,7 +111,10 @@ def export_onnx(dense: nn.Module, small: nn.Module, images: Tensor) -> Export:
         raise UserError("--format onnx: needs more packages, pip install -r requirements-export.txt") from error
     network = narrow(dense, small.kept, wide_sums=True)
     program = torch.onnx.export(network, (images,), dynamic_shapes=(any_batch(),), dynamo=True, verbose=False)
-    content = program.model_proto.SerializeToString()
+    model = program.model_proto
+    for name, value in metadata.items():
+        model.metadata_props.add(key=name, value=value)
+    content = model.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -109,11 +124,11 @@ def export_onnx(dense: nn.Module, small: nn.Module, images: Tensor) -> Export:
     )
 
 
-def export_program(dense: nn.Module, small: nn.Module, images: Tensor) -> Export:
-    """A torch.export program (.pt2), run by PyTorch."""
+def export_program(dense: nn.Module, small: nn.Module, images: Tensor, *, metadata: Mapping[str, str]) -> Export:
+    """A torch.export program (.pt2), run by PyTorch; `metadata` lies beside it as torch.export's `extra_files`."""
     program = torch.export.export(small, (images,), dynamic_shapes=(any_batch(),))
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files=dict(metadata))
     return Export(buffer.getvalue(), "exported", program.module())
 
 

@@ -3,10 +3,12 @@
 import argparse
 from functools import partial
 
+import torch
+
 from models import NAMES, build_model, check_model
 from models.network_file import describe_network, load_network
 from utils import cli, setup
-from utils.data import ImageData
+from utils.distributed import World
 from utils.engine import CrossEntropyObjective, evaluate
 from utils.plan import print_plan
 from utils.profile import profile_network
@@ -34,10 +36,10 @@ def get_args_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> None:
     cli.require(args, "load_path" if args.evaluate else "model")
     device, world = setup.prepare(args)
-    state, fallback = read_state(args.resume) if args.resume else (None, None)
-    data = setup.load_data(args, device=device, world=world)
     if args.evaluate:
-        return score(args, data)
+        return score(args, device=device, world=world)
+    state, fallback = read_state(args.resume) if args.resume else (None, None)
+    data = setup.load_data(args, device=device, world=world, state=state)
 
     seed_everything(args.seed)
     num_classes = len(data.dataset.classes)
@@ -49,9 +51,10 @@ def main(args: argparse.Namespace) -> None:
         return print_plan(args, plan=plan, data=data, networks={"network": network})
 
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state)
-    setup.warn_about(run, plan, fallback)
+    setup.warn_about(run, plan, fallback, data=data)
     objective = CrossEntropyObjective(network)
-    describe = partial(describe_network, model=args.model, num_classes=num_classes, config=setup.flags_of(args))
+    identity = {"model": args.model, "num_classes": num_classes, "images": data.dataset.images}
+    describe = partial(describe_network, **identity, config=setup.flags_of(args))
     result = setup.train(
         args,
         objective,
@@ -71,10 +74,12 @@ def main(args: argparse.Namespace) -> None:
     run.close()
 
 
-def score(args: argparse.Namespace, data: ImageData) -> None:
+def score(args: argparse.Namespace, *, device: torch.device, world: World) -> None:
     """Prints the accuracy of the network in --load-path."""
+    origin = f"--load-path {args.load_path}"
     file = load_network(args.load_path, flag="--load-path", model=args.model)
-    setup.check_classes(file.num_classes, data, origin=f"--load-path {args.load_path}")
+    data = setup.load_data(args, device=device, world=world, files={origin: file.images})
+    setup.check_classes(file.num_classes, data, origin=origin)
     result = evaluate(setup.to_device(file.network, data.device), data, amp=args.amp)
     setup.print_score(file.model, data, result)
 

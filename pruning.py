@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from distill.flags import add_distillation_flags
@@ -22,7 +23,7 @@ from prune.record import describe_pruned, finish, log_accuracy, log_pruning
 from prune.schedule import SOFT_CRITERIA, HardPruning, PruningSchedule, check_soft_state
 from utils import cli, setup
 from utils.data import ImageData
-from utils.distributed import leave
+from utils.distributed import World, leave
 from utils.engine import TrainingPlan, evaluate
 from utils.errors import UserError, naming
 from utils.plan import print_plan
@@ -67,15 +68,17 @@ def say_which_networks_count(parser: cli.Parser) -> None:
 def main(args: argparse.Namespace) -> None:
     check_flags(args)
     device, world = setup.prepare(args)
+    if args.evaluate:
+        return score(args, device=device, world=world)
     state, fallback = read_state(args.resume) if args.resume else (None, None)
     if state is not None and args.soft_prune:
         check_soft_state(state["resume"]["hooks"], folder=args.resume)
-    data = setup.load_data(args, device=device, world=world)
-    if args.evaluate:
-        return score(args, data)
 
     seed_everything(args.seed)
-    teacher, student = load_networks(args, data)
+    files = read_files(args)
+    said = {f"{flag} {path_of(args, flag)}": file.images for flag, file in files.items()}
+    data = setup.load_data(args, device=device, world=world, files=said, state=state)
+    teacher, student = build_networks(args, files, data)
     choose = filter_choice(args, student, data)
     objective_of(args, student.network, teacher, data)  # losses that cannot compare the two say so before anything is written
     check_recalibration(student.network, args.recalibrate_bn)
@@ -89,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     if args.s_path is not None:
         networks["--s-path"] = student.network
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
-    setup.warn_about(run, plan, fallback)
+    setup.warn_about(run, plan, fallback, data=data)
     before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data)
     schedule = schedule_of(args, student, choose, run=run, state=state)
     if state is None:
@@ -138,31 +141,46 @@ def check_copy(args: argparse.Namespace) -> None:
         raise UserError(f"--s-copy-t: --s-model {args.s_model} is not --t-model {args.t_model}, a copy has the same architecture")
 
 
-def load_networks(args: argparse.Namespace, data: ImageData) -> tuple[NetworkFile | None, NetworkFile]:
-    """Teacher, if there is one, and student, on the device."""
-    teacher = load_checked(args, data, "--t-path", args.t_path, args.t_model) if args.t_path is not None else None
-    if args.s_copy_t:
-        student = replace(teacher, network=copy.deepcopy(teacher.network))
-    elif args.s_path is not None:
-        student = load_checked(args, data, "--s-path", args.s_path, args.s_model)
-    else:
-        name, num_classes = args.s_model or args.t_model, len(data.dataset.classes)
-        student = NetworkFile(build_model(name, num_classes=num_classes), name, num_classes)
-    student = as_dense(student)
-    for file in filter(None, (teacher, student)):
-        setup.to_device(file.network, data.device)
-        setup.check_images(file.network, data, origin=f"the {file.model}")
-    return teacher, student
+def read_files(args: argparse.Namespace) -> dict[str, NetworkFile]:
+    """The networks of --t-path and --s-path, by flag, their pruned filters truly at zero."""
+    files = {}
+    for flag, model in (("--t-path", args.t_model), ("--s-path", args.s_model)):
+        if path_of(args, flag) is not None:
+            files[flag] = read_checked(flag, path_of(args, flag), model)
+    return files
 
 
-def load_checked(args: argparse.Namespace, data: ImageData, flag: str, path: str, model: str | None) -> NetworkFile:
-    """The network of a file, fit for the dataset, its pruned filters truly at zero."""
+def path_of(args: argparse.Namespace, flag: str) -> str | None:
+    return args.t_path if flag == "--t-path" else args.s_path
+
+
+def read_checked(flag: str, path: str, model: str | None) -> NetworkFile:
     file = load_network(path, flag=flag, model=model, model_flag=flag.replace("path", "model"))
-    setup.check_classes(file.num_classes, data, origin=f"{flag} {path}")
     if not file.compact:
         with naming(f"{flag} {path}"):
             check_pruned_zeros(file.network.state_dict(), file.kept)
     return file
+
+
+def build_networks(
+    args: argparse.Namespace, files: Mapping[str, NetworkFile], data: ImageData
+) -> tuple[NetworkFile | None, NetworkFile]:
+    """Teacher, if there is one, and student, on the device, fit for the dataset."""
+    for flag, file in files.items():
+        setup.check_classes(file.num_classes, data, origin=f"{flag} {path_of(args, flag)}")
+    teacher = files.get("--t-path")
+    if args.s_copy_t:
+        student = replace(teacher, network=copy.deepcopy(teacher.network))
+    elif args.s_path is not None:
+        student = files["--s-path"]
+    else:
+        name, num_classes = args.s_model or args.t_model, len(data.dataset.classes)
+        student = NetworkFile(build_model(name, num_classes=num_classes), name, num_classes)
+    student = replace(as_dense(student), images=data.dataset.images)
+    for file in filter(None, (teacher, student)):
+        setup.to_device(file.network, data.device)
+        setup.check_images(file.network, data, origin=f"the {file.model}")
+    return teacher, student
 
 
 def objective_of(
@@ -214,11 +232,13 @@ def schedule_of(
     )
 
 
-def score(args: argparse.Namespace, data: ImageData) -> None:
+def score(args: argparse.Namespace, *, device: torch.device, world: World) -> None:
     """Prints the accuracy of the student's file, or else the teacher's: dense, pruned or compact."""
     flag, path, model = ("--s-path", args.s_path, args.s_model) if args.s_path else ("--t-path", args.t_path, args.t_model)
-    file = load_checked(args, data, flag, path, model)
-    result = evaluate(setup.to_device(file.network, data.device), data, amp=args.amp)
+    file = read_checked(flag, path, model)
+    data = setup.load_data(args, device=device, world=world, files={f"{flag} {path}": file.images})
+    setup.check_classes(file.num_classes, data, origin=f"{flag} {path}")
+    result = evaluate(setup.to_device(file.network, device), data, amp=args.amp)
     setup.print_score(file.model, data, result)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from quantize.codebook import QUAN_MODES, bake_weights, layer_bits, share_weight
 from quantize.table import ArchiveReport
 from utils import cli, setup
 from utils.data import ImageData
-from utils.distributed import leave
+from utils.distributed import World, leave
 from utils.engine import CrossEntropyObjective, evaluate
 from utils.errors import UserError, naming
 from utils.files import read_json, save_checkpoint
@@ -79,13 +80,12 @@ def main(args: argparse.Namespace) -> None:
         return decode(args)
 
     device, world = setup.prepare(args)
-    state, fallback = read_state(args.resume) if args.resume else (None, None)
-    data = setup.load_data(args, device=device, world=world)
     if args.evaluate:
-        return score(args, data)
+        return score(args, device=device, world=world)
+    state, fallback = read_state(args.resume) if args.resume else (None, None)
 
     seed_everything(args.seed)
-    file = load_checked(args, data)
+    file, data = load_checked(args, device=device, world=world, state=state)
     network = without_zeros(file.network, data)
     bits = layer_bits(network, mode=args.quan_mode, bits=args.quan_bits)
     plan = setup.training_plan(args)
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
 
     networks = {"--load-path": file.network}
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
-    setup.warn_about(run, plan, fallback)
+    setup.warn_about(run, plan, fallback, data=data)
     network = setup.to_device(network, device, sync_bn=args.sync_bn)
     quantize(run, network, bits, data, is_new=state is None)
     objective = CrossEntropyObjective(network)
@@ -125,16 +125,19 @@ def check_flags(args: argparse.Namespace) -> None:
         cli.require(args, "load_path")
 
 
-def load_checked(args: argparse.Namespace, data: ImageData) -> NetworkFile:
-    """The network of --load-path on the device, fit for the dataset, its pruned filters truly at zero."""
+def load_checked(
+    args: argparse.Namespace, *, device: torch.device, world: World, state: Mapping[str, Any] | None = None
+) -> tuple[NetworkFile, ImageData]:
+    """The network of --load-path on the device, its pruned filters truly at zero, and the data that it is fit for."""
     origin = f"--load-path {args.load_path}"
     file = load_network(args.load_path, flag="--load-path", model=args.model)
+    data = setup.load_data(args, device=device, world=world, files={origin: file.images}, state=state)
     setup.check_classes(file.num_classes, data, origin=origin)
     if not file.compact:
         with naming(origin):
             check_pruned_zeros(file.network.state_dict(), file.kept)
-    setup.check_images(setup.to_device(file.network, data.device), data, origin=origin)
-    return file
+    setup.check_images(setup.to_device(file.network, device), data, origin=origin)
+    return replace(file, images=data.dataset.images), data
 
 
 def without_zeros(network: nn.Module, data: ImageData) -> nn.Module:
@@ -168,16 +171,16 @@ def describe_quantized(
         plain.dense_state_dict() if is_narrow else plain.state_dict(),
         model=file.model,
         num_classes=file.num_classes,
+        images=file.images,
         config=setup.flags_of(args),
         kept=plain.kept if is_narrow else None,
     )
 
 
-def describe_compact(network: nn.Module, *, model: str, num_classes: int, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of the network as it is, narrow or not."""
+def describe_compact(network: nn.Module, *, config: Mapping[str, Any], **identity: Any) -> dict[str, Any]:
+    """A checkpoint of the network as it is, narrow or not; `identity` is its model, number of classes and images."""
     kept = network.kept if isinstance(network, NarrowNetwork) else None
-    state = network.state_dict()
-    return describe_network(state, model=model, num_classes=num_classes, config=config, kept=kept, compact=bool(kept))
+    return describe_network(network.state_dict(), **identity, config=config, kept=kept, compact=bool(kept))
 
 
 def encode(args: argparse.Namespace, run: Run, result: dict[str, Any], data: ImageData) -> None:
@@ -185,7 +188,7 @@ def encode(args: argparse.Namespace, run: Run, result: dict[str, Any], data: Ima
     best = load_network(run.folder / BEST, flag="--save-dir", model=args.model)
     dense = setup.to_device(best.network, data.device)
     small = setup.to_device(without_zeros(dense, data), data.device)
-    identity = {"model": best.model, "num_classes": best.num_classes}
+    identity = {"model": best.model, "num_classes": best.num_classes, "images": best.images}
     description = describe_compact(small, **identity, config=setup.flags_of(args))
     run.save(COMPACT, {**description, "epoch": result["best"]["epoch"], "metrics": result["best"]})
     report = save_archive(run.folder / ARCHIVE, small, **identity)
@@ -223,6 +226,8 @@ def inspect(args: argparse.Namespace) -> None:
     """Prints where the bytes of the archive in --inspect go."""
     _, report = read_flagged(args.inspect, flag="--inspect", model=args.model)
     print(f"{args.inspect}: {report.model}, {report.num_classes} classes")
+    if report.images is not None:
+        print(f"images: {report.images}")
     print("\n".join(report.lines()))
 
 
@@ -232,19 +237,21 @@ def decode(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output}: exists already, choose another name or give --force")
     network, report = read_flagged(args.decode, flag="--decode", model=args.model)
     config = {"decoded_from": Path(args.decode).name}
-    save_checkpoint(args.output, describe_compact(network, model=report.model, num_classes=report.num_classes, config=config))
+    identity = {"model": report.model, "num_classes": report.num_classes, "images": report.images}
+    save_checkpoint(args.output, describe_compact(network, **identity, config=config))
     print(f"{args.decode}: {report.model}, {report.num_classes} classes -> {args.output}")
 
 
-def score(args: argparse.Namespace, data: ImageData) -> None:
+def score(args: argparse.Namespace, *, device: torch.device, world: World) -> None:
     """Prints the accuracy of the network in --load-path, an archive or a checkpoint."""
     if not is_archive(args.load_path):
-        file = load_checked(args, data)
+        file, data = load_checked(args, device=device, world=world)
         return setup.print_score(file.model, data, evaluate(file.network, data, amp=args.amp))
     origin = f"--load-path {args.load_path}"
     network, report = read_flagged(args.load_path, flag="--load-path", model=args.model)
+    data = setup.load_data(args, device=device, world=world, files={origin: report.images})
     setup.check_classes(report.num_classes, data, origin=origin)
-    network = setup.to_device(network, data.device)
+    network = setup.to_device(network, device)
     setup.check_images(network, data, origin=origin)
     setup.print_score(report.model, data, evaluate(network, data, amp=args.amp))
 

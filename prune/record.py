@@ -79,7 +79,8 @@ def describe_pruned(
     is_small = isinstance(network, NarrowNetwork)
     state = network.dense_state_dict(idle=schedule.model.state_dict()) if is_small else network.state_dict()
     live = schedule.live_channels(kept)
-    return describe_network(state, model=file.model, num_classes=file.num_classes, config=config, kept=live)
+    identity = {"model": file.model, "num_classes": file.num_classes, "images": file.images}
+    return describe_network(state, **identity, config=config, kept=live)
 
 
 def finish(
@@ -119,7 +120,7 @@ def save_compact(
     """Writes the small network of `best`, which is `dense` on the device; gives what the summary says of the two."""
     difference = relative_difference(dense, small, (batch.images for batch in data.test_batches()))
     accuracy = {name: evaluate(network, data)["top1"] for name, network in (("dense", dense), ("compact", small))}
-    identity = {"model": best.model, "num_classes": best.num_classes}
+    identity = {"model": best.model, "num_classes": best.num_classes, "images": best.images}
     description = describe_network(small.state_dict(), **identity, config=config, kept=small.kept, compact=True)
     run.save(COMPACT, {**description, "epoch": result["best"]["epoch"], "metrics": result["best"]})
     comparison = compare_networks(dense, small, data.example[:1], files=(run.folder / BEST, run.folder / COMPACT))

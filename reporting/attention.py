@@ -93,7 +93,15 @@ def load_pair(folder: Path, *, data_dir: Path | None = None, t_model: str | None
     student, teacher = (
         load_network(path, flag="--attention", model=model, model_flag=flag) for flag, (path, model) in networks.items()
     )
-    dataset = load_dataset(flags["dataset"], data_dir=data_dir or flags["data_dir"], download=False)
+    images = student.images
+    dataset = load_dataset(
+        flags["dataset"],
+        data_dir=data_dir or flags["data_dir"],
+        download=False,
+        normalisation=images.normalisation if images is not None else None,
+        image_size=images.image_size if images is not None else None,
+        test_only=True,
+    )
     for file in (student, teacher):
         if file.num_classes != len(dataset.classes):
             raise UserError(f"--attention {folder}: {file.num_classes} classes, but {dataset.name} has {len(dataset.classes)}")

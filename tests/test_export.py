@@ -139,7 +139,7 @@ def test_missing_packages_are_named(checkpoints, run_export, tmp_path):
 
 
 def test_a_file_that_computes_something_else_is_not_written(checkpoints, run_export, tmp_path):
-    def broken(dense: nn.Module, small: nn.Module, images: torch.Tensor) -> export.Export:
+    def broken(dense: nn.Module, small: nn.Module, images: torch.Tensor, *, metadata: dict[str, str]) -> export.Export:
         return export.Export(b"wrong", "nothing", lambda batch: small(batch) + 1)
 
     with mock.patch.dict(export.EXPORTERS, {"pt2": broken}):

@@ -13,6 +13,7 @@ from utils.datasets import DATASETS
 from utils.distributed import is_lost_process, leave, world_from_environment
 from utils.effects import Rule, check_effects, given_flags, typed
 from utils.errors import Interrupted, NonFiniteLoss, UserError, printable, shown
+from utils.image_spec import CHANNELS, MIN_STD, is_mean, is_std
 from utils.memory import keep_freed_memory
 from utils.python_file import names_function
 from utils.recorded_flags import recorded_words
@@ -129,6 +130,8 @@ non_negative_float = number(float, "a number of 0 or more", lambda value: value 
 momentum_value = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 proportion = number(float, "a proportion from 0 to 1", lambda value: 0 <= value <= 1)
 keep_proportion = number(float, "a proportion above 0 and at most 1", lambda value: 0 < value <= 1)
+channel_mean = number(float, "a mean from 0 to 1, of images scaled to [0, 1]", is_mean)
+channel_std = number(float, f"a deviation from {MIN_STD:g} to 1, of images scaled to [0, 1]", is_std)
 seed_value = number(int, "a whole number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 
 
@@ -149,6 +152,10 @@ def add_data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="digits", choices=DATASETS, help="what to train and test on")
     group.add_argument("--data-dir", default="./data", help="where the dataset is, or is downloaded to")
+    group.add_argument("--mean", type=channel_mean, nargs=CHANNELS, metavar=("R", "G", "B"),
+                       help="mean of the channels (default: as the file of the network says, or the dataset)")  # fmt: skip
+    group.add_argument("--std", type=channel_std, nargs=CHANNELS, metavar=("R", "G", "B"),
+                       help="standard deviation of the channels, likewise")  # fmt: skip
     group.add_argument("--batch-size", type=positive_int, default=128, help="images a step, over all processes")
     group.add_argument(
         "--workers", type=process_count, default=min(8, os.cpu_count() or 1), help="processes that decode streamed images"

@@ -43,6 +43,7 @@ class ImageData:
     `batch_size` counts the images of all processes together; at most `limit_batches` batches are given an epoch, in
     training and in testing, where they are a fixed draw from all classes. A last training batch too small to give every
     process two images (batch normalisation needs two) is left out; without a limit every test image is given exactly once.
+    `remarks` are for the user to read before the images are made use of.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class ImageData:
         world: World | None = None,
         workers: int = 0,
         limit_batches: int | None = None,
+        remarks: Sequence[str] = (),
     ):
-        self.dataset, self.device, self.world = dataset, device, world or World()
+        self.dataset, self.device, self.world, self.remarks = dataset, device, world or World(), tuple(remarks)
         self.batch_size, self.seed, self.workers, self.limit_batches = batch_size, seed, workers, limit_batches
         train_length, test_length = len(dataset.train.labels), len(dataset.test.labels)
         last_is_usable = train_length % batch_size >= 2 * self.world.size

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from utils.errors import UserError, shown
+from utils.errors import UserError, printable, shown
 
 FIELDS = ("class_names", "image_size", "mean", "std")
 CHANNELS = 3
@@ -32,6 +32,12 @@ class ImageSpec:
     def as_fields(self) -> dict[str, list[Any]]:
         """The members as plain lists, as a checkpoint, an archive and an export hold them."""
         return {name: list(getattr(self, name)) for name in FIELDS}
+
+    def __str__(self) -> str:
+        height, width = self.image_size
+        names = ", ".join(printable(name, 20) for name in self.class_names[:8]) + (", ..." if len(self.class_names) > 8 else "")
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in self.normalisation)
+        return f"{width}x{height}, mean {mean}, std {std}, classes {names}"
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -22,11 +22,19 @@ def print_plan(
     networks: Mapping[str, nn.Module],
     lines: Sequence[str] = (),
 ) -> None:
-    """Prints the plan of a run over `networks`, by role, from the main process; `lines` come first."""
+    """Prints the plan of a run over `networks`, by role, from the main process; `lines` come after remarks on the images."""
+    remarks = [f"WARNING: {remark}" for remark in data.remarks]
     if data.world.is_main:
         print(
             "\n".join(
-                [*lines, *_sizes(networks, data), *_training(plan, data), *_place(args, networks), "dry run: nothing was written"]
+                [
+                    *remarks,
+                    *lines,
+                    *_sizes(networks, data),
+                    *_training(plan, data),
+                    *_place(args, networks),
+                    "dry run: nothing was written",
+                ]
             )
         )
 

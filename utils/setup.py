@@ -13,8 +13,10 @@ from utils.data import ImageData
 from utils.datasets import load_dataset
 from utils.distributed import World, join, world_from_environment
 from utils.engine import Hooks, Trainer, TrainingPlan, check_acceleration, prepare_step, sgd
-from utils.errors import UserError
+from utils.errors import UserError, naming
 from utils.files import digest, read_json
+from utils.image_choice import Origins, agreed_normalisation, check_class_names, flagged_normalisation, image_remarks
+from utils.image_spec import read_image_spec
 from utils.run_folder import CONFIG, check_save_dir, check_text_log
 from utils.run_state import check_state
 from utils.runs import Run
@@ -122,15 +124,36 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
-def load_data(args: argparse.Namespace, *, device: torch.device, world: World) -> ImageData:
-    """The dataset of the flags in batches; where it has to be downloaded the main process does it, the others wait."""
+def load_data(
+    args: argparse.Namespace,
+    *,
+    device: torch.device,
+    world: World,
+    files: Origins | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> ImageData:
+    """The dataset of the flags in batches, as the networks of `files`, or the run that is resumed from `state`, have seen it.
+
+    Where it has to be downloaded the main process does it, the others wait. Raises UserError for files that disagree.
+    """
+    files = files or {}
+    flagged = flagged_normalisation(args.mean, args.std)
+    known = _of_state(args, state) if state is not None else files
+    sizes = [spec.image_size for spec in known.values() if spec is not None]
     if dist.is_initialized() and not world.is_main:
         dist.barrier()
     dataset = load_dataset(
-        args.dataset, data_dir=args.data_dir, download=world.is_main and args.may_download and not args.dry_run
+        args.dataset,
+        data_dir=args.data_dir,
+        download=world.is_main and args.may_download and not args.dry_run,
+        normalisation=agreed_normalisation(known, flagged),
+        image_size=sizes[0] if sizes else None,
+        test_only=args.evaluate,
     )
     if dist.is_initialized() and world.is_main:
         dist.barrier()
+    for origin, spec in {**files, **known}.items():
+        check_class_names(origin, spec, dataset)
     data = ImageData(
         dataset,
         batch_size=args.batch_size,
@@ -139,6 +162,7 @@ def load_data(args: argparse.Namespace, *, device: torch.device, world: World) -
         world=world,
         workers=args.workers,
         limit_batches=args.limit_batches,
+        remarks=image_remarks(known, flagged, dataset) if state is None else (),
     )
     if data.train_steps == 0 and not args.evaluate:
         images = len(dataset.train.labels)
@@ -146,8 +170,16 @@ def load_data(args: argparse.Namespace, *, device: torch.device, world: World) -
     return data
 
 
+def _of_state(args: argparse.Namespace, state: Mapping[str, Any]) -> Origins:
+    """What the saved state of the run says; nothing in those of older versions, which took the dataset's values."""
+    origin = f"--resume {args.resume}"
+    names = state.get("class_names")
+    with naming(origin):
+        return {origin: read_image_spec(state, num_classes=len(names) if isinstance(names, list) else 0)}
+
+
 def check_classes(num_classes: int, data: ImageData, *, origin: str) -> None:
-    """Raises UserError unless the network of `origin` (flag and file) has the dataset's classes."""
+    """Raises UserError unless the network of `origin` (flag and file) has as many classes as the dataset."""
     expected = len(data.dataset.classes)
     if num_classes != expected:
         raise UserError(f"{origin}: has {num_classes} classes, but --dataset {data.dataset.name} has {expected}")
@@ -206,8 +238,10 @@ def train(
     return trainer.fit()
 
 
-def warn_about(run: Run, plan: TrainingPlan, fallback: str | None) -> None:
+def warn_about(run: Run, plan: TrainingPlan, fallback: str | None, *, data: ImageData) -> None:
     """Logs what a user should know before a training starts."""
+    for remark in data.remarks:
+        run.warn(remark)
     if fallback is not None:
         run.warn(fallback)
     late = [epoch for epoch in plan.schedule if epoch >= plan.n_epochs]
@@ -222,8 +256,15 @@ def summary_head(args: argparse.Namespace, script: str, run: Run) -> dict[str, A
 
 
 def print_score(model: str, data: ImageData, result: dict[str, float]) -> None:
+    """The accuracy of a network, after what a user should know of the images that it was given."""
     if data.world.is_main:
+        print_remarks(data)
         print(
             f"{model} on {data.dataset.name}: loss {result['loss']:.4f}, top1 {result['top1']:.2f}, top5 {result['top5']:.2f} "
             f"over {result['images']} images"
         )
+
+
+def print_remarks(data: ImageData) -> None:
+    for remark in data.remarks:
+        print(f"WARNING: {remark}")
