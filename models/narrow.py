@@ -52,7 +52,7 @@ def narrow(model: nn.Module, kept: Mapping[str, Sequence[int]], *, wide_sums: bo
     """
     kept = {name: _checked_channels(model, name, channels) for name, channels in kept.items()}
     methods = ("forward", "outputs") if has_outputs(model) else ("forward",)
-    traces = {method: trace_network(model, method) for method in methods}
+    traces = {method: trace_network(model, method).checked(model) for method in methods}
     if wide_sums:
         summed = {name for plan in _plan_all(model, traces, kept).values() for name in _layers_of_uneven_sums(plan)}
         kept = {name: channels for name, channels in kept.items() if name not in summed}

@@ -1,34 +1,50 @@
 """A network as a torch.fx graph that is valid in training and in evaluation, without in-place operations."""
 
-import operator
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torchvision.models.shufflenetv2 import channel_shuffle
 from torchvision.ops import StochasticDepth
 
 from models.batch_norm import UnevenBatchNorm2d
+from models.channel_flow.in_place import InPlaceOperators, make_out_of_place
 from models.modes import preserved_modes
 from utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The graph of one method of a network. `both_modes` is False where training takes another path than evaluation."""
+    """The graph of one method of a network.
+
+    `both_modes` is False where training takes another path than evaluation. `refusal` is the reason if an in-place operation
+    does what the graph does not say.
+    """
 
     graph: fx.Graph
     both_modes: bool
+    refusal: str | None = None
+
+    def checked(self, model: nn.Module) -> "Trace":
+        """Itself; raises UserError where the graph does not say all."""
+        if self.refusal is not None:
+            raise UserError(f"{type(model).__name__}: {self.refusal}")
+        return self
+
+
+class _Proxy(InPlaceOperators, fx.Proxy):
+    pass
 
 
 class _Tracer(fx.Tracer):
     def __init__(self, method: str):
         super().__init__(autowrap_functions=(channel_shuffle,))
         self.traced_func_name = method
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, StochasticDepth | UnevenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
@@ -43,8 +59,7 @@ def trace_network(model: nn.Module, method: str = "forward") -> Trace:
     with preserved_modes(model):
         evaluation, training = (_trace(model.train(mode), method) for mode in (False, True))
     both_modes = _merge_modes(evaluation, training)
-    _make_out_of_place(evaluation, model)
-    return Trace(evaluation, both_modes)
+    return Trace(evaluation, both_modes, refusal=make_out_of_place(evaluation, model))
 
 
 def _trace(model: nn.Module, method: str) -> fx.Graph:
@@ -86,36 +101,6 @@ def _same_call(node: fx.Node, other: fx.Node) -> bool:
         and same(node.args, other.args)
         and same(list(node.kwargs.values()), list(other.kwargs.values()))
     )
-
-
-_OUT_OF_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    "add_": "add",
-    "sub_": "sub",
-    "mul_": "mul",
-    "relu_": "relu",
-    torch.relu_: torch.relu,
-    F.relu_: F.relu,
-}
-
-
-def _make_out_of_place(graph: fx.Graph, model: nn.Module) -> None:
-    """Later readers of an overwritten tensor read the result instead: narrow tensors may share storage where dense ones don't."""
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        in_place = node.op in ("call_function", "call_method") and node.target in _OUT_OF_PLACE
-        if in_place:
-            node.target = _OUT_OF_PLACE[node.target]
-        elif node.op == "call_module":
-            in_place = getattr(model.get_submodule(node.target), "inplace", False)
-        elif node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-            in_place = True
-        if in_place:
-            position = order[node]
-            node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user, start=position: order[user] > start)
 
 
 def is_mode(node: fx.Node) -> bool:

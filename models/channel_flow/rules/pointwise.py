@@ -34,15 +34,14 @@ def pointwise(call: Call) -> Step:
 
 
 def _maps_zero_to_zero(call: Call) -> bool:
-    zeros = torch.zeros(1)
-    args, kwargs = fx.map_arg((call.node.args, dict(call.node.kwargs)), lambda node: False if is_mode(node) else zeros)
+    args, kwargs = fx.map_arg((call.node.args, dict(call.node.kwargs)), lambda node: False if is_mode(node) else torch.zeros(1))
     function = {
         "call_module": lambda: call.module,
         "call_method": lambda: getattr(torch.Tensor, call.node.target),
         "call_function": lambda: call.node.target,
     }[call.node.op]()
     with torch.no_grad():
-        return torch.equal(function(*args, **kwargs), zeros)
+        return torch.equal(function(*args, **kwargs), torch.zeros(1))  # not what went in, which may be overwritten
 
 
 rule(

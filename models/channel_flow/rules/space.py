@@ -24,7 +24,14 @@ def _spatial(call: Call) -> Step:
         call.node.op == "call_module" and getattr(call.module, "return_indices", False)
     )
     known = given is not None and given.rank is not None and given.axis == 1 and not given.flat
-    return call.step(given) if known and not with_indices else opaque(call)
+    return call.step(given) if known and not with_indices and _leaves_channels(call, given.rank) else opaque(call)
+
+
+def _leaves_channels(call: Call, rank: int) -> bool:
+    """Whether the axes that the operation works on lie behind the channels: given one axis less, pooling takes (C, H, W)."""
+    name = type(call.module).__name__ if call.node.op == "call_module" else call.node.target.__name__
+    digits = [int(letter) for letter in name if letter.isdigit()]
+    return rank == digits[0] + 2 if digits else rank > 2
 
 
 @rule(F.pad)
