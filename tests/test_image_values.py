@@ -14,7 +14,8 @@ from models.network_file import describe_network, load_network
 from quantize.archive import read_archive
 from utils.files import load_checkpoint, save_checkpoint
 
-SHORT = "--dataset folder --batch-size 4 --n-epochs 1 --schedule --lr-drops --device cpu --workers 0"
+SMALL = "--dataset folder --batch-size 4 --workers 0"
+SHORT = f"{SMALL} --n-epochs 1 --schedule --lr-drops --device cpu"
 LABELS = ("cat", "dog")
 
 
@@ -75,7 +76,8 @@ def run(places, run_script, tmp_path):
 
     def run(script: str, words: str, *, data: str):
         words = words.format(**places, new=tmp_path).split()
-        return run_script(script, *words, "--data-dir", str(places[data]), *SHORT.split()[: 4 if script == "export" else None])
+        trains = script != "export" and "--evaluate" not in words
+        return run_script(script, *words, "--data-dir", str(places[data]), *(SHORT if trains else SMALL).split())
 
     return run
 
