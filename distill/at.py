@@ -13,9 +13,8 @@ from torch import Tensor
 
 from distill.base import Distiller, attention_map, channel_energy, register_distiller
 from models.outputs import Outputs
-from utils.errors import UserError
 
-IMAGENET_STAGES = 4  # networks of four stages are the ImageNet ones, of which the last two are compared
+IMAGENET_STAGES = 4  # networks of so many stages are those for ImageNet, of which the last two are compared
 
 
 def at_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
@@ -30,16 +29,12 @@ def _stage_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 @register_distiller("at", beta=1000.0)
 class AT(Distiller):
-    """Attention maps at the end of each stage; of ImageNet networks at the end of the last two."""
+    """Attention maps at the end of each stage; of ImageNet networks, and where one has more, of the last ones."""
 
     def __init__(self, student: Outputs, teacher: Outputs):
         super().__init__()
-        if len(student.stages) != len(teacher.stages):
-            raise UserError(
-                f"--distill at: the student has {len(student.stages)} stages, the teacher {len(teacher.stages)}: "
-                "AT compares networks with the same number of stages"
-            )
-        self.first_stage = 2 if len(student.stages) == IMAGENET_STAGES else 0
+        count = min(len(student.stages), len(teacher.stages))
+        self.last_stages = 2 if count >= IMAGENET_STAGES else count
 
     def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
-        return at_loss(student.stages[self.first_stage :], teacher.stages[self.first_stage :])
+        return at_loss(student.stages[-self.last_stages :], teacher.stages[-self.last_stages :])

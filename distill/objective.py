@@ -25,6 +25,8 @@ class FrozenTeacher:
     """
 
     def __init__(self, network: nn.Module, *, fold_batch_norm: bool = False, channels_last: bool = False):
+        if isinstance(getattr(network, "outputs", None), nn.Module):
+            raise UserError(f"--distill: {type(network).__name__} has a layer `outputs`, the name of what gives the feature maps")
         network = copy.deepcopy(network).eval().requires_grad_(False)
         if fold_batch_norm:
             _fold_batch_norms(network)

@@ -15,6 +15,7 @@ from models.alexnet import AlexNet
 from models.cifar_resnet import CifarResNet
 from models.imagenet_resnet import build_imagenet_resnet
 from models.sources import SOURCES, build_from_file, build_from_source, has_weights, split_name
+from models.taps import with_outputs
 from utils.errors import UserError, printable, shown
 from utils.python_file import check_function, function_of, names_function
 
@@ -41,10 +42,10 @@ def build_model(name: str, *, num_classes: int, pretrained: bool = False) -> nn.
     if pretrained:
         _check_pretrained(name)
     if names_function(name):
-        return build_from_file(name, num_classes=num_classes)
+        return with_outputs(build_from_file(name, num_classes=num_classes))
     if name in MODELS:
         return MODELS[name](num_classes=num_classes, **({"pretrained": True} if pretrained else {}))
-    return build_from_source(name, num_classes=num_classes, pretrained=pretrained)
+    return with_outputs(build_from_source(name, num_classes=num_classes, pretrained=pretrained))
 
 
 def build_on_meta(name: str, *, num_classes: int) -> nn.Module:

@@ -20,6 +20,6 @@ class Outputs(NamedTuple):
 
 
 def has_outputs(network: nn.Module) -> bool:
-    """Whether the network has the method `outputs(x)`; a layer of that name is none."""
+    """Whether the network has the method `outputs(x)`, and feature maps for it; a layer of that name is none."""
     outputs = getattr(network, "outputs", None)
-    return callable(outputs) and not isinstance(outputs, nn.Module)
+    return callable(outputs) and not isinstance(outputs, nn.Module) and getattr(network, "has_feature_maps", True)
