@@ -83,6 +83,12 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def edit(path: Path, **fields) -> None:
+    """Changes items of a checkpoint's mappings; its digest fits again."""
+    checkpoint = load_checkpoint(path)
+    save_checkpoint(path, {**checkpoint, **{name: {**checkpoint[name], **value} for name, value in fields.items()}})
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.name for recipe in RECIPES])
 class TestKilled:
     @pytest.mark.parametrize("place", [0.3, 0.85])
@@ -215,6 +221,31 @@ class TestDamaged:
         before = (interrupted / RUN / "metrics.jsonl").read_bytes()
         assert finish(HARD, interrupted, trained_run) == 2
         assert "its saved state is of a run with lr 0.02, config.json says 0.01" in output(interrupted)
+        assert (interrupted / RUN / "metrics.jsonl").read_bytes() == before
+
+    def test_metrics_are_refused_and_left_as_they_are(self, interrupted, trained_run):
+        path = interrupted / RUN / "metrics.jsonl"
+        path.write_bytes(path.read_bytes().replace(b'"epoch": 0', b'"epoch" 0', 1))
+        before = path.read_bytes()
+        assert finish(HARD, interrupted, trained_run) == 2
+        assert f"{RUN}/metrics.jsonl is damaged in line 1: no JSON" in output(interrupted).splitlines()[-1]
+        assert path.read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (flip_bit, "model_best.pt: damaged"),
+            (Path.unlink, "model_best.pt: no such file"),
+            (lambda path: edit(path, metrics={"top1": 100.0}), "model_best.pt: is not the network of epoch"),
+            (lambda path: edit(path, config={"lr": 7.0}), "its model_best.pt is of a run with"),
+        ],
+        ids=["damaged", "missing", "other metrics", "other flags"],
+    )
+    def test_best_network_is_refused(self, spoil, message, interrupted, trained_run):
+        spoil(interrupted / RUN / "model_best.pt")
+        before = (interrupted / RUN / "metrics.jsonl").read_bytes()
+        assert finish(HARD, interrupted, trained_run) == 2
+        assert message in output(interrupted).splitlines()[-1]
         assert (interrupted / RUN / "metrics.jsonl").read_bytes() == before
 
     def test_config_is_refused(self, interrupted, trained_run):

@@ -20,7 +20,7 @@ from utils.distributed import World, same_everywhere
 from utils.environment import describe_environment
 from utils.errors import UserError
 from utils.files import TEMPORARY_PREFIX, append_line, remove_partial_files, save_checkpoint, write_atomic, write_json
-from utils.metrics_file import read_metrics
+from utils.metrics_file import known_metrics, read_metrics
 from utils.python_file import names_function
 from utils.run_folder import LAST, LOCK, METRICS, PREVIOUS, STAMP, TENSORBOARD, check_entries, log_path, new_folder
 from utils.run_state import is_state
@@ -59,6 +59,7 @@ class Run:
         run = cls(Path(folder), log_path=log_path(Path(folder), log_name), world=world)
         if world.is_main:
             check_entries(run.folder)
+            known_metrics(run.folder, epochs=epochs)  # before anything is written, and again once it is locked
         run._open(epochs=epochs)
         return run
 
@@ -81,7 +82,7 @@ class Run:
 
     def _rewind(self, epochs: int) -> None:
         """Drops what was recorded after the saved state, then writes TensorBoard's files anew from what is left."""
-        lines = [line for line in read_metrics(self.folder) if line["epoch"] < epochs]
+        lines = known_metrics(self.folder, epochs=epochs)
         write_atomic(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
         shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
         self._writer = ScalarWriter(self.folder / TENSORBOARD)

@@ -18,7 +18,7 @@ from utils.files import digest, read_json
 from utils.image_choice import Origins, agreed_normalisation, check_class_names, flagged_normalisation, image_remarks
 from utils.image_spec import read_image_spec
 from utils.run_folder import CONFIG, check_save_dir, check_text_log
-from utils.run_state import check_state
+from utils.run_state import check_best, check_state
 from utils.runs import Run
 
 NO_SETTINGS = frozenset(("resume", "dry_run", "defaults", "may_download"))
@@ -110,6 +110,7 @@ def _reopen_run(args: argparse.Namespace, *, world: World, state: dict[str, Any]
             raise UserError(f"{flag} {path}: holds other weights than when {args.resume} began; put that file back to resume it")
     if state is not None:
         check_state(state, flags_of(args), defaults=args.defaults, folder=args.resume)
+        check_best(args.resume, state, flags_of(args), defaults=args.defaults)
     run = Run.reopen(args.resume, log_name=args.log_name, world=world, epochs=state["resume"]["epoch"] if state else 0)
     run.save_json(CONFIG, {**config, "flags": flags_of(args)})  # a raised --n-epochs holds for the next resumption too
     return run

@@ -218,7 +218,7 @@ class TestStates:
         assert state["resume"]["epoch"] == 1
         assert "model_last.pt" in message
         assert "going on from the state before it, model_previous.pt" in message
-        resumed = Run.reopen(run.folder, log_name="log.txt", world=World(), epochs=1)
+        resumed = Run.reopen(run.folder, log_name="log.txt", world=World(), epochs=0)
         resumed.save(LAST, checkpoint(2))
         assert [files.load_checkpoint(run.folder / name)["resume"]["epoch"] for name in (LAST, PREVIOUS)] == [2, 1]
 
