@@ -1,12 +1,14 @@
 """Training a network through its entry script."""
 
 import json
+import shutil
 
 import torch
 
 from models.network_file import load_network
 from utils.data import ImageData
 from utils.datasets import load_dataset
+from utils.files import load_checkpoint, save_checkpoint
 
 
 def test_what_a_run_leaves(trained_run):
@@ -58,3 +60,61 @@ def test_a_diverging_run_stops_and_says_where(tmp_path, run_script):
     assert ended.status == 1
     assert "no finite number at epoch 1, step 2" in ended.errors and ended.errors.count("\n") == 1
     assert not (tmp_path / "run" / "model_best.pt").exists()
+
+
+TINY = [
+    "--n-epochs",
+    "1",
+    "--limit-batches",
+    "2",
+    "--batch-size",
+    "32",
+    "--lr",
+    "1e-9",
+    "--schedule",
+    "--lr-drops",
+    "--weight-decay",
+    "0",
+    "--device",
+    "cpu",
+]
+
+
+def test_a_file_is_fine_tuned_from_its_weights(trained_run, tmp_path, run_script):
+    best = trained_run / "model_best.pt"
+    ended = run_script("initial_train", "--load-path", str(best), *TINY, "--save-dir", str(tmp_path), "--run-name", "run")
+    assert ended.status == 0, ended.errors
+    before, after = load_network(best, flag="--load-path"), load_network(tmp_path / "run" / "model_best.pt", flag="--load-path")
+    assert after.model == "resnet20"
+    torch.testing.assert_close(after.network.classifier.weight, before.network.classifier.weight, rtol=0, atol=1e-6)
+    assert set(json.loads((tmp_path / "run" / "config.json").read_text())["networks"]) == {"--load-path"}
+
+
+def test_what_is_pruned_in_the_file_stays_pruned(trained_run, tmp_path, run_script):
+    checkpoint = load_checkpoint(trained_run / "model_best.pt")
+    pruned, kept = [1, 5, 6], sorted({*range(16)} - {1, 5, 6})
+    for name in ("conv_a.weight", "bn_a.weight", "bn_a.bias"):
+        checkpoint["state_dict"][f"stage_1.0.{name}"][pruned] = 0
+    checkpoint["kept"] = {"stage_1.0.conv_a": kept, "stage_1.0.bn_a": kept}
+    save_checkpoint(tmp_path / "pruned.pt", checkpoint)
+    flags = ["--save-dir", str(tmp_path), "--run-name", "run"]
+    ended = run_script("initial_train", "--load-path", str(tmp_path / "pruned.pt"), *TINY, "--lr", "0.1", *flags)
+    assert ended.status == 0, ended.errors
+    state = load_checkpoint(tmp_path / "run" / "model_last.pt")
+    assert state["kept"]["stage_1.0.conv_a"] == kept
+    weight = state["state_dict"]["stage_1.0.conv_a.weight"]
+    assert weight[pruned].eq(0).all() and not torch.equal(weight, checkpoint["state_dict"]["stage_1.0.conv_a.weight"])
+
+
+def test_fine_tuning_goes_on_only_with_the_file_it_began_with(trained_run, tmp_path, run_script):
+    file = tmp_path / "start.pt"
+    shutil.copy(trained_run / "model_best.pt", file)
+    flags = ["--save-dir", str(tmp_path), "--run-name", "run"]
+    assert run_script("initial_train", "--load-path", str(file), *TINY, *flags).status == 0
+    run = str(tmp_path / "run")
+    assert run_script("initial_train", "--resume", run, "--n-epochs", "2").status == 0
+    checkpoint = load_checkpoint(file)
+    checkpoint["state_dict"]["classifier.bias"] += 1
+    save_checkpoint(file, checkpoint)
+    ended = run_script("initial_train", "--resume", run, "--n-epochs", "3")
+    assert ended.status == 2 and f"--load-path {file}: holds other weights" in ended.errors
