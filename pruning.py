@@ -19,7 +19,7 @@ from prune.compact import check_pruned_zeros, compact
 from prune.flags import add_pruning_flags
 from prune.forms import build_schedule, check_compact_form, training_form
 from prune.masks import keep_ratios, prunable_layers
-from prune.record import describe_pruned, finish, log_accuracy, log_pruning
+from prune.record import WHOLE, describe_pruned, finish, log_accuracy, log_pruning
 from prune.schedule import SOFT_CRITERIA, HardPruning, PruningSchedule, check_soft_state
 from utils import cli, setup
 from utils.data import ImageData
@@ -225,7 +225,9 @@ def schedule_of(
         choose,
         soft_interval=(args.prune_interval or 1) if args.soft_prune else None,
         last_epoch=args.n_epochs - 1,
-        form=training_form(args.train_form, choose.data.device, amp=args.amp, compiled=args.compile),
+        form="masked"
+        if choose.is_whole
+        else training_form(args.train_form, choose.data.device, amp=args.amp, compiled=args.compile),
         images=choose.data.example,
         warn=run.warn,
         state=state,
@@ -244,6 +246,8 @@ def score(args: argparse.Namespace, *, device: torch.device, world: World) -> No
 
 def dry_run(args: argparse.Namespace, plan: TrainingPlan, student: NetworkFile, choose: FilterChoice) -> None:
     """Prints what would be pruned and trained. The sizes are exact where the choice needs no gradient, else those of L1's."""
+    if choose.is_whole:
+        return print_plan(args, plan=plan, data=choose.data, networks={"network": student.network}, lines=[WHOLE])
     kept = choose.without_gradient()()
     pruned = copy.deepcopy(student.network)
     HardPruning(pruned, kept)

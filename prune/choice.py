@@ -38,8 +38,23 @@ class FilterChoice:
     options: Mapping[str, Any] = field(default_factory=dict)
     earlier: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
+    @property
+    def takes_nothing(self) -> bool:
+        """Whether every filter stays that is there, so that nothing has to be scored."""
+        return all(ratio == 1 for ratio in self.ratios.values())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the network keeps, and has, all of its filters."""
+        return self.takes_nothing and not self.earlier
+
     def __call__(self) -> dict[str, Tensor]:
-        kept = choose_filters(
+        kept = {layer.name: torch.arange(layer.filters) for layer in self.layers} if self.takes_nothing else self._highest()
+        earlier = {name: torch.tensor(channels) for name, channels in self.earlier.items()}
+        return {name: channels[torch.isin(channels, earlier.get(name, channels))] for name, channels in kept.items()}
+
+    def _highest(self) -> dict[str, Tensor]:
+        return choose_filters(
             self.layers,
             self.ratios,
             criterion=self.criterion,
@@ -48,8 +63,6 @@ class FilterChoice:
             generator=generator(self.seed, "filters"),
             **self.options,
         )
-        earlier = {name: torch.tensor(channels) for name, channels in self.earlier.items()}
-        return {name: channels[torch.isin(channels, earlier.get(name, channels))] for name, channels in kept.items()}
 
     def _gradients(self) -> dict[str, Tensor]:
         batches = ((batch.images, batch.labels) for batch in islice(self.data.train_batches("scoring"), self.samp_batches))

@@ -11,8 +11,8 @@ READ_BY_CRITERIA = {"samp_batches": "grad", "gamma": "gamma", "gm_distance": "gm
 
 def add_pruning_flags(parser: cli.Parser) -> None:
     group = parser.add_argument_group("pruning")
-    group.add_argument("--prune-rates", type=cli.keep_proportion, nargs="+", default=[0.6], metavar="R",
-                       help="proportion of filters retained, one for all conv layers or one a layer")  # fmt: skip
+    group.add_argument("--prune-rates", type=cli.keep_proportion, nargs="+", default=[1.0], metavar="R",
+                       help="proportion of filters retained, one for all conv layers or one a layer; 1 prunes none")  # fmt: skip
     group.add_argument(
         "--prune-mode", default="filter-nggm", choices=CRITERIA, help="which filters go: those that it scores lowest"
     )

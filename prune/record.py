@@ -20,6 +20,7 @@ from utils.recalibration import recalibrated_batch_norm
 from utils.run_folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, SUMMARY
 from utils.runs import Run
 
+WHOLE = "no filter is pruned, the network stays whole (--prune-rates below 1 prunes)"
 CHANCE_MARGIN = 1.2  # a network that is right at most so many times as often as guessing is scored as guessing
 
 
@@ -51,11 +52,13 @@ def log_pruning(
     with schedule.shipped() as kept, recalibrated:
         pruned = evaluate(student.network, data)
     chance = 100 / len(data.dataset.classes)
-    for layer in schedule.layers.values():
-        channels = kept[layer.name].tolist()
-        run.log(f"{layer.name} keeps {len(channels)} of {layer.filters}: {' '.join(map(str, channels))}")
-        if not channels:
-            run.warn(f"{layer.name} has lost every filter")
+    if all(len(kept[layer.name]) == layer.filters for layer in schedule.layers.values()):
+        run.log(WHOLE)
+    else:
+        for layer in schedule.layers.values():
+            run.log(f"{layer.name} keeps {len(kept[layer.name])} of {layer.filters}")
+            if not len(kept[layer.name]):
+                run.warn(f"{layer.name} has lost every filter")
     run.log(f"pruned, before fine-tuning: top1 {pruned['top1']:.2f}, loss {pruned['loss']:.4f}")
     trained = scores["student"]["top1"] > CHANCE_MARGIN * chance
     if trained and pruned["top1"] <= CHANCE_MARGIN * chance:
@@ -101,6 +104,8 @@ def finish(
         run.warn(f"no compact network is written: {error}")
         written = BEST
     else:
+        if not small.kept:
+            run.log(f"{COMPACT} is the whole network: no filter is zero")
         summary["compact"] = save_compact(run, best, dense, small, result=result, data=data, config=config)
         written = COMPACT
     run.save_json(SUMMARY, summary)

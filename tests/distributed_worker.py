@@ -181,14 +181,14 @@ SCENARIOS: dict[str, Callable[[World], dict[str, Tensor]]] = {
 
 
 def run_no_norm(folder: Path) -> None:
-    nggm = ("--prune-mode", "filter-nggm", "--samp-batches", "2")
+    nggm = ("--prune-rates", "0.6", "--prune-mode", "filter-nggm", "--samp-batches", "2")
     new_run(folder, "nggm-at", "no-norm", *nggm, "--distill", "at", "--betas", "10")
-    new_run(folder, "soft", "no-norm", "--prune-mode", "filter-a", "--soft-prune")
+    new_run(folder, "soft", "no-norm", "--prune-rates", "0.6", "--prune-mode", "filter-a", "--soft-prune")
 
 
 def run_resumed(folder: Path, world: World) -> None:
     """The same training twice, once without a break."""
-    flags = ("--prune-mode", "filter-gm", "--distill", "afd")
+    flags = ("--prune-rates", "0.6", "--prune-mode", "filter-gm", "--distill", "afd")
     new_run(folder, "whole", "resnet8", *flags)
     stopped(world, folder, lambda: new_run(folder, "resumed", "resnet8", *flags))
     train(folder, "--resume", str(folder / "saves" / "resumed"))

@@ -24,7 +24,7 @@ from utils.files import save_checkpoint
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 LOSSES = ("none", *DISTILLERS)
-HARD = [("--prune-mode", criterion, "--samp-batches", "1") for criterion in CRITERIA]
+HARD = [("--prune-mode", name, *(["--samp-batches", "1"] if entry.needs_gradient else [])) for name, entry in CRITERIA.items()]
 SOFT = [("--prune-mode", criterion, "--soft-prune") for criterion in SOFT_CRITERIA]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -63,10 +63,11 @@ def digits(device, *, batch_size=16):
 def train(teacher, name, *flags, device="cpu"):
     """Runs `pruning.py` for an epoch of two steps; gives the mean training loss of each term and the test loss."""
     saves = teacher.parent / "saves"
-    networks = ["--t-model", "one-block", "--t-path", str(teacher), "--s-copy-t", "--hap-ts", "1"]
+    networks = ["--t-model", "one-block", "--t-path", str(teacher), "--s-copy-t", "--prune-rates", "0.6"]
     size = ["--n-epochs", "1", "--batch-size", "16", "--limit-batches", "2", "--workers", "0", "--schedule", "--lr-drops"]
     place = ["--device", device, "--save-dir", str(saves), "--run-name", name]
-    pruning.main(cli.parse_flags(pruning.get_args_parser(), [*networks, *size, *place, *flags]))
+    options = ["--hap-ts", "1"] if "hap" in flags else []
+    pruning.main(cli.parse_flags(pruning.get_args_parser(), [*networks, *options, *size, *place, *flags]))
     train, test = (json.loads(line) for line in (saves / name / "metrics.jsonl").read_text().splitlines())
     terms = {term: value for term, value in train.items() if term in ("loss", "ce", *DISTILLERS)}
     return {**terms, "test loss": test["loss"]}

@@ -90,7 +90,7 @@ def write_image_folders(folder: Path, image_writer) -> dict[str, Path]:
 
 
 TRAIN, PRUNE, QUANTIZE = "initial_train", "pruning", "quantize_encode"
-COPY = "--t-model resnet20 --t-path {teacher} --s-copy-t"
+COPY = "--t-model resnet20 --t-path {teacher} --s-copy-t --prune-rates 0.6"
 
 LONG_INT, LONG_NAME = "9" * 5000, "n" * 300
 
@@ -196,6 +196,8 @@ COMMANDS = [
     (PRUNE, f"{COPY} --samp-batches 0", ["--samp-batches", "'0'"]),
     (PRUNE, f"{COPY} --gamma 1.5", ["--gamma", "'1.5'"]),
     (PRUNE, f"{COPY} --prune-mode filter-a --prune-interval 2", ["--prune-interval 2", "--soft-prune"]),
+    (PRUNE, "--s-model resnet20 --prune-mode filter-a", ["--prune-mode filter-a", "only with --prune-rates below 1"]),
+    (PRUNE, "--s-model resnet20 --prune-rates 1 1 1 --channel-multiple 8", ["--channel-multiple 8", "--prune-rates below 1"]),
     (PRUNE, f"{COPY} --prune-mode filter-r --soft-prune", ["--soft-prune", "filter-r", "filter-l2"]),
     (PRUNE, f"{COPY} --recalibrate-bn 0", ["--recalibrate-bn", "0"]),
     (PRUNE, f"{COPY} --prune-mode filter-a --soft-prune --train-form compact", ["--train-form compact", "--soft-prune"]),

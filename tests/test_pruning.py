@@ -162,3 +162,18 @@ def test_hard_pruning_is_recalibrated_in_either_form(prune):
     for form in ("masked", "compact"):
         state = load_checkpoint(prune(*method, "--train-form", form, name=form) / "model_best.pt")["state_dict"]
         assert state["bn_1.num_batches_tracked"] == 1
+
+
+def test_without_rates_no_filter_is_pruned_and_another_architecture_may_teach(trained_run, tmp_path, run_script, monkeypatch):
+    monkeypatch.setattr("prune.choice.mean_gradients", None)  # no gradient pass where nothing is scored
+    size = ["--n-epochs", "1", "--limit-batches", "1", "--batch-size", "32", "--schedule", "--device", "cpu"]
+    networks = ["--t-path", str(trained_run / "model_best.pt"), "--s-model", "resnet32", "--distill", "kd"]
+    ended = run_script("pruning", *networks, *size, "--save-dir", str(tmp_path), "--run-name", "run")
+    assert ended.status == 0, ended.errors
+    assert "no filter is pruned, the network stays whole" in ended.output
+    assert "model_compact.pt is the whole network" in ended.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["compact"]["compact"]["parameters"] == summary["compact"]["dense"]["parameters"]
+    assert "CUDA_HOME" not in ended.errors
+    planned = run_script("pruning", *networks, *size, "--dry-run")
+    assert planned.output.startswith("no filter is pruned")

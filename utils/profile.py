@@ -4,6 +4,7 @@ One multiply-accumulate (MAC) is two FLOPs. `torch.utils.flop_counter` counts th
 of one forward pass; batch norms, activations and additions are not counted, as in the literature.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,9 @@ def latency(
 
     `network` is a module in evaluation mode, or anything else that is called with images.
     """
-    from torch.utils.benchmark import Timer  # importing it can print a warning about CUDA, which is no part of an error message
+    # Importing it brings in what compiles extensions, which warns of a CUDA_HOME that nothing here uses.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils.benchmark import Timer
 
     results = {}
     for batch_size in batch_sizes:

@@ -247,7 +247,11 @@ def warn_about(run: Run, plan: TrainingPlan, fallback: str | None, *, data: Imag
         run.warn(fallback)
     late = [epoch for epoch in plan.schedule if epoch >= plan.n_epochs]
     if late:
-        run.warn(f"--schedule {late[0]} lies behind the last epoch, {plan.n_epochs - 1}: the learning rate will not change there")
+        epochs = " ".join(map(str, late))
+        lies = "lies" if len(late) == 1 else "lie"
+        run.warn(
+            f"--schedule {epochs} {lies} behind the last epoch, {plan.n_epochs - 1}: the learning rate will not change there"
+        )
 
 
 def summary_head(args: argparse.Namespace, script: str, run: Run) -> dict[str, Any]:
