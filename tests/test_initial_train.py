@@ -55,7 +55,7 @@ def test_a_dry_run_tells_sizes_and_steps_and_writes_nothing(tmp_path, run_script
 
 
 def test_a_diverging_run_stops_and_says_where(tmp_path, run_script):
-    flags = ["--lr", "1e30", "--schedule", "--n-epochs", "2", "--batch-size", "32", "--limit-batches", "4", "--device", "cpu"]
+    flags = ["--lr", "1e18", "--schedule", "--n-epochs", "2", "--batch-size", "32", "--limit-batches", "4", "--device", "cpu"]
     ended = run_script("initial_train", "--model", "resnet20", *flags, "--save-dir", str(tmp_path), "--run-name", "run")
     assert ended.status == 1
     assert "no finite number at epoch 1, step 2" in ended.errors and ended.errors.count("\n") == 1
