@@ -14,6 +14,10 @@ SPLITS = ("train", "test")
 REMEDY = "put back a copy of it to go on"
 
 
+class TornLine(ValueError):
+    """A line that is no JSON, as one that was cut off."""
+
+
 def read_metrics(folder: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last one that was cut off by a crash is passed over.
 
@@ -33,7 +37,7 @@ def read_metrics(folder: Path, *, skip_damaged: bool = False) -> list[dict[str, 
         try:
             records.append(_record(line))
         except (ValueError, OverflowError, RecursionError) as error:
-            is_torn = number > len(whole) and not isinstance(error, RecursionError)  # no line of ours is cut so as to nest
+            is_torn = number > len(whole) and isinstance(error, TornLine)
             if not skip_damaged and not is_torn:
                 raise UserError(f"{path} is damaged in line {number}: {error}; {REMEDY}") from error
     return records
@@ -44,7 +48,7 @@ def _record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError:
-        raise ValueError("no JSON") from None
+        raise TornLine("no JSON") from None
     if not isinstance(record, dict):
         raise ValueError("no record of an epoch")
     epoch, split = record.get("epoch"), record.get("split")
