@@ -16,7 +16,7 @@ from models.modes import evaluating
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, describe_network, load_network
 from prune.compact import check_pruned_zeros, compact
-from quantize.archive import differing_tensors, is_archive, load_archive, read_archive, save_archive
+from quantize.archive import differing_tensors, load_archive, read_archive, save_archive
 from quantize.codebook import QUAN_MODES, bake_weights, layer_bits, share_weights
 from quantize.table import ArchiveReport
 from utils import cli, setup
@@ -24,7 +24,7 @@ from utils.data import ImageData
 from utils.distributed import World, leave
 from utils.engine import CrossEntropyObjective, evaluate
 from utils.errors import UserError, naming
-from utils.files import read_json, save_checkpoint
+from utils.files import is_archive, read_json, save_checkpoint
 from utils.plan import print_plan
 from utils.profile import compare_networks
 from utils.run_folder import ARCHIVE, BEFORE_TRAINING, BEST, COMPACT, SUMMARY

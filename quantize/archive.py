@@ -101,15 +101,6 @@ def read_archive(path: str | os.PathLike, *, model: str | None = None) -> tuple[
         raise UserError(f"{path}: {error}") from error
 
 
-def is_archive(path: str | os.PathLike) -> bool:
-    """Whether a file begins like an archive and not like a checkpoint, which is a zip file or a pickle; False without a file."""
-    try:
-        with open_regular(path) as file:
-            return file.read(9)[8:] == b"{"
-    except (OSError, UserError):
-        return False
-
-
 def differing_tensors(first: nn.Module, second: nn.Module) -> list[str]:
     """Names of the tensors in the two networks' state dicts that are not the same in type, shape and every bit."""
     ours, theirs = first.state_dict(), second.state_dict()

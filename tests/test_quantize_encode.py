@@ -130,7 +130,7 @@ def test_a_dry_run_writes_nothing(pruned, run_script, tmp_path):
         ("--load-path {pruned} --model resnet56", "holds a resnet20, not the resnet56 of --model"),
         ("--load-path {pruned} --output x.pt", "--output x.pt: only with --decode"),
         ("--load-path {pruned} --force", "--force: only with --decode"),
-        ("--load-path {archive}", "--load-path"),
+        ("--load-path {archive}", "an archive, expected a checkpoint; decode it first: .*--decode .*model.huff"),
         ("--load-path missing.pt", "--load-path missing.pt"),
         ("", "--load-path is required"),
         ("--decode {archive}", "--output is required"),

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -152,7 +153,7 @@ class TestStopped:
         assert begin(recipe, tmp_path, trained_run, fatal=fatal, signals=[number]) == status
         last_line = output(tmp_path).splitlines()[-1]
         assert f"stopped by {number.name} after epoch 2, step 1 of 2" in last_line
-        assert last_line.endswith(f"python3 {recipe.script}.py --resume {RUN}")
+        assert last_line.endswith(f"{Path(sys.executable).name} {recipe.script}.py --resume {RUN}")
         state = load_checkpoint(tmp_path / RUN / "model_last.pt")["resume"]
         assert (state["epoch"], state["batch"]) == (1, 1)
         assert finish(recipe, tmp_path, trained_run) == 0, output(tmp_path)

@@ -317,7 +317,7 @@ def execute(main: Callable[[], None]) -> NoReturn:
     except NonFiniteLoss as error:
         status = _complain(error, status=1)
     except Interrupted as error:
-        status = _complain(error, status=128 + error.signal_number)
+        status = _complain(error, status=128 + error.signal_number, what="")
     except KeyboardInterrupt:
         status = 130
     except RuntimeError as error:
@@ -328,7 +328,7 @@ def execute(main: Callable[[], None]) -> NoReturn:
     sys.exit(status)
 
 
-def _complain(error: Exception | str, *, status: int, is_echo: bool = False) -> int:
+def _complain(error: Exception | str, *, status: int, is_echo: bool = False, what: str = "error") -> int:
     """Prints one line. Of many processes the one whose error it is speaks, and the main one where all have the same.
 
     So the main process speaks at once, unless its error is the echo of another's. Any other waits meanwhile, and only
@@ -340,5 +340,6 @@ def _complain(error: Exception | str, *, status: int, is_echo: bool = False) -> 
     if rank != "0" or is_echo:
         time.sleep(SILENCE_SECONDS)
     place = f" (process {rank})" if rank != "0" else ""
-    print(f"{Path(sys.argv[0]).name}: error{place}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    head = f"{Path(sys.argv[0]).name}: {what}{place}".removesuffix(": ")
+    print(f"{head}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return status

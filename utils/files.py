@@ -147,6 +147,15 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Mapping[str, Any]) -> N
     write_atomic(path, buffer.getbuffer())
 
 
+def is_archive(path: str | os.PathLike) -> bool:
+    """Whether a file begins like an archive and not like a checkpoint, which is a zip file or a pickle; False without a file."""
+    try:
+        with open_regular(path) as file:
+            return file.read(9)[8:] == b"{"
+    except (OSError, UserError):
+        return False
+
+
 def load_checkpoint(path: str | os.PathLike, *, flag: str = "") -> dict[str, Any]:
     """Reads a dict that torch wrote, onto the CPU, without ever running code from it, and checks its digest if it has one.
 
@@ -154,6 +163,9 @@ def load_checkpoint(path: str | os.PathLike, *, flag: str = "") -> dict[str, Any
     missing, truncated, damaged, no torch file, of a newer format, or that holds anything but tensors and plain values.
     """
     prefix = f"{flag} {path}" if flag else str(path)
+    if is_archive(path):
+        decode = f"python3 quantize_encode.py --decode {path} --output FILE.pt"
+        raise UserError(f"{prefix}: an archive, expected a checkpoint; decode it first: {decode}")
     try:
         checkpoint = _read_tensors(path)
     except UserError as error:

@@ -141,7 +141,7 @@ class Run:
 
     def resume_command(self) -> str:
         """What goes on with this run, for a shell."""
-        launcher = ["python3"] if self.world.size == 1 else ["torchrun", f"--nproc_per_node={self.world.size}"]
+        launcher = [_interpreter()] if self.world.size == 1 else ["torchrun", f"--nproc_per_node={self.world.size}"]
         return shlex.join([*launcher, sys.argv[0], "--resume", str(self.folder), *_code_flags(sys.argv)])
 
     def seconds(self) -> float:
@@ -160,3 +160,11 @@ def _code_flags(words: Sequence[str]) -> list[str]:
     split = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     pairs = itertools.pairwise(split)
     return [part for flag, value in pairs if flag.startswith("--") and names_function(value) for part in (flag, value)]
+
+
+def _interpreter() -> str:
+    """The Python that runs this, as one would type it here: by its bare name, from this folder, or by its whole path."""
+    path = Path(sys.executable)
+    if shutil.which(path.name) == sys.executable:
+        return path.name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else sys.executable

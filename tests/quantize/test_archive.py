@@ -14,9 +14,10 @@ from torch import nn
 
 from models import MODELS, build_model
 from models.narrow import narrow
-from quantize.archive import SECTIONS, differing_tensors, is_archive, load_archive, read_archive, save_archive
+from quantize.archive import SECTIONS, differing_tensors, load_archive, read_archive, save_archive
 from quantize.codebook import bake_weights, layer_bits, share_weights
 from quantize.huffman import entropy_bits
+from utils.files import is_archive
 from utils.image_spec import ImageSpec
 
 

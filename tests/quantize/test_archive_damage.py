@@ -13,8 +13,9 @@ from bounded import run_bounded
 from safetensors.numpy import load, save
 
 from models import MODELS
-from quantize.archive import differing_tensors, is_archive, load_archive, save_archive
+from quantize.archive import differing_tensors, load_archive, save_archive
 from utils.errors import UserError
+from utils.files import is_archive
 
 
 @pytest.fixture(scope="module", autouse=True)

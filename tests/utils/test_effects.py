@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import pytest
 
@@ -109,3 +110,13 @@ def test_every_flag_of_training_is_refused_beside_evaluate(script):
             cli.parse_flags(parser, ["--evaluate", *words.split()])
     for words in ("--batch-size 4", "--limit-batches 1", "--workers 0", "--data-dir a", "--device cpu", "--amp"):
         assert cli.parse_flags(parser, ["--evaluate", *words.split()]).evaluate
+
+
+@pytest.mark.parametrize("script", ["initial_train", "pruning", "quantize_encode", "export", "report"])
+def test_help_says_each_default_once_and_none_where_there_is_none(script):
+    parser = importlib.import_module(script).get_args_parser()
+    for action in parser._actions:
+        text = parser.formatter_class(prog=script)._expand_help(action) if action.help else ""
+        has_default = action.default not in (None, False, [], "==SUPPRESS==") or "(default:" in (action.help or "")
+        assert text.count("(default:") == int(has_default), text
+        assert not re.search(r"default: (None|False|\[)", text)
