@@ -7,6 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_networks import RandomNetwork, network_descriptions
 from torch import Tensor, nn
 
 from models import build_model
@@ -229,6 +232,25 @@ RANDOM = {
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_numbers_of_channels_do_not_fail_the_proof(name):
     assert isinstance(build(Operations(RANDOM[name]), "auto")[0], PhysicalPruning)
+
+
+@settings(max_examples=200, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    operations=network_descriptions(),
+    seed=st.integers(0, 1000),
+    keep_ratio=st.sampled_from([0.01, 0.3, 0.6]),
+)
+def test_random_networks_train_alike_in_both_forms(operations, seed, keep_ratio):
+    torch.manual_seed(seed)
+    model = RandomNetwork(operations, hidden=3)
+    layers = prunable_layers(model)
+    kept = choose_filters(layers, keep_ratios(layers, [keep_ratio]), criterion="filter-a")
+    if seed % 3 == 0:
+        kept[layers[-1].name] = torch.tensor([], dtype=torch.int64)
+    try:
+        PhysicalPruning(model, kept).prove(torch.randn(4, 3, 4, 4))
+    except UserError as error:  # the graph cannot say it, or torch itself has no gradients for it
+        assert any(reason in str(error) for reason in ("overwrites memory", "the masked network fails in training"))
 
 
 def test_the_compact_form_is_checked_without_a_change():
