@@ -3,8 +3,8 @@
 # README.md explains the environment variables that start_script reads.
 
 # Flags that initial_train.py, pruning.py and quantize_encode.py all have: they reach the training of a teacher as well.
-readonly SHARED_FLAGS="--data-dir --batch-size --workers --limit-batches --lr --schedule --lr-drops --n-epochs --momentum \
---weight-decay --log-name --device --dev-idx --amp --compile --sync-bn --checkpoint-interval --checkpoint-minutes"
+readonly SHARED_FLAGS="--data-dir --mean --std --batch-size --workers --limit-batches --lr --schedule --lr-drops --n-epochs \
+--momentum --weight-decay --log-name --device --dev-idx --amp --compile --sync-bn --checkpoint-interval --checkpoint-minutes"
 
 # start_script ARGUMENT...: reads the environment, and the arguments to pass on into PASSED and SHARED
 start_script() {
