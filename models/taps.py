@@ -157,7 +157,7 @@ def _usual_sizes(network: nn.Module) -> list[tuple[int, ...]]:
 @torch.compiler.disable
 def _outputs_function(network: nn.Module, images: Tensor) -> Callable[..., Outputs]:
     """A function of the network and images; raises UserError where the graph has no feature maps, or there is none."""
-    trace = trace_network(network)
+    trace = trace_network(network).checked(network)
     taps = find_taps(trace.graph, network, images)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -167,7 +167,17 @@ def _outputs_function(network: nn.Module, images: Tensor) -> Callable[..., Outpu
     if taps.embedding in taps.maps:
         embedding = graph.call_method("mean", (_as_map(graph, embedding, taps.maps[taps.embedding]), (2, 3)))
     graph.output(Outputs(copies[taps.logits], tuple(stages), tuple(blocks), embedding))
-    return GraphFunction(graph)
+    function = GraphFunction(graph)
+    return function if trace.both_modes else _only_evaluating(function)
+
+
+def _only_evaluating(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    def outputs(network: nn.Module, x: Tensor) -> Outputs:
+        if network.training:
+            raise UserError(f"{type(network).__name__} runs other operations in training: its feature maps there are not known")
+        return function(network, x)
+
+    return outputs
 
 
 def _as_map(graph: fx.Graph, node: fx.Node, kind: "Map") -> fx.Node:

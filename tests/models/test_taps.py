@@ -195,3 +195,34 @@ def test_a_sum_of_three_is_one_block():
     network = Three()
     graph = trace_network(network).graph
     assert [node.target for node in find_taps(graph, network, images()).blocks] == [F.relu]
+
+
+class TwoFaced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        return self.head((2 * x if self.training else x).mean((2, 3)))
+
+
+class Overwriting(TwoFaced):
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        flat = x.view(x.size(0), -1)
+        flat.add_(1)
+        return self.head(x.mean((2, 3)))
+
+
+class TestFunctionsThatAGraphDoesNotHold:
+    def test_other_operations_in_training(self):
+        network = with_outputs(TwoFaced()).eval()
+        assert torch.equal(network.outputs(images()).logits, network(images()))
+        with pytest.raises(UserError, match="TwoFaced runs other operations in training"):
+            network.train().outputs(images())
+
+    def test_memory_that_is_overwritten_and_read_under_another_name(self):
+        network = with_outputs(Overwriting()).eval()
+        with pytest.raises(UserError, match="overwrites memory that is read later as `relu`"):
+            network.outputs(images())
