@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
     setup.warn_about(run, plan, fallback, data=data)
     network = setup.to_device(file.network, device, sync_bn=args.sync_bn)
-    objective = CrossEntropyObjective(network)
+    objective = CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
     result = setup.train(
         args,
         objective,

@@ -80,13 +80,13 @@ def main(args: argparse.Namespace) -> None:
     data = setup.load_data(args, device=device, world=world, files=said, state=state)
     teacher, student = build_networks(args, files, data)
     choose = filter_choice(args, student, data)
-    objective_of(args, student.network, teacher, data)  # losses that cannot compare the two say so before anything is written
+    loss = objective_of(args, student.network, teacher, data).formula()  # losses that cannot compare the two say so here
     check_recalibration(student.network, args.recalibrate_bn)
     if args.train_form == "compact" and state is None:
         check_compact_form(student.network, choose.without_gradient()(), data.example)
     plan = replace(setup.training_plan(args), recalibrate_bn_batches=args.recalibrate_bn)
     if args.dry_run:
-        return dry_run(args, plan, student, choose)
+        return dry_run(args, plan, student, choose, loss=loss)
 
     networks = {"--t-path": teacher.network} if teacher is not None else {}
     if args.s_path is not None:
@@ -195,6 +195,8 @@ def objective_of(
         alpha=args.alpha,
         betas=args.betas,
         options=vars(args),
+        n_epochs=args.n_epochs,
+        label_smoothing=args.label_smoothing,
         seed=args.seed,
     )
 
@@ -244,7 +246,7 @@ def score(args: argparse.Namespace, *, device: torch.device, world: World) -> No
     setup.print_score(file.model, data, result)
 
 
-def dry_run(args: argparse.Namespace, plan: TrainingPlan, student: NetworkFile, choose: FilterChoice) -> None:
+def dry_run(args: argparse.Namespace, plan: TrainingPlan, student: NetworkFile, choose: FilterChoice, *, loss: str) -> None:
     """Prints what would be pruned and trained. The sizes are exact where the choice needs no gradient, else those of L1's."""
     if choose.is_whole:
         return print_plan(args, plan=plan, data=choose.data, networks={"network": student.network}, lines=[WHOLE])
@@ -252,6 +254,7 @@ def dry_run(args: argparse.Namespace, plan: TrainingPlan, student: NetworkFile, 
     pruned = copy.deepcopy(student.network)
     HardPruning(pruned, kept)
     lines = [f"{layer.name} would keep {len(kept[layer.name])} of {layer.filters}" for layer in choose.layers]
+    lines.append(f"loss: {loss}")
     networks = {"dense": student.network}
     try:
         networks["pruned"] = compact(pruned, choose.data.example)

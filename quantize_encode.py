@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     setup.warn_about(run, plan, fallback, data=data)
     network = setup.to_device(network, device, sync_bn=args.sync_bn)
     quantize(run, network, bits, data, is_new=state is None)
-    objective = CrossEntropyObjective(network)
+    objective = CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
     result = setup.train(
         args,
         objective,

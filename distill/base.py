@@ -18,14 +18,22 @@ class Distiller(nn.Module, ABC):
     """One distillation loss. A subclass defines `loss(student, teacher)` and registers with `@register_distiller`.
 
     `__init__(student, teacher, *, option=default)` gets sample Outputs of both networks, of any batch size, for their
-    shapes, and raises UserError where they don't fit together. Keyword-only arguments are the loss's options.
+    shapes, and raises UserError where they don't fit together. Keyword-only arguments are the loss's options. A loss that
+    asks what an image's true class is sets `reads_labels`, and its `loss` takes them as a third argument.
     """
 
-    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """The loss of one batch, 0-dim, not yet times beta; float32 whatever precision the networks ran in."""
+    reads_labels = False
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> Tensor:
+        """The loss of one batch, 0-dim, not yet times beta; float32 whatever precision the networks ran in.
+
+        `labels` (b,) int64 are the true classes; without them the teacher's word counts.
+        """
         # bfloat16 has 8 significant bits: too few for differences between normalised maps.
         with torch.autocast(student.logits.device.type, enabled=False):
-            return self.loss(student, teacher)
+            if not self.reads_labels:
+                return self.loss(student, teacher)
+            return self.loss(student, teacher, teacher.logits.argmax(1) if labels is None else labels)
 
     @abstractmethod
     def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
@@ -34,28 +42,37 @@ class Distiller(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a loss: a keyword of `build_distiller`, and with dashes for underscores a flag."""
+    """An option of a loss: a keyword of `build_distiller`, and with dashes for underscores a flag (a switch, if a bool)."""
 
-    default: int | float
+    default: bool | int | float
     help: str
 
 
 @dataclass(frozen=True)
 class DistillerEntry:
-    """A registered loss: what builds it, its paper's usual beta (None: weighted by alpha alone), its options by keyword."""
+    """A registered loss: what builds it, its paper's usual beta (None: weighted by alpha alone), its options by keyword.
+
+    `replaces_kd`: the loss takes KD's place, whose alpha is 0 then unless it is given. `rise` is the share of the epochs
+    over which the weight rises linearly to beta.
+    """
 
     build: Callable[..., Distiller]
     beta: float | None
     options: Mapping[str, Option] = field(default_factory=dict)
+    replaces_kd: bool = False
+    rise: float = 0.0
 
 
 DISTILLERS: dict[str, DistillerEntry] = {}
 
 
-def register_distiller(name: str, *, beta: float | None, **option_help: str) -> Callable[[type[Distiller]], type[Distiller]]:
-    """Class decorator that enters a loss into `DISTILLERS`.
+def register_distiller(
+    name: str, *, beta: float | None, replaces_kd: bool = False, rise: float = 0.0, **option_help: str
+) -> Callable[[type[Distiller]], type[Distiller]]:
+    """Class decorator that enters a loss into `DISTILLERS`, with what `DistillerEntry` says of it.
 
-    `option_help` describes each keyword-only argument of the class, by its name.
+    `option_help` describes each keyword-only argument of the class, by its name. Losses may share an option: it then has
+    one default and one description.
     """
 
     def register(cls: type[Distiller]) -> type[Distiller]:
@@ -69,7 +86,11 @@ def register_distiller(name: str, *, beta: float | None, **option_help: str) -> 
         if name in DISTILLERS:
             raise ValueError(f"distiller {name!r} is registered already")
         options = {key: Option(default, option_help[key]) for key, default in defaults.items()}
-        DISTILLERS[name] = DistillerEntry(cls, beta, options)
+        others = {key: option for entry in DISTILLERS.values() for key, option in entry.options.items()}
+        unlike = [key for key, option in options.items() if others.get(key, option) != option]
+        if unlike:
+            raise ValueError(f"option {unlike[0]!r} of distiller {name!r} is another loss's too, with another default or help")
+        DISTILLERS[name] = DistillerEntry(cls, beta, options, replaces_kd, rise)
         return cls
 
     return register

@@ -1,21 +1,29 @@
 """The flags of the losses: which are used, their weights, and the options that each of them is registered with."""
 
+import argparse
+
 from distill import DISTILLERS, distiller_options
-from distill.objective import active_losses, weighted_losses
+from distill.objective import active_losses, default_alpha, weighted_losses
 from utils import cli
 
 
 def add_distillation_flags(parser: cli.Parser) -> None:
     group = parser.add_argument_group("distillation")
     group.add_argument("--distill", nargs="+", default=["none"], choices=("none", *DISTILLERS), help="distillation losses")
-    group.add_argument("--alpha", type=cli.non_negative_float, default=0.9, help="weight of KD")
+    group.add_argument("--alpha", type=cli.non_negative_float,
+                       help="weight of KD (default: 0.9, or 0 beside a loss that takes KD's place)")  # fmt: skip
     betas = ", ".join(f"{name} {DISTILLERS[name].beta:g}" for name in weighted_losses(DISTILLERS))
     group.add_argument("--betas", type=cli.non_negative_float, nargs="+", help=f"weights of the other losses (default: {betas})")
     for keyword, option in distiller_options().items():
-        kind = cli.positive_int if isinstance(option.default, int) else cli.positive_float
-        group.add_argument(f"--{keyword.replace('_', '-')}", type=kind, default=option.default, help=option.help)
+        group.add_argument(f"--{keyword.replace('_', '-')}", **cli.option_kind(option.default), help=option.help)
+    parser.completions.append(_complete_alpha)
     cli.counts_in_training(parser, *cli.names_of(group))
     _say_what_counts(parser)
+
+
+def _complete_alpha(args: argparse.Namespace) -> None:
+    if args.alpha is None:
+        args.alpha = default_alpha(args.distill)
 
 
 def _say_what_counts(parser: cli.Parser) -> None:

@@ -2,17 +2,17 @@
 
     L = T^2 * KL(softmax(t / T) || softmax(s / T)), mean over the batch
 
-with logits s of the student and t of the teacher. T^2 keeps the gradient's size independent of the temperature T.
+with logits s of the student and t of the teacher. T^2 keeps the gradient's size independent of the temperature T. With
+`kd_standardize` the logits of each image are brought to mean 0 and deviation 1 first (Sun et al., "Logit Standardization in
+Knowledge Distillation", CVPR 2024, where T = 2 and the loss weighs 9).
 """
-
-import math
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill.base import Distiller, full_precision, register_distiller
+from distill.logits import STANDARDIZE_HELP, TEMPERATURE_HELP, check_classes, check_temperature, prepared_logits
 from models.outputs import Outputs
-from utils.errors import UserError
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -22,20 +22,21 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-@register_distiller("kd", beta=None, kd_t="temperature of KD's softened class probabilities")
+@register_distiller(
+    "kd",
+    beta=None,
+    kd_t=TEMPERATURE_HELP,
+    kd_standardize=STANDARDIZE_HELP,
+)
 class KD(Distiller):
     """Softened class probabilities."""
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, kd_t: float = 4.0):
+    def __init__(self, student: Outputs, teacher: Outputs, *, kd_t: float = 4.0, kd_standardize: bool = False):
         super().__init__()
-        if not (math.isfinite(kd_t) and kd_t > 0):
-            raise UserError(f"--kd-t {kd_t}: the temperature must be a positive number")
-        if student.logits.shape[1] != teacher.logits.shape[1]:
-            raise UserError(
-                f"--t-model: the teacher knows {teacher.logits.shape[1]} classes, the student {student.logits.shape[1]}: "
-                "distillation needs the same classes"
-            )
-        self.temperature = kd_t
+        check_temperature(kd_t)
+        check_classes(student, teacher)
+        self.temperature, self.standardize = kd_t, kd_standardize
 
     def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
-        return kd_loss(student.logits, teacher.logits, temperature=self.temperature)
+        logits = (prepared_logits(outputs, standardize=self.standardize) for outputs in (student, teacher))
+        return kd_loss(*logits, temperature=self.temperature)

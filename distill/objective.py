@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from distill.base import DISTILLERS, Distiller, full_precision
 from models.conv_norm import conv_norm_pairs
 from models.outputs import Outputs
+from utils.engine import Objective
 from utils.errors import UserError
 from utils.seed import derived_seed, preserved_random_state
 
@@ -39,12 +40,14 @@ class FrozenTeacher:
             return self.network.outputs(images)
 
 
-class DistillationObjective(nn.Module):
+class DistillationObjective(Objective):
     """`CE + alpha * KD + sum of beta_i * L_i` for images (b, 3, h, w) and labels (b,).
 
-    `losses` lists (name, distiller, beta); `kd` is the distiller weighted by alpha, or None. Without a teacher the
-    objective is the cross-entropy alone. Its parameters are the student's and those of the losses (AFD's), all used in
-    every step. The losses see the images of one process, so SP's and HAP's similarities are within its part of a batch.
+    `losses` lists (name, distiller, beta); `kd` is the distiller weighted by alpha, or None. `rise_epochs` says for some of
+    them over how many epochs their weight rises linearly to its full value, which it has from the end of these on; that is
+    part of the objective's state. Without a teacher the objective is the cross-entropy alone. Its parameters are the
+    student's and those of the losses (AFD's), all used in every step. The losses see the images of one process, so SP's and
+    HAP's similarities are within its part of a batch.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class DistillationObjective(nn.Module):
         losses: Sequence[tuple[str, Distiller, float]] = (),
         kd: Distiller | None = None,
         alpha: float = 0.9,
+        rise_epochs: Mapping[str, float] | None = None,
+        label_smoothing: float = 0.0,
     ):
         super().__init__()
         weighted = [*([("kd", kd, alpha)] if kd is not None else []), *losses]
@@ -62,23 +67,55 @@ class DistillationObjective(nn.Module):
             raise ValueError("a teacher and a loss to learn from it belong together: give both or neither")
         self.student = student
         self.teacher = teacher
+        self.label_smoothing = label_smoothing
         self.distillers = nn.ModuleDict({name: distiller for name, distiller, _ in weighted})
         self.weights = {name: weight for name, _, weight in weighted}
+        self.rises = nn.ModuleDict({name: _Rise(epochs) for name, epochs in (rise_epochs or {}).items()})
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Sets the weights that rise to those of `epoch`, counted from 0."""
+        for rise in self.rises.values():
+            rise.begin_epoch(epoch)
+
+    def formula(self) -> str:
+        """The whole loss with its weights: `CE + 0.9 KD + 700 HAP`."""
+        cross_entropy = f"CE (labels smoothed by {self.label_smoothing:g})" if self.label_smoothing else "CE"
+        return " + ".join([cross_entropy, *(f"{self._weight_text(name)} {name.upper()}" for name in self.distillers)])
+
+    def _weight_text(self, name: str) -> str:
+        weight = f"{self.weights[name]:g}"
+        return f"({weight}, rising over {self.rises[name].epochs:.3g} epochs)" if name in self.rises else weight
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(loss, logits, terms): the 0-dim loss, and detached the (b, classes) logits and each term before its weight."""
         if self.teacher is None:
             logits = self.student(images)
-            loss = F.cross_entropy(full_precision(logits), labels)
+            loss = self._cross_entropy(logits, labels)
             return loss, logits.detach(), {"ce": loss.detach()}
         student, teacher = self.student.outputs(images), self.teacher(images)
-        loss = F.cross_entropy(full_precision(student.logits), labels)
+        loss = self._cross_entropy(student.logits, labels)
         terms = {"ce": loss.detach()}
         for name, distiller in self.distillers.items():
-            term = distiller(student, teacher)
+            term = distiller(student, teacher, labels)
             terms[name] = term.detach()
-            loss = loss + self.weights[name] * term
+            weight = self.weights[name]
+            loss = loss + (weight * self.rises[name].share if name in self.rises else weight) * term
         return loss, student.logits.detach(), terms
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(full_precision(logits), labels, label_smoothing=self.label_smoothing)
+
+
+class _Rise(nn.Module):
+    """The share of its weight that a loss has: a tensor, so that a compiled step is one graph for all epochs."""
+
+    def __init__(self, epochs: float):
+        super().__init__()
+        self.register_buffer("epochs", torch.tensor(float(epochs)))  # a raised number of epochs must not change it
+        self.register_buffer("share", torch.tensor(1.0))
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.share.copy_(((epoch + 1) / self.epochs).clamp(max=1))
 
 
 def build_objective(
@@ -90,17 +127,19 @@ def build_objective(
     alpha: float,
     betas: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
+    n_epochs: int = 1,
+    label_smoothing: float = 0.0,
     seed: int = 0,
 ) -> DistillationObjective:
     """The objective of `--distill NAMES` for `student`, on the device of `images`, new parameters of the losses included.
 
     `images` (b, 3, h, w) are a sample for shapes. `betas` weighs the losses of `weighted_losses(names)`, each paper's by
-    default; `alpha` weighs KD, which is there beside every other loss. `options` may hold more than these losses read. New
-    parameters are drawn from `seed` and from no stream that training uses. Raises UserError where a loss cannot compare
-    the two networks.
+    default; `alpha` weighs KD, which is there beside every other loss. `options` may hold more than these losses read. Of
+    `n_epochs` the share in which a loss's weight rises is taken. New parameters are drawn from `seed` and from no stream
+    that training uses. Raises UserError where a loss cannot compare the two networks.
     """
     if list(names) == ["none"]:
-        return DistillationObjective(student)
+        return DistillationObjective(student, label_smoothing=label_smoothing)
     frozen = FrozenTeacher(teacher, channels_last=True, fold_batch_norm=True)
     samples = sample_outputs(student, images), frozen(images)
     with preserved_random_state():
@@ -109,7 +148,15 @@ def build_objective(
     weighted = weighted_losses(names)
     betas = betas or [DISTILLERS[name].beta for name in weighted]
     losses = [(name, built[name], beta) for name, beta in zip(weighted, betas, strict=True)]
-    return DistillationObjective(student, teacher=frozen, losses=losses, kd=built["kd"] if alpha > 0 else None, alpha=alpha)
+    return DistillationObjective(
+        student,
+        teacher=frozen,
+        losses=losses,
+        kd=built["kd"] if alpha > 0 else None,
+        alpha=alpha,
+        rise_epochs={name: DISTILLERS[name].rise * n_epochs for name in weighted if DISTILLERS[name].rise},
+        label_smoothing=label_smoothing,
+    )
 
 
 def _build(name: str, student: Outputs, teacher: Outputs, options: Mapping[str, Any]) -> Distiller:
@@ -127,6 +174,12 @@ def active_losses(names: Sequence[str], *, alpha: float) -> set[str]:
     if list(names) == ["none"]:
         return set()
     return {*weighted_losses(names), *(["kd"] if alpha > 0 else [])}
+
+
+def default_alpha(names: Sequence[str]) -> float:
+    """The weight of KD beside the losses of `--distill`: 0 where one takes its place and KD is not asked for by name."""
+    replaced = any(DISTILLERS[name].replaces_kd for name in names if name != "none")
+    return 0.0 if replaced and "kd" not in names else 0.9
 
 
 def check_losses(names: Sequence[str], *, has_teacher: bool, alpha: float, betas: Sequence[float] | None) -> None:

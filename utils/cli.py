@@ -14,6 +14,7 @@ from utils.distributed import is_lost_process, leave, world_from_environment
 from utils.effects import Rule, check_effects, given_flags, typed
 from utils.errors import Interrupted, NonFiniteLoss, UserError, printable, shown
 from utils.image_spec import CHANNELS, MIN_STD, is_mean, is_std
+from utils.learning_rate import LR_SCHEDULES
 from utils.memory import keep_freed_memory
 from utils.python_file import names_function
 from utils.recorded_flags import recorded_words
@@ -41,6 +42,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
         self.rules: list[Rule] = []
+        self.completions: list[Callable[[argparse.Namespace], None]] = []  # set the defaults that depend on other flags
 
     def counts_only(self, *names: str, where: Callable[[argparse.Namespace], bool], only: str) -> None:
         """The flags `names` (as in the namespace) have an effect only `where(args)`; `only` ends the sentence "it counts only".
@@ -128,6 +130,7 @@ process_count = number(int, "a whole number from 0 to 1024", lambda value: 0 <= 
 positive_float = number(float, f"a number above 0, of {SMALLEST_FLOAT:g} or more", lambda value: value >= SMALLEST_FLOAT)
 non_negative_float = number(float, "a number of 0 or more", lambda value: value >= 0)
 momentum_value = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+smoothing_value = number(float, "a share from 0 to below 1", lambda value: 0 <= value < 1)
 proportion = number(float, "a proportion from 0 to 1", lambda value: 0 <= value <= 1)
 keep_proportion = number(float, "a proportion above 0 and at most 1", lambda value: 0 < value <= 1)
 channel_mean = number(float, "a mean from 0 to 1, of images scaled to [0, 1]", is_mean)
@@ -146,6 +149,13 @@ def checked(check: Callable[[str], None]) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def option_kind(default: bool | int | float) -> dict[str, Any]:
+    """How a flag is read whose default is this: a switch, a whole number of 1 or more, or a number above 0."""
+    if isinstance(default, bool):
+        return {"action": "store_true"}
+    return {"type": positive_int if isinstance(default, int) else positive_float, "default": default}
 
 
 def add_data_flags(parser: Parser) -> None:
@@ -171,11 +181,25 @@ def add_training_flags(parser: Parser, *, lr: float, n_epochs: int, schedule: Se
                        help=f"epochs, from 0, where the learning rate is multiplied (default: {_spaced(schedule)})")  # fmt: skip
     group.add_argument("--lr-drops", type=positive_float, nargs="*", metavar="FACTOR",
                        help=f"its factor at each epoch of --schedule, above 1 too (default: {_spaced(lr_drops)})")  # fmt: skip
+    group.add_argument(
+        "--lr-schedule",
+        default="steps",
+        choices=LR_SCHEDULES,
+        help="how the rate falls: by --schedule, or from step to step to 0",
+    )
+    group.add_argument(
+        "--warmup-epochs", type=non_negative_int, default=0, metavar="N", help="first epochs, over which the rate rises linearly"
+    )
     group.add_argument("--n-epochs", type=positive_int, default=n_epochs, help="epochs of training")
     group.add_argument("--momentum", type=momentum_value, default=0.9, help="Nesterov momentum of SGD")
     group.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help="weight decay of SGD")
+    group.add_argument(
+        "--label-smoothing", type=smoothing_value, default=0.0, metavar="S", help="share of the target that all classes get alike"
+    )
     parser.set_defaults(default_schedule=tuple(schedule), default_lr_drops=tuple(lr_drops))
     counts_in_training(parser, *names_of(group))
+    by_itself = "with --lr-schedule steps, the others fall from step to step by themselves"
+    parser.counts_only("schedule", "lr_drops", where=lambda args: args.lr_schedule == "steps", only=by_itself)
 
 
 def names_of(group: argparse._ArgumentGroup) -> list[str]:
@@ -233,17 +257,21 @@ def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.N
     args, given = parser.parse_args(argv), given_flags(parser, argv)
     if getattr(args, "resume", None) is not None:
         args = _resumed_flags(parser, args.resume, given)
+    defaults = parser.parse_args([])
+    for flags in (args, defaults):
+        _complete(parser, flags)
     check_effects(parser.rules, args, given)
-    args.defaults = vars(_completed(parser.parse_args([])))
-    return _completed(args)
+    args.defaults = vars(defaults)
+    return args
 
 
-def _completed(args: argparse.Namespace) -> argparse.Namespace:
+def _complete(parser: Parser, args: argparse.Namespace) -> None:
+    for complete in parser.completions:
+        complete(args)
     if hasattr(args, "default_schedule"):
         _complete_schedule(args)
         for name in ("default_schedule", "default_lr_drops"):
             delattr(args, name)
-    return args
 
 
 def _resumed_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> argparse.Namespace:
@@ -251,8 +279,9 @@ def _resumed_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> arg
     _check_code(vars(saved), given, folder=folder)
     for name in given.keys() - PLACEMENT_FLAGS:
         value, before = given[name], getattr(saved, name)
-        if value != before and not (name == "n_epochs" and value > before):
-            rule = "may only be raised" if name == "n_epochs" else "leave it out, a resumed run keeps its flags"
+        may_rise = name == "n_epochs" and saved.lr_schedule == "steps"  # the others fall to 0 at the end that was named
+        if value != before and not (may_rise and value > before):
+            rule = "may only be raised" if may_rise else "leave it out, a resumed run keeps its flags"
             raise UserError(f"{typed(name, value)}: contradicts {_shown(before)} of {folder}; {rule}")
     return argparse.Namespace(**{**vars(saved), **given, "may_download": "data_dir" in given})
 
@@ -281,6 +310,10 @@ def _shown(value: Any) -> str:
 
 
 def _complete_schedule(args: argparse.Namespace) -> None:
+    if args.warmup_epochs >= args.n_epochs:
+        raise UserError(f"--warmup-epochs {args.warmup_epochs}: must be fewer than the {args.n_epochs} of --n-epochs")
+    if args.lr_schedule != "steps":
+        args.schedule, args.lr_drops = [], []
     if args.schedule is None and args.lr_drops is None:
         args.schedule, args.lr_drops = list(args.default_schedule), list(args.default_lr_drops)
     schedule, lr_drops = args.schedule or [], args.lr_drops or []

@@ -1,6 +1,6 @@
 """The loop that the entry scripts share: train an epoch, evaluate, record, save; stop at any step and go on as if nothing was.
 
-An objective is an `nn.Module` called as `objective(images, labels) -> (loss, logits, terms)`: the 0-dim loss to minimise,
+An objective is called as `objective(images, labels) -> (loss, logits, terms)`: the 0-dim loss to minimise,
 and detached the (b, classes) logits and each named 0-dim term of the loss. Nothing in a step waits for the device.
 """
 
@@ -8,7 +8,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from utils.data import Batch, ImageData
 from utils.distributed import World, any_process, broadcast_from_main
 from utils.errors import Interrupted, NonFiniteLoss, UserError
+from utils.learning_rate import LearningRate
 from utils.metrics import Sums
 from utils.recalibration import recalibrated_batch_norm
 from utils.run_folder import BEST, LAST
@@ -31,16 +32,24 @@ READ_INTERVAL_STEPS = 50
 VOTE_INTERVAL_STEPS = 20
 
 
-class CrossEntropyObjective(nn.Module):
-    """Plain training: the cross-entropy of `network`."""
+class Objective(nn.Module):
+    """What is trained: called as the module's docstring says."""
 
-    def __init__(self, network: nn.Module):
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before the first step of `epoch`, counted from 0, and when it is gone on with."""
+
+
+class CrossEntropyObjective(Objective):
+    """Plain training: the cross-entropy of `network`, its targets softened by `label_smoothing` (a share from 0 to below 1)."""
+
+    def __init__(self, network: nn.Module, *, label_smoothing: float = 0.0):
         super().__init__()
         self.network = network
+        self.label_smoothing = label_smoothing
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         logits = self.network(images)
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         return loss, logits.detach(), {}
 
 
@@ -63,14 +72,6 @@ class Hooks:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state_dict` gave."""
-
-
-def learning_rate(epoch: int, *, lr: float, schedule: Sequence[int], lr_drops: Sequence[float]) -> float:
-    """`lr` times every factor of `lr_drops` whose epoch in `schedule` has come; epochs count from 0."""
-    for milestone, factor in zip(schedule, lr_drops, strict=True):
-        if epoch >= milestone:
-            lr *= factor
-    return lr
 
 
 def sgd(parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
@@ -182,17 +183,15 @@ class StopSignals:
 class TrainingPlan:
     """How long and how: the recipe of a run as its flags give it."""
 
-    n_epochs: int
-    lr: float
-    schedule: Sequence[int] = ()
-    lr_drops: Sequence[float] = ()
+    learning_rate: LearningRate
     amp: bool = False
     checkpoint_interval: int = 1
     checkpoint_minutes: float | None = None
     recalibrate_bn_batches: int | None = None
 
-    def learning_rate(self, epoch: int) -> float:
-        return learning_rate(epoch, lr=self.lr, schedule=self.schedule, lr_drops=self.lr_drops)
+    @property
+    def n_epochs(self) -> int:
+        return self.learning_rate.n_epochs
 
 
 class Trainer:
@@ -237,9 +236,7 @@ class Trainer:
 
     def _train_epoch(self, signals: StopSignals) -> None:
         self.objective.train()
-        lr = self.plan.learning_rate(self.epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.objective.begin_epoch(self.epoch)
         self._began, self._began_batch = time.monotonic(), self.batch
         batches = self.data.train_batches(self.epoch, start=self.batch)
         with self._progress_bar() as bar:
@@ -255,6 +252,9 @@ class Trainer:
         self._check_finite()
 
     def _train_step(self, batch: Batch) -> None:
+        lr = self.plan.learning_rate.at(self.epoch, self.batch, steps=self.data.train_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         loss, logits, terms = train_step(self.step, batch, optimizer=self.optimizer, amp=self.plan.amp)
         self.hooks.after_step()
         self.sums.add({"loss": loss, **terms}, logits, batch.labels, step=self.batch)

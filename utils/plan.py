@@ -49,18 +49,12 @@ def _sizes(networks: Mapping[str, nn.Module], data: ImageData) -> list[str]:
 
 
 def _training(plan: TrainingPlan, data: ImageData) -> list[str]:
-    turns = sorted({0, *(epoch for epoch in plan.schedule if epoch < plan.n_epochs)})  # whatever the number of epochs
-    changes = [
-        f"{plan.learning_rate(epoch):.4g} from epoch {epoch + 1}"
-        for epoch in turns
-        if epoch == 0 or plan.learning_rate(epoch) != plan.learning_rate(epoch - 1)
-    ]
     images = f"{len(data.dataset.train.labels)} training and {len(data.dataset.test.labels)} test images"
     return [
         f"data: {data.dataset.name}, {len(data.dataset.classes)} classes, {images}",
         f"training: {plan.n_epochs} epochs of {data.train_steps} steps of {data.batch_size} images on {data.device}, "
         f"{plan.n_epochs * data.train_steps} steps in all",
-        f"learning rate: {', '.join(changes)}",
+        f"learning rate: {plan.learning_rate.describe()}",
     ]
 
 

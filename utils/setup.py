@@ -17,6 +17,7 @@ from utils.errors import UserError, naming
 from utils.files import digest, read_json
 from utils.image_choice import Origins, agreed_normalisation, check_class_names, flagged_normalisation, image_remarks
 from utils.image_spec import read_image_spec
+from utils.learning_rate import LearningRate
 from utils.run_folder import CONFIG, check_save_dir, check_text_log
 from utils.run_state import check_best, check_state
 from utils.runs import Run
@@ -61,11 +62,16 @@ def choose_device(name: str, index: int | None, world: World) -> torch.device:
 
 
 def training_plan(args: argparse.Namespace) -> TrainingPlan:
-    return TrainingPlan(
+    learning_rate = LearningRate(
+        args.lr,
         n_epochs=args.n_epochs,
-        lr=args.lr,
+        kind=args.lr_schedule,
         schedule=args.schedule,
         lr_drops=args.lr_drops,
+        warmup_epochs=args.warmup_epochs,
+    )
+    return TrainingPlan(
+        learning_rate,
         amp=args.amp,
         checkpoint_interval=args.checkpoint_interval,
         checkpoint_minutes=args.checkpoint_minutes,
@@ -245,7 +251,7 @@ def warn_about(run: Run, plan: TrainingPlan, fallback: str | None, *, data: Imag
         run.warn(remark)
     if fallback is not None:
         run.warn(fallback)
-    late = [epoch for epoch in plan.schedule if epoch >= plan.n_epochs]
+    late = [epoch for epoch in plan.learning_rate.schedule if epoch >= plan.n_epochs]
     if late:
         epochs = " ".join(map(str, late))
         lies = "lies" if len(late) == 1 else "lie"

@@ -13,8 +13,12 @@ from torch import nn
 from distill.afd import AFD, BN_EPSILON, WIDTH, candidates, value_distances
 from distill.at import at_loss
 from distill.base import attention_map, channel_energy
+from distill.dist import dist_loss, pearson
+from distill.dkd import decoupled_divergences, dkd_loss
 from distill.hap import hap_loss
 from distill.kd import kd_loss
+from distill.logits import standardized
+from distill.reviewkd import ABF, ReviewKD, hcl_loss
 from distill.sp import sp_loss
 from models.outputs import Outputs
 
@@ -174,3 +178,135 @@ def test_afd_takes_every_second_block_of_very_deep_networks_with_the_last():
     assert len(candidates(blocks)) == 27
     assert candidates(blocks)[-1] is blocks[-1]
     assert len(candidates(blocks[:50])) == 50
+
+
+def test_standardized_logits_worked_by_hand():
+    # mean 2, sample deviation sqrt((4 + 0 + 4) / 2) = 2
+    torch.testing.assert_close(standardized(torch.tensor([[0.0, 2.0, 4.0]])), torch.tensor([[-1.0, 0.0, 1.0]]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.1, 10), st.floats(-5, 5))
+def test_standardized_logits_know_neither_scale_nor_shift(scale, shift):
+    (logits,) = random_maps([(3, 7)])
+    torch.testing.assert_close(standardized(scale * logits + shift), standardized(logits), rtol=1e-5, atol=1e-5)
+
+
+def test_dkd_of_one_image_worked_by_hand():
+    # Teacher (1/2, 1/4, 1/4), student (1/4, 1/4, 1/2), class 0: b (1/2, 1/2) against (1/4, 3/4), q (1/2, 1/2) against (1/3, 2/3).
+    teacher, student = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
+    pair = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    rest = 0.5 * math.log(0.5 * 3) + 0.5 * math.log(0.5 * 3 / 2)
+    loss = dkd_loss(student, teacher, torch.tensor([0]), temperature=1.0, alpha=1.0, beta=8.0)
+    assert loss.item() == pytest.approx(pair + 8 * rest, rel=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 9), st.integers(1, 5), st.floats(0.5, 8), st.integers(0, 99))
+def test_dkd_whose_other_classes_weigh_what_the_teacher_leaves_them_is_kd(classes, batch, temperature, seed):
+    student, teacher = random_maps([(batch, classes)] * 2, seed)
+    labels = torch.arange(batch) % classes
+    target, others = decoupled_divergences(student / temperature, teacher / temperature, labels)
+    left = 1 - (teacher / temperature).softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    summed = temperature**2 * (target + left * others).mean()
+    assert summed.item() == pytest.approx(kd_loss(student, teacher, temperature=temperature).item(), rel=1e-9, abs=1e-12)
+
+
+def test_dkd_against_numpy():
+    student, teacher = random_maps([(4, 6)] * 2)
+    labels = np.array([5, 0, 2, 2])
+
+    def split(logits):
+        probabilities = np.exp(logits.numpy() / 4)
+        probabilities /= probabilities.sum(1, keepdims=True)
+        target = probabilities[np.arange(4), labels]
+        others = np.array([np.delete(row, label) for row, label in zip(probabilities, labels, strict=True)])
+        return np.stack([target, 1 - target], 1), others / others.sum(1, keepdims=True)
+
+    pairs = zip(split(student), split(teacher), strict=True)
+    target, others = ((t * np.log(t / s)).sum(1).mean() for s, t in pairs)
+    loss = dkd_loss(student, teacher, torch.tensor(labels), temperature=4.0, alpha=1.0, beta=8.0)
+    assert loss.item() == pytest.approx(16 * (target + 8 * others))
+
+
+def test_dkd_of_logits_that_are_far_apart_is_finite():
+    student, teacher = torch.tensor([[500.0, -500.0, 0.0]], requires_grad=True), torch.tensor([[-500.0, 0.0, 500.0]])
+    loss = dkd_loss(student, teacher, torch.tensor([0]), temperature=1.0, alpha=1.0, beta=8.0)
+    loss.backward()
+    # The pair: the teacher is sure of 'other', which the student gives exp(-500); the rest: sure of class 2, which it gives all.
+    assert loss.item() == pytest.approx(500, rel=1e-5) and student.grad.isfinite().all()
+
+
+def test_pearson_against_numpy_and_of_a_constant():
+    a, b = random_maps([(3, 8)] * 2)
+    expected = [np.corrcoef(*rows)[0, 1] for rows in zip(a.numpy(), b.numpy(), strict=True)]
+    np.testing.assert_allclose(pearson(a, b, dim=1), expected)
+    np.testing.assert_allclose(pearson(a.T, b.T, dim=0), expected)
+    assert pearson(torch.ones(1, 8), b[:1].float(), dim=1).item() == 0
+
+
+def test_dist_against_numpy():
+    student, teacher = random_maps([(5, 4)] * 2)
+    s, t = (np.exp(logits.numpy() / 4) for logits in (student, teacher))
+    s, t = s / s.sum(1, keepdims=True), t / t.sum(1, keepdims=True)
+    classes = np.mean([1 - np.corrcoef(*rows)[0, 1] for rows in zip(s, t, strict=True)])
+    images = np.mean([1 - np.corrcoef(*rows)[0, 1] for rows in zip(s.T, t.T, strict=True)])
+    loss = dist_loss(student, teacher, temperature=4.0, beta=2.0, gamma=3.0)
+    assert loss.item() == pytest.approx(16 * (2 * classes + 3 * images))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 99))
+def test_dist_of_equal_logits_is_zero(batch, classes, seed):
+    (logits,) = random_maps([(batch, classes)], seed)
+    assert dist_loss(logits, logits, temperature=4.0, beta=2.0, gamma=2.0).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_hierarchical_loss_worked_by_hand():
+    # A difference of 2 at one of 4x4 pixels: 4 / 16; pooled to 2x2 it is 1/2 at one of four, to one pixel 1/8.
+    student = torch.zeros(1, 1, 4, 4)
+    student[0, 0, 0, 0] = 2
+    terms = (4 / 16 + 1 / 2 * (1 / 4 / 4) + 1 / 4 * (1 / 64)) / (1 + 1 / 2 + 1 / 4)
+    assert hcl_loss([student], [torch.zeros(1, 1, 4, 4)]).item() == pytest.approx(terms)
+
+
+def official_fusion(fusion, x, behind, size):
+    """ABF as its official code spells it out, with the weights of `fusion`."""
+
+    def conv_norm(layers, maps, padding):
+        maps = F.conv2d(maps, layers[0].weight, padding=padding)
+        return F.batch_norm(maps, None, None, layers[1].weight, layers[1].bias, training=True)
+
+    x = conv_norm(fusion.reduce, x, 0)
+    if behind is not None:
+        behind = F.interpolate(behind, x.shape[2:], mode="nearest")
+        z = torch.sigmoid(F.conv2d(torch.cat([x, behind], 1), fusion.attention.weight, fusion.attention.bias))
+        x = x * z[:, 0].view(len(x), 1, *x.shape[2:]) + behind * z[:, 1].view(len(x), 1, *x.shape[2:])
+    x = F.interpolate(x, size, mode="nearest")
+    return conv_norm(fusion.expand, x, 1), x
+
+
+def test_fusion_equals_its_official_code():
+    torch.manual_seed(0)
+    fusion = ABF(3, 6, 5, fuses=True).double()
+    x, behind = random_maps([(4, 3, 8, 8), (4, 6, 4, 4)])
+    torch.testing.assert_close(fusion(x, behind, (16, 16)), official_fusion(fusion, x, behind, (16, 16)))
+
+
+def test_reviewkd_fuses_from_the_embedding_to_the_first_stage():
+    torch.manual_seed(0)
+    stages = random_maps([(4, 3, 8, 8), (4, 5, 4, 4)]), random_maps([(4, 2, 8, 8), (4, 6, 2, 2)], seed=1)
+    student, teacher = (Outputs(None, tuple(maps), tuple(maps), maps[-1].mean((2, 3))) for maps in stages)
+    student, teacher = (outputs._replace(logits=torch.zeros(4, 2)) for outputs in (student, teacher))
+    distiller = ReviewKD(student, teacher).double()
+    fused, outputs = None, []
+    for fusion, own, other in zip(
+        reversed(distiller.fusions),
+        [student.embedding[:, :, None, None], *reversed(student.stages)],
+        [teacher.embedding[:, :, None, None], *reversed(teacher.stages)],
+        strict=True,
+    ):
+        output, fused = official_fusion(fusion, own, fused, other.shape[2:])
+        outputs.append(output)
+    expected = hcl_loss(outputs, [teacher.embedding[:, :, None, None], *reversed(teacher.stages)])
+    assert distiller(student, teacher).item() == pytest.approx(expected.item())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill import DISTILLERS, build_distiller
-from distill.objective import DistillationObjective, FrozenTeacher, build_objective, sample_outputs
+from distill.objective import DistillationObjective, FrozenTeacher, build_objective, default_alpha, sample_outputs
 from models import build_model
 from models.cifar_resnet import CifarResNet
 from models.outputs import Outputs
@@ -60,6 +60,43 @@ def test_it_is_built_from_names_weights_and_the_options_of_all_losses():
     assert build(["hap"], alpha=0).weights == {"hap": DISTILLERS["hap"].beta}
     assert build(["none"], alpha=0.9).weights == {}
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_weight_rises_over_its_epochs_and_is_part_of_the_state():
+    objective = build_objective(
+        small_network(0), small_network(1), ["reviewkd"], images=IMAGES, alpha=0.0, betas=[6.0], n_epochs=36
+    )
+    assert objective.formula() == "CE + (6, rising over 3 epochs) REVIEWKD"
+    for epoch, weight in ((0, 2.0), (1, 4.0), (2, 6.0), (30, 6.0)):
+        objective.begin_epoch(epoch)
+        loss, _, terms = objective(IMAGES, LABELS)
+        torch.testing.assert_close(loss.detach(), terms["ce"] + weight * terms["reviewkd"])
+    longer = build_objective(small_network(0), small_network(1), ["reviewkd"], images=IMAGES, alpha=0.0, n_epochs=360)
+    longer.load_state_dict(objective.state_dict())  # as of a run whose epochs were raised
+    longer.begin_epoch(1)
+    assert longer.rises["reviewkd"].share.item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "alpha"), [(["kd"], 0.9), (["hap"], 0.9), (["dkd"], 0.0), (["hap", "dist"], 0.0), (["kd", "reviewkd"], 0.9)]
+)
+def test_a_loss_that_takes_the_place_of_kd_leaves_it_out_unless_it_is_named(names, alpha):
+    assert default_alpha(names) == alpha
+
+
+def test_formula_names_every_weight():
+    objective = build_objective(
+        small_network(0), small_network(1), ["hap", "at"], images=IMAGES, alpha=0.9, betas=[700, 0.5], label_smoothing=0.1
+    )
+    assert objective.formula() == "CE (labels smoothed by 0.1) + 0.9 KD + 700 HAP + 0.5 AT"
+    assert build_objective(small_network(0), None, ["none"], images=IMAGES, alpha=0.9).formula() == "CE"
+
+
+def test_smoothed_labels_are_those_of_the_cross_entropy_alone():
+    objective = build_objective(small_network(0), small_network(1), ["kd"], images=IMAGES, alpha=0.5, label_smoothing=0.2)
+    loss, logits, terms = objective(IMAGES, LABELS)
+    torch.testing.assert_close(terms["ce"], F.cross_entropy(logits, LABELS, label_smoothing=0.2))
+    torch.testing.assert_close(loss.detach(), terms["ce"] + 0.5 * terms["kd"])
 
 
 def test_without_a_teacher_it_is_the_cross_entropy():

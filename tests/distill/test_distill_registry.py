@@ -63,8 +63,8 @@ def test_every_loss_is_a_scalar_that_teaches_the_student_alone(name):
 def test_no_loss_separates_a_network_from_itself_except_by_depth(name):
     outputs = make_outputs(blocks_per_stage=1)
     loss = build_distiller(name, student=outputs, teacher=outputs)(outputs, outputs)
-    compares_across_depth = name in ("hap", "afd")
-    assert (loss.item() > 1e-3) == compares_across_depth
+    differs_from_itself = name in ("hap", "afd", "reviewkd")  # across depth, or by its own layers
+    assert (loss.item() > 1e-3) == differs_from_itself
     assert loss.item() > -1e-6
 
 
@@ -151,6 +151,10 @@ def families():
 def test_every_loss_teaches_a_network_of_any_family_by_any_other(name, pair, families):
     (network, student), (_, teacher) = (families[family] for family in pair)
     stem = next(network.parameters())
+    if name == "reviewkd" and len(student.stages) != len(teacher.stages):
+        with pytest.raises(UserError, match="the same number of stages"):
+            build_distiller(name, student=student, teacher=teacher)
+        return
     loss = build_distiller(name, student=student, teacher=teacher)(student, teacher)
     (gradient,) = torch.autograd.grad(loss, stem, retain_graph=True)
     assert math.isfinite(loss.item()) and gradient.isfinite().all() and gradient.abs().sum() > 0
@@ -169,9 +173,9 @@ def test_hap_compares_the_last_blocks_of_the_teacher():
 @pytest.mark.parametrize(
     "name, options, words",
     [
-        ("hop", {}, "--distill hop: unknown loss: choose from afd, at, hap, kd, sp"),
+        ("hop", {}, "--distill hop: unknown loss: choose from afd, at, dist, dkd, hap, kd, reviewkd, sp"),
         ("at", {"kd_t": 4.0}, "--distill at: no option 'kd_t': it has none"),
-        ("kd", {"temperature": 4.0}, "--distill kd: no option 'temperature': it has kd_t"),
+        ("kd", {"temperature": 4.0}, "--distill kd: no option 'temperature': it has kd_t, kd_standardize"),
         ("kd", {"kd_t": 0.0}, "--kd-t 0.0"),
         ("kd", {"kd_t": float("nan")}, "--kd-t nan"),
         ("hap", {"hap_ts": 0}, "--hap-ts 0: the teacher has 6 blocks"),
@@ -188,10 +192,39 @@ def test_networks_that_cannot_be_compared_are_refused():
     student, teacher = make_outputs(), make_outputs(classes=6)
     with pytest.raises(UserError, match="6 classes, the student 5"):
         build_distiller("kd", student=student, teacher=teacher)
+    with pytest.raises(UserError, match=r"the student has 3 stages, the teacher 2: .* same number of stages"):
+        build_distiller("reviewkd", student=student, teacher=make_outputs()._replace(stages=teacher.stages[1:]))
+    one_class = make_outputs(classes=1)
+    with pytest.raises(UserError, match="two classes or more"):
+        build_distiller("dkd", student=one_class, teacher=one_class)
+
+
+def test_only_dkd_asks_for_the_true_classes_and_else_takes_the_teachers_word():
+    student, teacher = make_outputs(), make_outputs(seed=1)
+    assert [name for name, entry in DISTILLERS.items() if entry.build.reads_labels] == ["dkd"]
+    distiller = build_distiller("dkd", student=student, teacher=teacher)
+    word = teacher.logits.argmax(1)
+    assert distiller(student, teacher) == distiller(student, teacher, word) != distiller(student, teacher, (word + 1) % 5)
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd"])
+def test_standardised_logits_know_no_scale(name):
+    student, teacher = make_outputs(), make_outputs(seed=1)
+    scaled = student._replace(logits=3 * student.logits + 1)
+    distiller = build_distiller(name, student=student, teacher=teacher, kd_standardize=True)
+    assert distiller(scaled, teacher).item() == pytest.approx(distiller(student, teacher).item(), rel=1e-4)
 
 
 def test_the_options_of_all_losses():
-    assert {key: option.default for key, option in distiller_options().items()} == {"kd_t": 4.0, "hap_ts": 3}
+    assert {key: option.default for key, option in distiller_options().items()} == {
+        "kd_t": 4.0,
+        "kd_standardize": False,
+        "hap_ts": 3,
+        "dkd_alpha": 1.0,
+        "dkd_beta": 8.0,
+        "dist_beta": 2.0,
+        "dist_gamma": 2.0,
+    }
 
 
 def test_usual_betas():
@@ -201,7 +234,11 @@ def test_usual_betas():
         "sp": 3000,
         "afd": 200,
         "hap": 700,
+        "dkd": 1,
+        "dist": 1,
+        "reviewkd": 5,
     }
+    assert {name for name, entry in DISTILLERS.items() if entry.replaces_kd} == {"dkd", "dist", "reviewkd"}
 
 
 def test_a_new_loss_is_one_decorated_class():
@@ -223,5 +260,7 @@ def test_a_new_loss_is_one_decorated_class():
             register_distiller("undescribed", beta=100.0)(Hint)
         with pytest.raises(ValueError, match="registered already"):
             register_distiller("hint", beta=100.0, hint_stage="stage to regress")(Hint)
+        with pytest.raises(ValueError, match=r"'hint_stage' .* another loss's too, with another default or help"):
+            register_distiller("other", beta=100.0, hint_stage="something else")(Hint)
     finally:
         DISTILLERS.pop("hint", None)

@@ -44,6 +44,10 @@ class TestSchedule:
             "may_download": True,
         }
 
+    def test_rates_that_fall_by_themselves_need_none(self, parser):
+        args = cli.parse_flags(parser, ["--lr-schedule", "linear"])
+        assert (args.schedule, args.lr_drops) == ([], [])
+
     def test_none(self, parser):
         args = cli.parse_flags(parser, ["--schedule", "--lr-drops"])
         assert (args.schedule, args.lr_drops) == ([], [])
@@ -70,6 +74,11 @@ class TestResume:
     def test_with_the_same_flags_is_no_contradiction(self, parser, tmp_path):
         folder = start_run(tmp_path, parser, *self.WORDS.split())
         assert cli.parse_flags(parser, [*self.WORDS.split(), "--resume", folder]).lr == 0.3
+
+    def test_epochs_of_a_rate_that_falls_to_their_end_stay(self, parser, tmp_path):
+        folder = start_run(tmp_path, parser, "--lr-schedule", "cosine", "--n-epochs", "9")
+        with pytest.raises(UserError, match="--n-epochs 10: contradicts 9"):
+            cli.parse_flags(parser, ["--resume", folder, "--n-epochs", "10"])
 
     def test_epochs_may_be_raised(self, parser, tmp_path):
         folder = start_run(tmp_path, parser, *self.WORDS.split())

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from utils.data import ImageData
 from utils.datasets import Dataset, SmallImages
 from utils.distributed import World
-from utils.engine import CrossEntropyObjective, Hooks, Trainer, TrainingPlan, evaluate, learning_rate, sgd
+from utils.engine import CrossEntropyObjective, Hooks, Trainer, TrainingPlan, evaluate, sgd
 from utils.errors import NonFiniteLoss, UserError
 from utils.files import load_checkpoint
+from utils.learning_rate import LearningRate
 from utils.metrics_file import read_metrics
 from utils.run_folder import BEST, LAST
 from utils.runs import Run
@@ -43,13 +42,14 @@ def tiny_network() -> nn.Module:
 
 
 def trainer(run: Run, objective: nn.Module, *, hooks: Hooks | None = None, **plan) -> Trainer:
-    plan = TrainingPlan(**{"n_epochs": 2, "lr": 0.1, **plan})
+    rate = {name: plan.pop(name) for name in ("lr", "n_epochs", "kind", "schedule", "lr_drops", "warmup_epochs") if name in plan}
+    plan = TrainingPlan(LearningRate(**{"lr": 0.1, "n_epochs": 2, **rate}), **plan)
     return Trainer(
         objective,
         step=objective,
         network=objective.network,
         describe=lambda network, kept: {"state_dict": {name: value.clone() for name, value in network.state_dict().items()}},
-        optimizer=sgd(objective.parameters(), lr=plan.lr, momentum=0.9, weight_decay=1e-3),
+        optimizer=sgd(objective.parameters(), lr=plan.learning_rate.lr, momentum=0.9, weight_decay=1e-3),
         data=tiny_data(),
         run=run,
         plan=plan,
@@ -60,27 +60,6 @@ def trainer(run: Run, objective: nn.Module, *, hooks: Hooks | None = None, **pla
 @pytest.fixture
 def run(tmp_path) -> Run:
     return Run.create(tmp_path, name="run", log_name="log.txt", config={}, world=World())
-
-
-class TestLearningRate:
-    @pytest.mark.parametrize(
-        ("epoch", "rate"), [(0, 0.01), (1, 0.1), (59, 0.1), (60, 0.02), (119, 0.02), (120, 0.004), (160, 0.0008), (199, 0.0008)]
-    )
-    def test_of_the_usual_teacher(self, epoch, rate):
-        found = learning_rate(epoch, lr=0.01, schedule=(1, 60, 120, 160), lr_drops=(10, 0.2, 0.2, 0.2))
-        assert found == pytest.approx(rate)
-
-    def test_can_change_before_the_first_epoch(self):
-        assert learning_rate(0, lr=0.1, schedule=(0,), lr_drops=(0.5,)) == 0.05
-
-    def test_without_a_schedule_stays(self):
-        assert learning_rate(500, lr=0.1, schedule=(), lr_drops=()) == 0.1
-
-    @given(st.lists(st.tuples(st.integers(0, 50), st.floats(0.01, 10)), max_size=5), st.integers(0, 60))
-    def test_is_the_product_of_the_factors_that_have_come(self, steps, epoch):
-        schedule, drops = [step[0] for step in steps], [step[1] for step in steps]
-        expected = 0.3 * math.prod(factor for milestone, factor in steps if milestone <= epoch)
-        assert learning_rate(epoch, lr=0.3, schedule=schedule, lr_drops=drops) == pytest.approx(expected)
 
 
 class TestFit:
@@ -132,7 +111,8 @@ class TestFit:
         trainer(run, CrossEntropyObjective(tiny_network()), n_epochs=1, checkpoint_minutes=0).fit()
         assert [(state["epoch"], state["batch"]) for state in states] == [(0, 1), (0, 2), (0, 3), (1, 0)]
 
-    def test_can_go_on_from_every_saved_state(self, run, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("rate", [{}, {"kind": "linear", "warmup_epochs": 1}], ids=["steps", "linear"])
+    def test_can_go_on_from_every_saved_state(self, run, tmp_path, monkeypatch, rate):
         states = []
 
         def keep(name: str, checkpoint: dict) -> None:
@@ -141,12 +121,12 @@ class TestFit:
 
         monkeypatch.setattr(run, "save", keep)
         whole = CrossEntropyObjective(tiny_network())
-        trainer(run, whole, checkpoint_minutes=0).fit()
+        trainer(run, whole, checkpoint_minutes=0, **rate).fit()
         expected = [parameter.detach().clone() for parameter in whole.parameters()]
         for number, state in enumerate(states):
             other = Run.create(tmp_path, name=str(number), log_name="log.txt", config={}, world=World())
             resumed = CrossEntropyObjective(tiny_network())
-            second = trainer(other, resumed)
+            second = trainer(other, resumed, **rate)
             second.load_state_dict(state)
             second.fit()
             assert all(torch.equal(p, e) for p, e in zip(resumed.parameters(), expected, strict=True))
@@ -163,6 +143,17 @@ class TestFit:
 
         trainer(run, CrossEntropyObjective(tiny_network()), hooks=Noting()).fit()
         assert calls == ["step", "step", "step", "epoch 0", "step", "step", "step", "epoch 1"]
+
+    def test_smooths_labels_where_it_is_told_to(self):
+        logits, labels = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0])
+        network = nn.Linear(1, 3)
+        with torch.no_grad():
+            network.weight.zero_()
+            network.bias.copy_(logits[0])
+        logarithms = logits.log_softmax(1)[0]
+        expected = -0.7 * logarithms[0] - 0.3 * logarithms.mean()  # three tenths of the target go to all classes alike
+        loss, _, _ = CrossEntropyObjective(network, label_smoothing=0.3)(torch.zeros(1, 1), labels)
+        torch.testing.assert_close(loss, expected)
 
     def test_tells_how_it_is(self, run, tmp_path):
         trainer(run, CrossEntropyObjective(tiny_network())).fit()

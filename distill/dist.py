@@ -1,0 +1,56 @@
+"""DIST: Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, equations 6 to 10; in the place of KD.
+
+    L = T^2 * (b * (1 - mean over images of r(s_i, t_i)) + c * (1 - mean over classes of r(s^j, t^j)))
+
+r is Pearson's correlation; s_i is the student's softmax(z / T) of image i, over the classes, and s^j that of class j, over the
+images of a batch. Only how probabilities rise and fall together counts, not their size, so a teacher that is far ahead of
+its student asks for nothing that the student cannot give.
+
+Deviation: r is the product of two normalised vectors, whose lengths are held above 1e-8 one by one; the official code adds
+1e-8 to the product of the lengths, so that there r of equal vectors is a little less than 1.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.base import Distiller, full_precision, register_distiller
+from distill.logits import TEMPERATURE_HELP, check_classes, check_temperature
+from models.outputs import Outputs
+
+SMALLEST_LENGTH = 1e-8
+
+
+def pearson(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
+    """Pearson's correlation along `dim` of two tensors of one shape; 0 where either is constant."""
+    a, b = (F.normalize(x - x.mean(dim, keepdim=True), dim=dim, eps=SMALLEST_LENGTH) for x in (a, b))
+    return (a * b).sum(dim)
+
+
+def dist_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, beta: float, gamma: float) -> Tensor:
+    """(b, classes) logits of both -> 0-dim loss; `beta` weighs the relation between classes, `gamma` that between images."""
+    student = F.softmax(full_precision(student_logits) / temperature, dim=1)
+    teacher = F.softmax(full_precision(teacher_logits) / temperature, dim=1)
+    between_classes = 1 - pearson(student, teacher, dim=1).mean()
+    between_images = 1 - pearson(student, teacher, dim=0).mean()
+    return temperature**2 * (beta * between_classes + gamma * between_images)
+
+
+@register_distiller(
+    "dist",
+    beta=1.0,
+    replaces_kd=True,
+    kd_t=TEMPERATURE_HELP,
+    dist_beta="weight of DIST's relation between the classes of an image",
+    dist_gamma="weight of DIST's relation between the images of a batch",
+)
+class DIST(Distiller):
+    """Correlation of class probabilities, within an image and within a batch."""
+
+    def __init__(self, student: Outputs, teacher: Outputs, *, kd_t: float = 4.0, dist_beta: float = 2.0, dist_gamma: float = 2.0):
+        super().__init__()
+        check_temperature(kd_t)
+        check_classes(student, teacher)
+        self.temperature, self.beta, self.gamma = kd_t, dist_beta, dist_gamma
+
+    def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
+        return dist_loss(student.logits, teacher.logits, temperature=self.temperature, beta=self.beta, gamma=self.gamma)
