@@ -1,16 +1,23 @@
 """Networks of others through the entry scripts; code of a file runs because somebody types its name, and for no other reason."""
 
+import importlib
+import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from models import build_model
 from models.network_file import load_network
+from quantize.archive import differing_tensors, load_archive, save_archive
 from utils.files import load_checkpoint
 
-SHORT = ["--n-epochs", "1", "--limit-batches", "2", "--batch-size", "16", "--device", "cpu", "--schedule", "--lr-drops"]
+REPOSITORY = Path(__file__).resolve().parent.parent
+FEW = ["--limit-batches", "2", "--batch-size", "16", "--device", "cpu"]
+SHORT = [*FEW, "--n-epochs", "1", "--schedule", "--lr-drops"]
 NETWORKS = (Path(__file__).parent / "models" / "networks_of_others.py").read_text()
 
 
@@ -57,7 +64,7 @@ def test_the_checkpoint_carries_the_name(trained):
 class TestCodeNeverRuns:
     def test_because_a_checkpoint_names_it(self, trained, run_script):
         for script in ("initial_train", "quantize_encode"):
-            ended = run_script(script, "--evaluate", "--load-path", str(trained / "model_best.pt"), *SHORT)
+            ended = run_script(script, "--evaluate", "--load-path", str(trained / "model_best.pt"), *FEW)
             assert ended.status == 2
             assert "never runs because a file names it; say where yours is, --model FILE.py:small" in ended.errors
             assert ended.errors.count("\n") == 1
@@ -82,7 +89,7 @@ class TestCodeNeverRuns:
 
 def test_with_its_name_it_is_evaluated_and_resumed(trained, run_script):
     name = f"{trained.parent / 'nets.py'}:small"
-    ended = run_script("initial_train", "--evaluate", "--load-path", str(trained / "model_best.pt"), "--model", name, *SHORT)
+    ended = run_script("initial_train", "--evaluate", "--load-path", str(trained / "model_best.pt"), "--model", name, *FEW)
     assert ended.status == 0, ended.errors
     ended = run_script("initial_train", "--resume", str(trained), "--model", name, "--n-epochs", "2")
     assert ended.status == 0, ended.errors
@@ -103,3 +110,83 @@ def test_a_network_with_other_classes_than_asked_for_is_refused(tmp_path, run_sc
     ended = run_script("initial_train", "--model", f"{path}:fixed", *SHORT, "--dry-run", "--save-dir", str(tmp_path))
     assert ended.status == 2
     assert "must return logits of shape" in ended.errors
+
+
+class TestThePage:
+    """docs/own_network.md: what it shows runs as it stands there."""
+
+    PAGE = (REPOSITORY / "docs" / "own_network.md").read_text()
+    FILE, PROGRAM = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+    def test_the_program(self, tmp_path, monkeypatch, capsys):
+        (tmp_path / "nets.py").write_text(self.FILE)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        exec(compile(self.PROGRAM, "own_network.md", "exec"), {})
+        smaller, again = map(float, capsys.readouterr().out.split())
+        assert smaller == again
+        checkpoint = load_checkpoint("small.pt")
+        assert checkpoint["compact"] and len(checkpoint["kept"]["0"]) == 10
+        network = build_model("nets.py:small", num_classes=10)
+        save_archive("small.huff", network, model="nets.py:small", num_classes=10)
+        assert differing_tensors(network, load_archive("small.huff", model="nets.py:small")) == []
+
+    def test_the_commands(self, tmp_path, monkeypatch, run_script):
+        """On fewer images than on the page."""
+        (tmp_path / "nets.py").write_text(self.FILE)
+        monkeypatch.chdir(tmp_path)
+        for line in re.findall(r"^python3 (.*)$", self.PAGE, re.MULTILINE):
+            script, *words = line.split()
+            words += ["--limit-batches", "2"]
+            if "--n-epochs" in words:
+                words += ["--n-epochs", "1", "--schedule", "--lr-drops", "--device", "cpu"]
+            ended = run_script(script.removesuffix(".py"), *words)
+            assert ended.status == 0, ended.errors
+        assert (tmp_path / "own.onnx").stat().st_size > 10_000
+
+    def test_the_signatures(self):
+        rows = re.findall(r"^\| (`.*`) \| `([\w.]+)` \|$", self.PAGE, re.MULTILINE)
+        named = [(call, module) for calls, module in rows for call in re.findall(r"`(\w+\([^`]*\))`", calls)]
+        assert len(named) >= 12
+        for call, module in named:
+            name, arguments = call.removesuffix(")").split("(", 1)
+            function = getattr(importlib.import_module(module), name)
+            parameters = inspect.signature(function).parameters
+            assert function.__doc__
+            for word in arguments.split(", "):
+                key, _, default = word.lstrip("*").partition("=")
+                assert key in ("", "...", *parameters), call
+                assert not default or repr(parameters[key].default) == default, call
+
+
+def test_a_network_of_timm_goes_all_the_way(tmp_path, run_script):
+    """Trained, pruned with HAP, quantized, encoded, decoded and exported, by name alone."""
+    pytest.importorskip("timm")
+    pytest.importorskip("onnxruntime")
+    name, best = "timm/mobilenetv3_small_050", "model_best.pt"
+    commands = [
+        ("initial_train", "--model", name, "--run-name", "teacher"),
+        ("pruning", "--t-path", str(tmp_path / "teacher" / best), "--s-copy-t", "--distill", "hap", "--prune-rates", "0.6",
+         "--samp-batches", "1", "--run-name", "pruned"),
+        ("quantize_encode", "--load-path", str(tmp_path / "pruned" / best), "--run-name", "quantized"),
+    ]  # fmt: skip
+    for script, *flags in commands:
+        ended = run_script(script, *flags, *SHORT, "--save-dir", str(tmp_path))
+        assert ended.status == 0, ended.errors
+    assert "identical: yes" in ended.output
+    archive = load_archive(tmp_path / "quantized" / "model.huff")
+    compact = load_network(tmp_path / "quantized" / "model_compact.pt", flag="--load-path")
+    assert compact.model == name and differing_tensors(archive, compact.network) == []
+    pruned = load_network(tmp_path / "pruned" / "model_compact.pt", flag="--load-path").network
+    whole = build_model(name, num_classes=10)
+    assert sum(map(torch.numel, pruned.parameters())) < 0.8 * sum(map(torch.numel, whole.parameters()))
+    flags = (
+        "--load-path",
+        str(tmp_path / "quantized" / best),
+        "--limit-batches",
+        "1",
+        "--output",
+        str(tmp_path / "network.onnx"),
+    )
+    ended = run_script("export", *flags)
+    assert ended.status == 0, ended.errors
