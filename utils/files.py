@@ -11,9 +11,11 @@ import io
 import json
 import os
 import pickle
+import sys
 import tempfile
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -143,8 +145,25 @@ def _feed(state: "hashlib._Hash", value: Any) -> None:
 def save_checkpoint(path: str | os.PathLike, checkpoint: Mapping[str, Any]) -> None:
     """Writes a dict of tensors and plain values with its digest, atomically; `torch.load(weights_only=True)` reads it."""
     buffer = io.BytesIO()
-    torch.save({**checkpoint, DIGEST_KEY: digest(checkpoint)}, buffer)
+    torch.save(_unshared({**checkpoint, DIGEST_KEY: digest(checkpoint)}), buffer)
     write_atomic(path, buffer.getbuffer())
+
+
+def _unshared(value: Any) -> Any:
+    """`value` with equal texts as one object and no container in two places; tensors stay what they are.
+
+    Pickle writes an object that it meets again as a reference, so the size of a file would tell whether its texts were typed
+    or read from another file, as those of a resumed run are.
+    """
+    if isinstance(value, str):
+        return sys.intern(str(value))
+    if isinstance(value, OrderedDict):  # a state dict has the versions of its modules as an attribute
+        copied = OrderedDict((_unshared(key), _unshared(item)) for key, item in value.items())
+        vars(copied).update(_unshared(vars(value)))
+        return copied
+    if isinstance(value, dict):
+        return {_unshared(key): _unshared(item) for key, item in value.items()}
+    return type(value)(map(_unshared, value)) if type(value) in (list, tuple) else value
 
 
 def is_archive(path: str | os.PathLike) -> bool:

@@ -1,5 +1,6 @@
 """Files that survive full disks, crashes, damage and strangers."""
 
+import copy
 import errno
 import io
 import json
@@ -9,6 +10,7 @@ import pickle
 import random
 import stat
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -192,6 +194,19 @@ class TestCheckpoint:
 
     def test_torch_alone_can_read_it(self, checkpoint_path):
         assert torch.load(checkpoint_path, weights_only=True)["kept"] == {"conv": [0, 2, 3]}
+
+    def test_size_does_not_tell_where_equal_values_came_from(self, tmp_path):
+        state = OrderedDict(CHECKPOINT["state_dict"])
+        state._metadata = OrderedDict({"": {"version": 1}})
+        shared = {**CHECKPOINT, "state_dict": state, "config": {"kept": CHECKPOINT["kept"], "model": CHECKPOINT["model"]}}
+        save_checkpoint(tmp_path / "first.pt", shared)
+        read = load_checkpoint(tmp_path / "first.pt")
+        read["config"] = {"".join(key): copy.deepcopy(value) for key, value in read["config"].items()}
+        read["config"]["model"] = "".join(list(read["model"]))
+        assert read["state_dict"]._metadata == state._metadata
+        save_checkpoint(tmp_path / "second.pt", read)
+        pickles = [zipfile.ZipFile(tmp_path / f"{name}.pt").read("archive/data.pkl") for name in ("first", "second")]
+        assert pickles[0] == pickles[1]
 
     def test_no_flipped_bit_goes_unseen(self, checkpoint_path):
         whole, expected = checkpoint_path.read_bytes(), digest(CHECKPOINT)
