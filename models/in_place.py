@@ -43,7 +43,7 @@ def reuse_memory(graph: fx.Graph, network: nn.Module) -> None:
             for source in node.all_input_nodes
             if source in fresh and _is_read_last(source, by=node, fresh=fresh, order=order)
         ]
-        if isinstance(_layer(node, network), AddInto):
+        if type(_layer(node, network)) is AddInto:
             if node.args[0] in free:
                 node.kwargs = {"over": True}
         elif _is_relu(node, network) and free:
@@ -54,7 +54,7 @@ def reuse_memory(graph: fx.Graph, network: nn.Module) -> None:
 
 
 def _gives_fresh_memory(node: fx.Node, network: nn.Module) -> bool:
-    return isinstance(_layer(node, network), LAYERS) or _is_relu(node, network) or _is_sum(node)
+    return type(_layer(node, network)) in LAYERS or _is_relu(node, network) or _is_sum(node)
 
 
 def _is_read_last(source: fx.Node, *, by: fx.Node, fresh: set[fx.Node], order: dict[fx.Node, int]) -> bool:
@@ -62,13 +62,16 @@ def _is_read_last(source: fx.Node, *, by: fx.Node, fresh: set[fx.Node], order: d
 
 
 def _layer(node: fx.Node, network: nn.Module) -> nn.Module | None:
-    return network.get_submodule(node.target) if node.op == "call_module" else None
+    """The layer of a node, if it does what its class says and nothing else."""
+    layer = network.get_submodule(node.target) if node.op == "call_module" else None
+    altered = layer is not None and (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    return None if altered else layer
 
 
 def _is_relu(node: fx.Node, network: nn.Module) -> bool:
     if node.op == "call_method":
         return node.target == "relu"
-    return isinstance(_layer(node, network), nn.ReLU) or (node.op == "call_function" and node.target in RELUS)
+    return type(_layer(node, network)) is nn.ReLU or (node.op == "call_function" and node.target in RELUS)
 
 
 def _is_sum(node: fx.Node) -> bool:

@@ -51,7 +51,10 @@ def build_schedule(
 
 def check_compact_form(network: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> None:
     """Raises UserError if `network`, which stays as it is, cannot be trained in its compact form."""
-    schedule, reason = _proved(copy.deepcopy(network), kept, images)
+    try:
+        schedule, reason = _proved(copy.deepcopy(network), kept, images)
+    except (RuntimeError, TypeError) as error:
+        schedule, reason = None, f"{type(network).__name__} cannot be copied ({str(error).splitlines()[0]})"
     if schedule is None:
         raise UserError(f"--train-form compact: {reason}; choose masked")
 

@@ -43,7 +43,7 @@ def check_equal_training(masked: nn.Module, small: NarrowNetwork, images: Tensor
     methods = ("forward", "outputs") if has_outputs(masked) else ("forward",)
     with preserved_random_state():
         dtype = torch.float64 if _computes_in(masked, images, torch.float64) else torch.float32
-        twins = [copy.deepcopy(network).to(dtype).eval() for network in (masked, small)]
+        twins = [_copied(network).to(dtype).eval() for network in (masked, small)]
         with torch.no_grad():
             results = [_run(twin, images.to(dtype), methods, "in evaluation") for twin in twins]
         _check(_results(*results, "in evaluation"), "{} differs in evaluation", TOLERANCES[dtype])
@@ -53,11 +53,19 @@ def check_equal_training(masked: nn.Module, small: NarrowNetwork, images: Tensor
         _check(_buffers(*twins), "{} differs after a step", TOLERANCES[dtype])
 
 
+def _copied(network: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{type(network).__name__} cannot be copied, so that nothing can be proved: {reason}") from error
+
+
 def _computes_in(network: nn.Module, images: Tensor, dtype: torch.dtype) -> bool:
     """Whether the network runs in that precision: one with casts of its own may not."""
     try:
         with torch.no_grad():
-            copy.deepcopy(network).to(dtype).eval()(images.to(dtype))
+            _copied(network).to(dtype).eval()(images.to(dtype))
     except RuntimeError:
         return False
     return True

@@ -3,7 +3,7 @@
 from torch import fx, nn
 
 from models.channel_flow import rules  # noqa: F401  (fills the table that rule_of reads)
-from models.channel_flow.call import Call, LiveOutputs, rule_of
+from models.channel_flow.call import Call, LiveOutputs, opaque, rule_of
 from models.channel_flow.channels import Plan, Step
 from models.channel_flow.tracing import attribute, is_mode
 
@@ -26,8 +26,13 @@ def plan_channels(graph: fx.Graph, model: nn.Module, *, live_outputs: LiveOutput
     shared = _shared_layers(graph, model)
     for node in graph.nodes:
         call = Call(node, steps, model, live_outputs, carriers, shared)
-        steps[node] = rule_of(call)(call)
+        steps[node] = (opaque if _has_hooks(call) else rule_of(call))(call)
     return Plan(graph, steps)
+
+
+def _has_hooks(call: Call) -> bool:
+    """Whether functions of the user's run with the layer: they may change what it reads or gives."""
+    return call.node.op == "call_module" and bool(call.module._forward_hooks or call.module._forward_pre_hooks)
 
 
 def missing_carriers(plan: Plan) -> frozenset[str]:

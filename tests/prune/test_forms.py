@@ -234,6 +234,16 @@ def test_random_numbers_of_channels_do_not_fail_the_proof(name):
     assert isinstance(build(Operations(RANDOM[name]), "auto")[0], PhysicalPruning)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_network_that_cannot_be_copied_is_trained_masked():
+    model = Operations()
+    nn.utils.weight_norm(model.head)  # of old: it computes a tensor that torch does not copy
+    schedule, warnings = build(model, "auto")
+    assert isinstance(schedule, HardPruning) and "Linear cannot be copied" in warnings[0]
+    with pytest.raises(UserError, match="--train-form compact: Operations cannot be copied"):
+        check_compact_form(model, kept_half(model), images())
+
+
 @settings(max_examples=200, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     operations=network_descriptions(),
