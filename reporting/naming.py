@@ -1,9 +1,11 @@
 """How a report calls a method: by its papers' names, from the flags of its run."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from utils.errors import printable
+from utils.python_file import names_function
 
 VALUE_LENGTH = 80  # characters that are shown of a flag's value
 CRITERIA = {"filter-r": "Random", "filter-a": "PFEC", "filter-l2": "L2", "filter-gm": "FPGM", "filter-nggm": "NGGM"}
@@ -22,8 +24,10 @@ def method_label(settings: Mapping[str, Any]) -> str:
 
 
 def model_label(model: str) -> str:
-    """`resnet56` -> `ResNet-56`."""
-    return MODELS.get(model, model.replace("resnet", "ResNet-"))
+    """`resnet56` -> `ResNet-56`; networks of others as they are called, those of a file without its folder."""
+    if names_function(model):
+        return re.split(r"[/\\]", model)[-1]
+    return MODELS.get(model, re.sub(r"^resnet(?=\d+$)", "ResNet-", model))
 
 
 def flag_label(name: str, value: Any) -> str:

@@ -155,7 +155,7 @@ class TestOtherForms:
     def test_compiled(self, name):
         network = build(name).eval()
         expected = network.outputs(images())
-        compiled = torch.compile(network.outputs, backend="eager")
+        compiled = torch.compile(network.outputs, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(images()), expected)
 
 

@@ -52,3 +52,8 @@ def test_settings_read_as_one_types_them(name, value, text):
 
 def test_networks_have_their_papers_names():
     assert [model_label(name) for name in ("resnet56", "alexnet")] == ["ResNet-56", "AlexNet"]
+
+
+def test_networks_of_others_keep_their_names():
+    names = ("timm/resnet10t", "torchvision/resnet18", "/home/me/nets.py:small")
+    assert [model_label(name) for name in names] == ["timm/resnet10t", "torchvision/resnet18", "nets.py:small"]
