@@ -15,7 +15,7 @@ from models.network_file import NetworkFile, describe_network, load_network
 from prune.compact import check_pruned_zeros
 from utils import cli, setup
 from utils.data import ImageData
-from utils.distributed import World
+from utils.distributed import World, leave
 from utils.engine import CrossEntropyObjective, evaluate
 from utils.errors import UserError, naming
 from utils.plan import print_plan
@@ -79,10 +79,11 @@ def main(args: argparse.Namespace) -> None:
         plan=plan,
         state=state,
     )
+    leave()  # the rest is for the main process alone
     if not world.is_main:
         return
     size = {"checkpoint_bytes": (run.folder / BEST).stat().st_size, **profile_network(network, data.example[:1])}
-    summary = {**setup.summary_head(args, SCRIPT, run), "model": file.model, **result, **size}
+    summary = {**setup.summary_head(args, SCRIPT, run, objective=objective, data=data), "model": file.model, **result, **size}
     run.save_json(SUMMARY, summary)
     run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / BEST}")
     run.close()

@@ -111,7 +111,8 @@ def main(args: argparse.Namespace) -> None:
     )
     leave()  # the rest is for the main process alone
     if world.is_main:
-        encode(args, run, result, data.alone())
+        head = setup.summary_head(args, SCRIPT, run, objective=objective, data=data)
+        encode(args, run, result, data.alone(), head=head)
     run.close()
 
 
@@ -183,7 +184,7 @@ def describe_compact(network: nn.Module, *, config: Mapping[str, Any], **identit
     return describe_network(network.state_dict(), **identity, config=config, kept=kept, compact=bool(kept))
 
 
-def encode(args: argparse.Namespace, run: Run, result: dict[str, Any], data: ImageData) -> None:
+def encode(args: argparse.Namespace, run: Run, result: dict[str, Any], data: ImageData, *, head: dict[str, Any]) -> None:
     """Encodes the best network, proves that it decodes to the same bits, and leaves archive, small checkpoint and summary."""
     best = load_network(run.folder / BEST, flag="--save-dir", model=args.model)
     dense = setup.to_device(best.network, data.device)
@@ -199,8 +200,7 @@ def encode(args: argparse.Namespace, run: Run, result: dict[str, Any], data: Ima
     ratio = sizes["dense"]["file_bytes"] / report.file_bytes
     log_result(run, report, scores=scores, sizes=sizes, ratio=ratio)
     archive = {**report.as_dict(), "ratio": ratio, "identical": "yes"}
-    head = {**setup.summary_head(args, SCRIPT, run), "model": best.model}
-    run.save_json(SUMMARY, {**head, **result, "accuracy": scores, "compact": sizes, "archive": archive})
+    run.save_json(SUMMARY, {**head, "model": best.model, **result, "accuracy": scores, "compact": sizes, "archive": archive})
 
 
 @torch.no_grad()

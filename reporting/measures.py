@@ -7,7 +7,7 @@ from utils.errors import UserError, shown
 
 LATENCY_BATCH = 64
 REQUIRED = ("last_top1", "best_top1")
-LARGEST, SHORTEST_MS = 1e18, 1e-6  # of any measure, of a latency
+LARGEST, SHORTEST_MS = 1e24, 1e-6  # of any measure, of a latency
 # Places by measure; the first that is there counts. Accuracies in percent.
 PLACES: dict[str, Sequence[tuple[str, ...]]] = {
     "last_top1": [("last", "top1")],
@@ -26,6 +26,7 @@ PLACES: dict[str, Sequence[tuple[str, ...]]] = {
     "latency_ms": [("compact", "compact", "latency", str(LATENCY_BATCH), "median_ms")],
     "dense_latency_ms": [("compact", "dense", "latency", str(LATENCY_BATCH), "median_ms")],
     "seconds": [("seconds",)],
+    "training_flops": [("training_flops",)],
 }
 
 
@@ -68,6 +69,8 @@ def _derived(measures: Mapping[str, float]) -> dict[str, float]:
         derived["speedup"] = measures["dense_latency_ms"] / measures["latency_ms"]
     if "seconds" in measures:
         derived["minutes"] = measures["seconds"] / 60
+    if "training_flops" in measures:
+        derived["training_pflops"] = measures["training_flops"] / 1e15
     if "archive_coded_bytes" in measures:
         derived["archive_codebook_bytes"] = measures["archive_coded_bytes"] - measures["archive_payload_bytes"]
     return derived

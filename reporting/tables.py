@@ -67,6 +67,12 @@ COLUMNS = (
         f"Latency: of one batch of {LATENCY_BATCH} images on the device of the run.",
     ),
     Column("speedup", "speed-up", lambda figure: f"{figure.mean:.2f}x", "Speed-up: over the unpruned network in the same run."),
+    Column(
+        "training_pflops",
+        "PFLOPs",
+        lambda figure: f"{figure.mean:.3g}",
+        "PFLOPs: 10^15 floating point operations of all training steps, forward and backward, a teacher's forward pass included.",
+    ),
     Column("minutes", "minutes", lambda figure: f"{figure.mean:.1f}", "Minutes: wall time of training."),
 )
 SUBJECT_TITLES = ("dataset", "network")

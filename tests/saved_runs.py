@@ -26,7 +26,8 @@ def write_run(
     folder.mkdir(parents=True)
     config = {"script": script, "flags": flags, "device": "cpu, 2 threads", "processes": 1, "command": f"{script} --seed 1",
               "git_sha": "0123abc", "versions": {"torch": "2.14.1"}}  # fmt: skip
-    head = {"script": script, "run": folder.name, "dataset": flags["dataset"], "seed": flags["seed"], "seconds": 90.0}
+    head = {"script": script, "run": folder.name, "dataset": flags["dataset"], "seed": flags["seed"]}
+    head |= {"seconds": 90.0, "training_flops": 2.5e15}
     ends = {"last": {"epoch": 3, "top1": top1}, "best": {"epoch": 2, "top1": top1 if best is None else best}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "summary.json").write_text(json.dumps({**head, **ends, **summary}))

@@ -4,6 +4,7 @@ One multiply-accumulate (MAC) is two FLOPs. `torch.utils.flop_counter` counts th
 of one forward pass; batch norms, activations and additions are not counted, as in the literature.
 """
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from utils.seed import preserved_random_state
 
 LATENCY_BATCH_SIZES = (1, 64)
 MIN_RUN_SECONDS = 0.5
@@ -34,6 +37,21 @@ def profile_network(network: nn.Module, image: Tensor) -> dict[str, int]:
         "macs": flops // 2,
         "flops": flops,
     }
+
+
+def training_flops(objective: nn.Module, image: Tensor) -> int:
+    """FLOPs of a training step for each image: forward and backward pass, of a teacher its forward pass.
+
+    `objective(images, labels)` is what is trained, `image` (1, C, H, W) one of its images. Leaves no trace in it.
+    """
+    counter = FlopCounterMode(display=False)
+    images = image.expand(2, -1, -1, -1)  # batch norm needs two
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    with preserved_random_state(), torch.enable_grad():
+        copied = copy.deepcopy(objective).train()
+        with counter:
+            copied(images, labels)[0].backward()
+    return counter.get_total_flops() // len(images)
 
 
 def latency(

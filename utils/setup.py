@@ -18,6 +18,7 @@ from utils.files import digest, read_json
 from utils.image_choice import Origins, agreed_normalisation, check_class_names, flagged_normalisation, image_remarks
 from utils.image_spec import read_image_spec
 from utils.learning_rate import LearningRate
+from utils.profile import training_flops
 from utils.run_folder import CONFIG, check_save_dir, check_text_log
 from utils.run_state import check_best, check_state
 from utils.runs import Run
@@ -260,10 +261,20 @@ def warn_about(run: Run, plan: TrainingPlan, fallback: str | None, *, data: Imag
         )
 
 
-def summary_head(args: argparse.Namespace, script: str, run: Run) -> dict[str, Any]:
-    """What every summary.json begins with; `seconds` is the wall time of all epochs."""
-    seconds = round(run.seconds(), 3)
-    return {"script": script, "run": run.folder.name, "dataset": args.dataset, "seed": args.seed, "seconds": seconds}
+def summary_head(args: argparse.Namespace, script: str, run: Run, *, objective: nn.Module, data: ImageData) -> dict[str, Any]:
+    """What every summary.json begins with.
+
+    `seconds` is the wall time of all epochs, `training_flops` what all steps of the training took, of a teacher its forward
+    passes included, without evaluations and the pass that scores filters.
+    """
+    return {
+        "script": script,
+        "run": run.folder.name,
+        "dataset": args.dataset,
+        "seed": args.seed,
+        "seconds": round(run.seconds(), 3),
+        "training_flops": training_flops(objective, data.example[:1]) * data.train_images * args.n_epochs,
+    }
 
 
 def print_score(model: str, data: ImageData, result: dict[str, float]) -> None:

@@ -45,13 +45,13 @@ def test_markdown_row_by_hand(groups):
     head, _, unpruned, pruned = markdown(groups).splitlines()
     assert head == (
         "| dataset | network | method | n | last top-1 % | best top-1 % | drop | parameters | MACs | dense file "
-        "| compact file | latency | speed-up | minutes |"
+        "| compact file | latency | speed-up | PFLOPs | minutes |"
     )
-    assert unpruned == "| digits | ResNet-20 | unpruned | 1 | 98.00 | 98.00 |  | 270 k | 40.6 M | 1.11 MB |  |  |  | 1.5 |"
+    assert unpruned == "| digits | ResNet-20 | unpruned | 1 | 98.00 | 98.00 |  | 270 k | 40.6 M | 1.11 MB |  |  |  | 2.5 | 1.5 |"
     # sqrt(0.5) of 95 and 96; 60 ms over 40 ms
     assert pruned == (
         "| digits | ResNet-20 | NGGM + HAP + KD, 0.6 | 2 | 95.50 ± 0.71 | 97.00 ± 0.00 | 2.50 ± 0.71 | 100 k | 17.6 M | 1.11 MB "
-        "| 430 kB | 40 ms | 1.50x | 1.5 |"
+        "| 430 kB | 40 ms | 1.50x | 2.5 | 1.5 |"
     )
 
 
@@ -91,7 +91,7 @@ def test_csv_is_unrounded(groups):
 
 def test_columns_without_a_figure_are_left_out(tmp_path):
     write_unpruned(tmp_path / "teacher")
-    assert headings(gather([tmp_path]).groups)[4:] == ["last top-1 %", "best top-1 %", "parameters", "minutes"]
+    assert headings(gather([tmp_path]).groups)[4:] == ["last top-1 %", "best top-1 %", "parameters", "PFLOPs", "minutes"]
 
 
 def test_a_bar_in_a_name_does_not_break_the_table(tmp_path):

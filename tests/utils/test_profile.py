@@ -8,7 +8,8 @@ from torch import nn
 
 from models.cifar_resnet import CifarResNet
 from utils import profile
-from utils.profile import compare_networks, comparison_table, latency, papers_flops_drop, profile_network
+from utils.engine import CrossEntropyObjective
+from utils.profile import compare_networks, comparison_table, latency, papers_flops_drop, profile_network, training_flops
 
 IMAGE = torch.randn(1, 3, 8, 8)
 
@@ -62,6 +63,19 @@ def test_a_layer_that_is_gone_costs_nothing():
     left.add_module("0", small[0])
     before = 64 * 3 * 4 * 9 + 16 * 4 * 6 * 9
     assert papers_flops_drop(dense, left, IMAGE) == pytest.approx(100 * (1 - 64 * 3 * 4 * 9 / before))
+
+
+def test_flops_of_a_training_step_worked_by_hand():
+    network = chain(4, 6)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    first, second, linear = 64 * 3 * 4 * 9, 16 * 4 * 6 * 9, 30
+    # Forward once; backward once for the weights and once for the inputs, but for those of the first layer, the images.
+    expected = 2 * (3 * (first + second + linear) - first)
+    random = torch.get_rng_state()
+    assert training_flops(CrossEntropyObjective(network), IMAGE) == expected
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_latency_of_anything_that_takes_images(monkeypatch):
