@@ -56,6 +56,7 @@ def main(args: argparse.Namespace) -> None:
     state, fallback = read_state(args.resume) if args.resume else (None, None)
     given = load_network(args.load_path, flag="--load-path", model=args.model) if args.load_path is not None else None
     said = {f"--load-path {args.load_path}": given.images} if given is not None else {}
+    announced = setup.announce(args, given.model if given else args.model, device=device, world=world, state=state)
     data = setup.load_data(args, device=device, world=world, files=said, state=state)
 
     seed_everything(args.seed)
@@ -66,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
 
     networks = {"--load-path": file.network} if args.load_path is not None else {}
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
-    setup.warn_about(run, plan, fallback, data=data)
+    setup.log_beginning(run, announced, plan, fallback, data=data)
     network = setup.to_device(file.network, device, sync_bn=args.sync_bn)
     objective = CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
     result = setup.train(

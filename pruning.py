@@ -77,6 +77,7 @@ def main(args: argparse.Namespace) -> None:
     seed_everything(args.seed)
     files = read_files(args)
     said = {f"{flag} {path_of(args, flag)}": file.images for flag, file in files.items()}
+    announced = setup.announce(args, network_names(args, files), device=device, world=world, state=state)
     data = setup.load_data(args, device=device, world=world, files=said, state=state)
     teacher, student = build_networks(args, files, data)
     choose = filter_choice(args, student, data)
@@ -92,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     if args.s_path is not None:
         networks["--s-path"] = student.network
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
-    setup.warn_about(run, plan, fallback, data=data)
+    setup.log_beginning(run, announced, plan, fallback, data=data)
     before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data)
     schedule = schedule_of(args, student, choose, run=run, state=state)
     if state is None:
@@ -162,6 +163,22 @@ def read_checked(flag: str, path: str, model: str | None) -> NetworkFile:
     return file
 
 
+def student_file(args: argparse.Namespace, files: Mapping[str, NetworkFile]) -> NetworkFile | None:
+    """What the student starts from, unless it is new."""
+    return files.get("--t-path" if args.s_copy_t else "--s-path")
+
+
+def student_name(args: argparse.Namespace, files: Mapping[str, NetworkFile]) -> str:
+    file = student_file(args, files)
+    return file.model if file is not None else args.s_model or args.t_model
+
+
+def network_names(args: argparse.Namespace, files: Mapping[str, NetworkFile]) -> str:
+    """The student, and its teacher where there is one."""
+    teacher = files.get("--t-path")
+    return student_name(args, files) + (f", teacher {teacher.model}" if teacher is not None else "")
+
+
 def build_networks(
     args: argparse.Namespace, files: Mapping[str, NetworkFile], data: ImageData
 ) -> tuple[NetworkFile | None, NetworkFile]:
@@ -169,13 +186,12 @@ def build_networks(
     for flag, file in files.items():
         setup.check_classes(file.num_classes, data, origin=f"{flag} {path_of(args, flag)}")
     teacher = files.get("--t-path")
-    if args.s_copy_t:
-        student = replace(teacher, network=copy.deepcopy(teacher.network))
-    elif args.s_path is not None:
-        student = files["--s-path"]
-    else:
-        name, num_classes = args.s_model or args.t_model, len(data.dataset.classes)
+    student = student_file(args, files)
+    if student is None:
+        name, num_classes = student_name(args, files), len(data.dataset.classes)
         student = NetworkFile(build_model(name, num_classes=num_classes), name, num_classes)
+    elif student is teacher:
+        student = replace(teacher, network=copy.deepcopy(teacher.network))
     student = replace(as_dense(student), images=data.dataset.images)
     for file in filter(None, (teacher, student)):
         setup.to_device(file.network, data.device)

@@ -85,7 +85,9 @@ def main(args: argparse.Namespace) -> None:
     state, fallback = read_state(args.resume) if args.resume else (None, None)
 
     seed_everything(args.seed)
-    file, data = load_checked(args, device=device, world=world, state=state)
+    file = load_network(args.load_path, flag="--load-path", model=args.model)
+    announced = setup.announce(args, file.model, device=device, world=world, state=state)
+    file, data = with_data(args, file, device=device, world=world, state=state)
     network = without_zeros(file.network, data)
     bits = layer_bits(network, mode=args.quan_mode, bits=args.quan_bits)
     plan = setup.training_plan(args)
@@ -95,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
 
     networks = {"--load-path": file.network}
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
-    setup.warn_about(run, plan, fallback, data=data)
+    setup.log_beginning(run, announced, plan, fallback, data=data)
     network = setup.to_device(network, device, sync_bn=args.sync_bn)
     quantize(run, network, bits, data, is_new=state is None)
     objective = CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
@@ -126,12 +128,16 @@ def check_flags(args: argparse.Namespace) -> None:
         cli.require(args, "load_path")
 
 
-def load_checked(
-    args: argparse.Namespace, *, device: torch.device, world: World, state: Mapping[str, Any] | None = None
+def with_data(
+    args: argparse.Namespace,
+    file: NetworkFile,
+    *,
+    device: torch.device,
+    world: World,
+    state: Mapping[str, Any] | None = None,
 ) -> tuple[NetworkFile, ImageData]:
     """The network of --load-path on the device, its pruned filters truly at zero, and the data that it is fit for."""
     origin = f"--load-path {args.load_path}"
-    file = load_network(args.load_path, flag="--load-path", model=args.model)
     data = setup.load_data(args, device=device, world=world, files={origin: file.images}, state=state)
     setup.check_classes(file.num_classes, data, origin=origin)
     if not file.compact:
@@ -245,7 +251,8 @@ def decode(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace, *, device: torch.device, world: World) -> None:
     """Prints the accuracy of the network in --load-path, an archive or a checkpoint."""
     if not is_archive(args.load_path):
-        file, data = load_checked(args, device=device, world=world)
+        file = load_network(args.load_path, flag="--load-path", model=args.model)
+        file, data = with_data(args, file, device=device, world=world)
         return setup.print_score(file.model, data, evaluate(file.network, data, amp=args.amp))
     origin = f"--load-path {args.load_path}"
     network, report = read_flagged(args.load_path, flag="--load-path", model=args.model)

@@ -1,5 +1,10 @@
-"""What a run says before it trains: the plan of --dry-run, and warnings of what most often goes wrong."""
+"""What a run says before it trains: what begins, the plan of --dry-run, and warnings of what most often goes wrong."""
 
+import os
+import pty
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +15,65 @@ from models.network_file import describe_network, load_network
 from prune.masks import keep_count, prunable_layers
 from utils.files import load_checkpoint, save_checkpoint
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = "--n-epochs 1 --limit-batches 2 --batch-size 16 --device cpu"
 
 
 @pytest.fixture
 def teacher(trained_run) -> str:
     return str(trained_run / "model_best.pt")
+
+
+class TestAnnouncement:
+    """The first line of a run: network, data, device, epochs."""
+
+    def test_is_the_first_line_of_output_and_log(self, teacher, tmp_path, run_script):
+        words = [
+            "--t-path",
+            teacher,
+            "--s-model",
+            "resnet32",
+            "--save-dir",
+            str(tmp_path),
+            "--run-name",
+            "run",
+            "--distill",
+            "kd",
+        ]
+        ended = run_script("pruning", *words, *TINY.split())
+        assert ended.status == 0, ended.errors
+        line = "network: resnet32, teacher resnet20; data: digits; device: cpu, 1 threads; epochs: 1"
+        assert ended.output.splitlines()[0] == line
+        assert (tmp_path / "pruning.txt").read_text().splitlines()[0].endswith(f" run {line}")
+
+    def test_is_there_before_the_data_are_read_for_who_watches(self, tmp_path, image_writer):
+        for place in ("train/cat", "test/cat"):
+            image_writer(tmp_path / "set" / place, sizes=(40, 64))
+        (tmp_path / "set" / "test" / "cat" / "1.png").write_bytes(b"no image")
+        words = ["initial_train.py", "--model", "resnet20", "--dataset", "folder", "--data-dir", str(tmp_path / "set")]
+        ended, shown = in_terminal(*words, *TINY.split(), "--save-dir", str(tmp_path / "saves"))
+        assert ended.returncode == 2 and "1.png cannot be read" in ended.stderr
+        assert shown == f"network: resnet20; data: {tmp_path}/set; device: cpu, 1 threads; epochs: 1\r\n"
+
+    def test_says_how_many_epochs_a_resumed_run_has_and_says_it_once(self, trained_run, tmp_path, run_script, monkeypatch):
+        monkeypatch.setattr("utils.setup._is_watched", lambda: True)
+        shutil.copytree(trained_run, tmp_path / "run")
+        ended = run_script("initial_train", "--resume", str(tmp_path / "run"), "--n-epochs", "3")
+        line = "network: resnet20; data: digits; device: cpu, 1 threads; epochs: 3, 2 of them done\n"
+        assert ended.output.startswith(line) and ended.output.count("network: ") == 1
+        assert line in (tmp_path / "initial_train.txt").read_text()
+
+
+def in_terminal(*words: str) -> tuple[subprocess.CompletedProcess, str]:
+    """Runs a script whose output is a terminal, and gives what is shown there."""
+    ours, theirs = pty.openpty()
+    ended = subprocess.run(
+        [sys.executable, *words], stdout=theirs, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, check=False
+    )
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    return ended, shown
 
 
 class TestDryRun:

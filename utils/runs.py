@@ -90,9 +90,14 @@ class Run:
             self._plot(line)
 
     def log(self, message: str) -> None:
-        """Prints a message and adds it, with the time and the run's name, to the shared text log."""
+        """Prints a message and adds it to the shared text log."""
         if self.world.is_main:
             print(message, flush=True)
+            self.note(message)
+
+    def note(self, message: str) -> None:
+        """Adds a message, with the time and the run's name, to the shared text log alone."""
+        if self.world.is_main:
             stamp = time.strftime(STAMP)
             for line in message.splitlines():
                 append_line(self.log_path, f"{stamp} {self.folder.name} {line}")

@@ -1,6 +1,7 @@
 """From checked flags to what a run works with: its device, processes, data, and folder."""
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,26 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
+def announce(
+    args: argparse.Namespace, network: str, *, device: torch.device, world: World, state: Mapping[str, Any] | None
+) -> str:
+    """What begins, in one line that `log_beginning` logs; somebody at a terminal sees it before the data are read.
+
+    Elsewhere it has to wait for the run, because of a refused command scripts expect nothing but the reason.
+    """
+    data = args.dataset if args.dataset != "folder" else args.data_dir
+    place = f"{world.size} x {_device_name(device)}" if world.size > 1 else _device_name(device)
+    done = f", {state['resume']['epoch']} of them done" if state is not None else ""
+    line = f"network: {network}; data: {data}; device: {place}; epochs: {args.n_epochs}{done}"
+    if world.is_main and not args.dry_run and _is_watched():
+        print(line, flush=True)
+    return line
+
+
+def _is_watched() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def load_data(
     args: argparse.Namespace,
     *,
@@ -246,8 +267,10 @@ def train(
     return trainer.fit()
 
 
-def warn_about(run: Run, plan: TrainingPlan, fallback: str | None, *, data: ImageData) -> None:
-    """Logs what a user should know before a training starts."""
+def log_beginning(run: Run, announced: str, plan: TrainingPlan, fallback: str | None, *, data: ImageData) -> None:
+    """Logs what was announced, and what else a user should know before a training starts."""
+    say = run.note if _is_watched() else run.log
+    say(announced)
     for remark in data.remarks:
         run.warn(remark)
     if fallback is not None:
