@@ -99,7 +99,7 @@ class Export(NamedTuple):
     run: Callable[[Tensor], Tensor]
 
 
-def export_onnx(dense: nn.Module, small: nn.Module, images: Tensor, *, metadata: Mapping[str, str]) -> Export:
+def export_onnx(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, metadata: Mapping[str, str]) -> Export:
     """ONNX, run by onnxruntime, for which layers that end in residual sums stay wide: see docs/compaction.md.
 
     `metadata` becomes the model's `metadata_props`.
@@ -110,7 +110,7 @@ def export_onnx(dense: nn.Module, small: nn.Module, images: Tensor, *, metadata:
     except ImportError as error:
         raise UserError("--format onnx: needs more packages, pip install -r requirements-export.txt") from error
     network = narrow(dense, small.kept, wide_sums=True)
-    program = torch.onnx.export(network, (images,), dynamic_shapes=(any_batch(),), dynamo=True, verbose=False)
+    program = torch.onnx.export(network.bare(), (images,), dynamic_shapes=(any_batch(),), dynamo=True, verbose=False)
     model = program.model_proto
     for name, value in metadata.items():
         model.metadata_props.add(key=name, value=value)
@@ -124,9 +124,9 @@ def export_onnx(dense: nn.Module, small: nn.Module, images: Tensor, *, metadata:
     )
 
 
-def export_program(dense: nn.Module, small: nn.Module, images: Tensor, *, metadata: Mapping[str, str]) -> Export:
+def export_program(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, metadata: Mapping[str, str]) -> Export:
     """A torch.export program (.pt2), run by PyTorch; `metadata` lies beside it as torch.export's `extra_files`."""
-    program = torch.export.export(small, (images,), dynamic_shapes=(any_batch(),))
+    program = torch.export.export(small.bare(), (images,), dynamic_shapes=(any_batch(),))
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files=dict(metadata))
     return Export(buffer.getvalue(), "exported", program.module())

@@ -131,8 +131,7 @@ class NarrowNetwork(nn.Module):
     def __init__(self, model: nn.Module, kept: Mapping[str, Sequence[int]], plans: Mapping[str, Plan], *, trainable: bool):
         super().__init__()
         owner = nn.Module()  # the same layers and tensors, without the names of this class
-        for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            setattr(owner, registry, getattr(self, registry))
+        _share_layers(self, owner)
         cuts = {name: cut for plan in plans.values() for name, cut in plan.cuts().items()}
         entries = _take_layers(model, owner, cuts, _needed_names(plans.values()))
         self.training = model.training
@@ -141,8 +140,6 @@ class NarrowNetwork(nn.Module):
         owner.add_module(relayouts.name, relayouts)
         for graph in graphs.values():
             reuse_memory(graph, owner)
-        for name in self._modules.keys() & vars(NarrowNetwork).keys():
-            vars(self)[name] = self._modules[name]  # torch looks for layers by attribute
         self.__parts = _Parts(
             kept={name: list(channels) for name, channels in kept.items()},
             origin=_origin(model, plans.values()),
@@ -166,6 +163,10 @@ class NarrowNetwork(nn.Module):
         if "outputs" not in self.__parts.functions:
             raise UserError(f"{self.__parts.origin.name} has no feature maps: a network with outputs(x) is needed")
         return self.__parts.functions["outputs"](self.__parts.owner, self.training, x)
+
+    def bare(self) -> nn.Module:
+        """The same layers and `forward` under no names but their own, for torch.export, which looks for layers by attribute."""
+        return _BareNetwork(self.__parts.owner, self.__parts.functions["forward"], training=self.training)
 
     def train(self, mode: bool = True) -> "NarrowNetwork":
         """As the dense network's `train(mode)`: layers that it leaves in evaluation, such as frozen batch norms, stay so."""
@@ -240,6 +241,23 @@ class NarrowNetwork(nn.Module):
         if hasattr(state, "_metadata"):
             own._metadata = state._metadata
         self.load_state_dict(own)
+
+
+class _BareNetwork(nn.Module):
+    def __init__(self, owner: nn.Module, function: GraphFunction, *, training: bool):
+        super().__init__()
+        _share_layers(owner, self)
+        self.training = training
+        self.__function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.__function(self, self.training, x)
+
+
+def _share_layers(owner: nn.Module, other: nn.Module) -> None:
+    """Gives `other` the layers, parameters and buffers that `owner` has and will have."""
+    for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        setattr(other, registry, getattr(owner, registry))
 
 
 @dataclass
