@@ -107,6 +107,20 @@ def test_each_command_parses_and_names_a_run_of_its_own(script, counts):
     assert {args.seed for entry, args in commands if entry != "initial_train.py"} <= {8152, 1011, 6162, 2177}
 
 
+def test_networks_of_others_make_plain_names_of_runs_and_a_file_is_named_again_on_resuming(tmp_path):
+    nets = tmp_path / "nets.py"
+    nets.write_text("def small(num_classes): ...\n")
+    setting = {"SEEDS": "1", "DATASETS": "digits", "MODEL": f"{nets}:small", "SAVE_DIR": str(tmp_path), "T_PATH": "teacher.pt"}
+    for script, flag in (("run_vanilla", "--model"), ("run_pruning", "--t-model")):
+        _, args = listed(script, **setting)[0]
+        assert "/" not in args.run_name
+        folder = tmp_path / args.run_name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        resuming = call(script, DRY="1", PYTHON="python3", **setting).stdout.splitlines()[0]
+        assert shlex.split(resuming)[2:] == ["--resume", str(folder), flag, f"{nets}:small"]
+
+
 def test_the_rows_of_run_pruning():
     rows = [args for entry, args in listed("run_pruning", "--dataset", "cifar10", "--seed", "8152") if entry == "pruning.py"]
     assert [(args.prune_mode, args.soft_prune, args.distill[0], args.betas) for args in rows] == [
