@@ -14,8 +14,9 @@ else comes before the grid, is left out.
 
 import copy
 import copyreg
+import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -35,6 +36,7 @@ MEANS = (torch.mean, "mean")
 PERMUTATIONS = (torch.permute, "permute")
 POOLED_TO_ONE = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+NORM_FUNCTIONS = (F.batch_norm, F.group_norm, F.layer_norm, F.local_response_norm)
 NO_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax)
 ACTIVATION_NAMES = frozenset(
     [
@@ -205,6 +207,11 @@ class Map:
     size: tuple[int, int]
     before: int = 0
 
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens there are, those before the grid included; None for a map of four axes."""
+        return self.before + math.prod(self.size) if self.layout == "tokens" else None
+
 
 @dataclass(frozen=True)
 class Taps:
@@ -234,7 +241,7 @@ def find_taps(graph: fx.Graph, network: nn.Module, images: Tensor) -> Taps:
     head = next((node for node in trunk if node is classifier or _pools_all(node, network)), classifier)
     behind = set(nodes[nodes.index(head) :])
     maps_before = {node: kind for node, kind in maps.items() if node not in behind}
-    blocks = _find_blocks(nodes, maps_before, network, trunk)
+    blocks = _find_blocks(nodes, maps_before, network)
     stages = _find_stages([node for node in trunk if node in maps_before], blocks, maps_before)
     if not stages:
         raise UserError(
@@ -356,53 +363,108 @@ def _pools_all(node: fx.Node, network: nn.Module) -> bool:
 
 def _find_maps(nodes: list[fx.Node], network: nn.Module, shapes: dict[fx.Node, Any]) -> dict[fx.Node, Map]:
     maps: dict[fx.Node, Map] = {}
-    grid: tuple[int, int] | None = None  # of the last map, which tokens then keep
+    grids: list[tuple[tuple[int, int], int]] = []  # size and channels of the maps so far, which tokens keep, the newest first
     for node in nodes:
         shape = shapes[node]
         kind = None
         if shape is not None and len(shape) == 4:
             kind = _four_axes(node, shape, maps, network)
         elif shape is not None and len(shape) == 3:
-            kind = _tokens(shape, grid)
+            sources = [maps[source] for source in node.all_input_nodes if source in maps]
+            kind = next((own for own in sources if own.tokens == shape[1]), None) or _tokens(shape, grids)
         if kind is not None:
             maps[node] = kind
-            grid = kind.size
+            grid = kind.size, shape[1] if kind.layout == "first" else shape[-1]
+            grids = [grid, *(other for other in grids if other != grid)]
     return maps
 
 
 def _four_axes(node: fx.Node, shape: tuple[int, ...], maps: dict[fx.Node, Map], network: nn.Module) -> Map | None:
-    known = [maps[source].layout for source in node.all_input_nodes if source in maps and maps[source].layout != "tokens"]
+    sources = [maps[source] for source in node.all_input_nodes if source in maps]
+    known = [source.layout for source in sources if source.layout != "tokens"]
     layout = known[0] if known else "first" if node.op == "placeholder" else None
     if _is_convolution(node, network):
         layout = "first"
     elif _calls(node, PERMUTATIONS):
         dims = node.args[1:]
         dims = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims
-        layout = {CHANNELS_LAST: "last", CHANNELS_FIRST: "first"}.get(dims)
-    if layout is None:  # as tokens become a map again
-        layout = "first" if any(source in maps for source in node.all_input_nodes) else None
+        layout = {("first", CHANNELS_LAST): "last", ("last", CHANNELS_FIRST): "first"}.get((layout, dims))
+    elif layout is None:  # tokens become a map again, or are shared out among heads
+        pixels = [math.prod(source.size) for source in sources]
+        layout = "first" if shape[2] * shape[3] in pixels else "last" if shape[1] * shape[2] in pixels else None
     return Map(layout, shape[2:] if layout == "first" else shape[1:3]) if layout else None
 
 
-def _tokens(shape: tuple[int, ...], grid: tuple[int, int] | None) -> Map | None:
-    """Tokens of the last grid, or else of a square one; what is more of them comes before the grid."""
-    count = shape[1]
-    if grid is not None and 0 <= count - grid[0] * grid[1] < grid[0] * grid[1]:
-        return Map("tokens", grid, count - grid[0] * grid[1])
-    side = int(count**0.5)
-    return Map("tokens", (side, side)) if side > 1 and side * side == count else None
+def _tokens(shape: tuple[int, ...], grids: list[tuple[tuple[int, int], int]]) -> Map | None:
+    """Tokens (B, N, C) of a grid that a map had, or else of a square one; what is more of them comes before the grid.
+
+    A map whose pixels are on one axis, (B, C, H * W), is none yet.
+    """
+    count, width = shape[1:]
+    sizes = {size: math.prod(size) for size, _ in grids}
+    if any((channels, sizes[size]) == (count, width) for size, channels in grids):
+        return None
+    whole = [Map("tokens", size) for size, pixels in sizes.items() if pixels == count]
+    newest = next(iter(sizes.items()), None)
+    if not whole and newest is not None and 0 < count - newest[1] < newest[1]:
+        return Map("tokens", newest[0], count - newest[1])
+    side = math.isqrt(count)
+    square = [Map("tokens", (side, side))] if not sizes and side > 1 and side * side == count else []
+    return next(iter(whole + square), None)
 
 
-def _find_blocks(nodes: list[fx.Node], maps: dict[fx.Node, Map], network: nn.Module, trunk: list[fx.Node]) -> list[fx.Node]:
+def _find_blocks(nodes: list[fx.Node], maps: dict[fx.Node, Map], network: nn.Module) -> list[fx.Node]:
     sums = [node for node in nodes if _is_residual_sum(node, maps) and not _is_part_of_sum(node, maps)]
-    ends = [_behind_activation(node, maps, network) for node in sums]
-    on_trunk = set(trunk)
+    within = _within_blocks(nodes, maps)
     return (
-        [node for node in ends if node in on_trunk]
-        or ends
+        [_behind_activation(node, maps, network) for node in sums if node not in within]
         or [node for node in nodes if node in maps and _is_activation_of_conv(node, network)]
         or [node for node in nodes if node in maps and _is_convolution(node, network)]
     )
+
+
+def _within_blocks(nodes: list[fx.Node], maps: dict[fx.Node, Map]) -> set[fx.Node]:
+    """The sums in the branch of a residual block, such as Res2Net's: those on one side only of another sum."""
+    sums = {node for node in nodes if _is_residual_sum(node, maps)}
+    forks = _forks(nodes)
+    within: set[fx.Node] = set()
+    for total in sums:
+        sides = [_on_the_way(operand, forks[total], nodes=forks.keys()) & sums for operand in total.all_input_nodes]
+        if not all(sides):
+            within |= set().union(*sides)
+    return within
+
+
+def _forks(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node | None]:
+    """For each node the last one before it that every path from the images to it goes through: its immediate dominator.
+
+    Cooper, Harvey, Kennedy, "A Simple, Fast Dominance Algorithm", 2001; without loops one pass does.
+    """
+    position = {node: place for place, node in enumerate(nodes)}
+    forks: dict[fx.Node, fx.Node | None] = {}
+    for node in nodes:
+        sources = [source for source in node.all_input_nodes if source in position]
+        fork = sources[0] if sources else None
+        for other in sources[1:]:
+            while fork is not other and fork is not None and other is not None:
+                if position[fork] > position[other]:
+                    fork = forks[fork]
+                else:
+                    other = forks[other]
+            fork = fork if fork is other else None
+        forks[node] = fork
+    return forks
+
+
+def _on_the_way(end: fx.Node, start: fx.Node | None, *, nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes of every path from `start` to `end`, without `start`."""
+    found, pending = set(), [end]
+    while pending:
+        node = pending.pop()
+        if node is not start and node in nodes and node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def _is_residual_sum(node: fx.Node, maps: dict[fx.Node, Map]) -> bool:
@@ -429,7 +491,7 @@ def _is_activation_of_conv(node: fx.Node, network: nn.Module) -> bool:
         source = source.all_input_nodes[0]
         if _is_convolution(source, network):
             return True
-        if not isinstance(_module(source, network), (*NORMS, nn.Identity)):
+        if not isinstance(_module(source, network), (*NORMS, nn.Identity)) and not _calls(source, NORM_FUNCTIONS):
             return False
     return False
 

@@ -226,3 +226,46 @@ class TestFunctionsThatAGraphDoesNotHold:
         network = with_outputs(Overwriting()).eval()
         with pytest.raises(UserError, match="overwrites memory that is read later as `relu`"):
             network.outputs(images())
+
+
+class Branched(nn.Module):
+    """Two residual blocks whose branch has a sum of its own, as in Res2Net."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        for first, second in (self.convs[:2], self.convs[2:]):
+            y = first(x)
+            x = x + second(torch.sigmoid(y) + torch.tanh(y))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_sum_within_the_branch_of_a_block_is_none():
+    network = with_outputs(Branched())
+    x, expected = images(), []
+    for first, second in (network.convs[:2], network.convs[2:]):
+        y = first(x)
+        x = x + second(torch.sigmoid(y) + torch.tanh(y))
+        expected.append(x)
+    assert_same(network.outputs(images()).blocks, tuple(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "blocks"),
+    [
+        ("timm/dla34", [64, 128, 256, 512], 12),  # sums in the branches of a tree
+        ("timm/lcnet_035", [16, 24, 48, 88, 176], 31),  # no sums, batch norms with their activation
+        ("timm/convnext_atto", [40, 80, 160, 320], 12),
+        ("timm/pvt_v2_b0", [32, 64, 160, 256], 16),  # tokens of four grids
+    ],
+)
+def test_families_of_timm(name, stages, blocks):
+    network = build(name).eval()
+    side = 224 if "pvt" in name else 64
+    with torch.no_grad():
+        outputs = network.outputs(images(side))
+    assert [stage.shape[1] for stage in outputs.stages] == stages
+    assert len(outputs.blocks) == blocks
