@@ -3,8 +3,8 @@
 # README.md explains the environment variables that start_script reads.
 
 # Flags that initial_train.py, pruning.py and quantize_encode.py all have: they reach the training of a teacher as well.
-readonly SHARED_FLAGS="--data-dir --mean --std --batch-size --workers --limit-batches --lr --schedule --lr-drops --n-epochs \
---momentum --weight-decay --log-name --device --dev-idx --amp --compile --sync-bn --checkpoint-interval --checkpoint-minutes"
+readonly SHARED_FLAGS="--data-dir --mean --std --batch-size --workers --limit-batches --lr --schedule --lr-drops --lr-schedule \
+--warmup-epochs --n-epochs --momentum --weight-decay --label-smoothing --log-name --device --dev-idx --amp --compile --sync-bn --checkpoint-interval --checkpoint-minutes"
 
 # start_script ARGUMENT...: reads the environment, and the arguments to pass on into PASSED and SHARED
 start_script() {
@@ -84,12 +84,16 @@ shared_arguments() {
   done
 }
 
-# recipe DATASET ROLE: RECIPE becomes the flags of a whole training. A teacher's begins with an epoch of warm-up.
+# recipe DATASET ROLE: RECIPE becomes the flags of a whole training. A teacher's begins with an epoch of warm-up. Where an
+# argument says that the learning rate falls from step to step, it has no drops.
 recipe() {
   local dataset=$1 role=$2 epochs=200 batch_size=128 schedule=(60 120 160) lr_drops=(0.2 0.2 0.2)
   if [[ $dataset == cinic10 ]]; then epochs=140 batch_size=96 schedule=(100 120) lr_drops=(0.1 0.1); fi
   if [[ $role == teacher ]]; then schedule=(1 "${schedule[@]}") lr_drops=(10 "${lr_drops[@]}"); fi
-  RECIPE=(--n-epochs "$epochs" --batch-size "$batch_size" --lr 0.01 --schedule "${schedule[@]}" --lr-drops "${lr_drops[@]}")
+  RECIPE=(--n-epochs "$epochs" --batch-size "$batch_size" --lr 0.01)
+  if [[ ! " ${PASSED[*]} " =~ \ --lr-schedule\ (linear|cosine)\  ]]; then
+    RECIPE+=(--schedule "${schedule[@]}" --lr-drops "${lr_drops[@]}")
+  fi
 }
 
 # distillation DATASET LOSS: DISTILLATION becomes the flags of this loss, at the weights that its dataset has.
@@ -104,8 +108,10 @@ distillation() {
     *-sp) DISTILLATION+=(--betas 3000) ;;
     *-afd) DISTILLATION+=(--betas 200) ;;
     *-hap) DISTILLATION+=(--betas 700) ;;
+    *-dkd | *-dist) DISTILLATION+=(--betas 1) ;;
+    *-reviewkd) DISTILLATION+=(--betas 5) ;;
   esac
-  if [[ $dataset == cinic10 && $loss != none ]]; then DISTILLATION+=(--alpha 0.6 --kd-t 16); fi
+  if [[ $dataset == cinic10 && $loss =~ ^(kd|at|sp|afd|hap)$ ]]; then DISTILLATION+=(--alpha 0.6 --kd-t 16); fi
 }
 
 # add_run ENTRY_SCRIPT LABEL DATASET SEED NEEDED FLAG...: lists a run that reads the file NEEDED ('' for none); FOLDER becomes
@@ -182,7 +188,11 @@ applicable() {
       case $argument in
         --samp-batches | --gamma) [[ $criterion == filter-nggm ]] || applies=0 ;;
         --gm-distance) [[ $criterion == filter-gm || $criterion == filter-nggm ]] || applies=0 ;;
-        --alpha | --kd-t) [[ $loss != none ]] || applies=0 ;;
+        --alpha) [[ $loss != none ]] || applies=0 ;;
+        --kd-t) [[ $loss != none && $loss != reviewkd ]] || applies=0 ;;
+        --kd-standardize) [[ $loss =~ ^(kd|at|sp|afd|hap|dkd)$ ]] || applies=0 ;;
+        --dkd-*) [[ $loss == dkd ]] || applies=0 ;;
+        --dist-*) [[ $loss == dist ]] || applies=0 ;;
         --betas) [[ $loss != none && $loss != kd ]] || applies=0 ;;
         --hap-ts) [[ $loss == hap ]] || applies=0 ;;
       esac

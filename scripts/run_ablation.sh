@@ -18,7 +18,7 @@ for dataset in $DATASETS; do
       add_pruning "$criterion-hap" "$dataset" "$seed" "filter-$criterion" hap "${PASSED[@]}"
     done
     add_pruning nggm "$dataset" "$seed" filter-nggm none "${PASSED[@]}"
-    for loss in kd at sp afd; do
+    for loss in kd at sp afd dkd dist reviewkd; do
       add_pruning "nggm-$loss" "$dataset" "$seed" filter-nggm "$loss" "${PASSED[@]}"
     done
   done

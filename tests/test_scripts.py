@@ -95,7 +95,7 @@ def test_every_script_is_valid_bash(path):
     [
         ("run_vanilla", {"initial_train.py": 12}),
         ("run_pruning", {"initial_train.py": 3, "pruning.py": 9 * 3 * 4}),
-        ("run_ablation", {"initial_train.py": 1, "pruning.py": 10 * 4}),
+        ("run_ablation", {"initial_train.py": 1, "pruning.py": 13 * 4}),
         ("run_sensitivity", {"initial_train.py": 1, "pruning.py": 19 * 4}),
         ("run_quantization_encode", {"initial_train.py": 3, "pruning.py": 12, "quantize_encode.py": 48}),
     ],
@@ -191,6 +191,21 @@ def test_a_flag_of_pruning_does_not_reach_the_training_of_its_teacher():
     assert {args.lr for _, args in rows} == {0.2}
     assert {args.prune_mode for _, args in rows if args.gamma == 0.3} == {"filter-nggm"}  # no other criterion reads it
     assert {args.prune_mode for _, args in rows if args.gamma != 0.3} == {"filter-a", "filter-l2", "filter-gm", "filter-r"}
+
+
+def test_options_of_losses_reach_the_runs_with_these_losses():
+    words = ["--kd-t", "3", "--kd-standardize", "--dkd-beta", "4", "--dist-gamma", "1.5"]
+    rows = [args for entry, args in listed("run_ablation", *words, DATASETS="cinic10", SEEDS="1") if entry == "pruning.py"]
+    taken = {args.distill[0]: (args.kd_t, args.kd_standardize, args.dkd_beta, args.dist_gamma) for args in rows}
+    by_kd = dict.fromkeys(("kd", "at", "sp", "afd", "hap"), (3, True, 8, 2))
+    others = {"dkd": (3, True, 4, 2), "dist": (3, False, 8, 1.5), "reviewkd": (4, False, 8, 2), "none": (4, False, 8, 2)}
+    assert taken == by_kd | others
+
+
+def test_a_rate_that_falls_from_step_to_step_replaces_the_drops():
+    words = ["--lr-schedule", "cosine", "--warmup-epochs", "5"]
+    commands = listed("run_quantization_encode", *words, DATASETS="digits", SEEDS="1", BITS="5")
+    assert [(args.lr_schedule, args.warmup_epochs, args.schedule) for _, args in commands] == [("cosine", 5, [])] * 3
 
 
 def test_all_scripts_share_one_teacher():
