@@ -1,13 +1,25 @@
-"""What compaction leaves of torchvision's networks, which it knows nothing about: the table of docs/compaction.md.
+"""What compaction leaves of networks that it knows nothing about: the table of docs/compaction.md, beside torch_pruning's.
 
-    python -m benchmarks.compaction_zoo
+    python -m benchmarks.compaction_zoo             # the networks that the output has not got yet
+    python -m benchmarks.compaction_zoo --table     # the tables of the page, from the output
 
-Random weights; 40 % of the filters of each convolution are zero, with what normalises them, and 40 % of the units of each
-linear layer but the last.
+Every classification network of torchvision and small ones of every family of timm, with random weights. Each convolution
+keeps 0.6 of its filters by L1 norm, as `pruning.py --prune-mode filter-a --prune-rates 0.6` chooses; then it is compacted and
+compared with the masked network in evaluation. torch_pruning's MagnitudePruner takes 0.4 of all channels, coupled ones and
+linear layers included, and has no masked network to be compared with: that it works means that it runs and has its outputs.
+
+Networks come one after the other, each in a process of its own with a time limit, and each adds a line to the output, so
+that a run which was cut off goes on where it was.
 """
 
 import argparse
-from itertools import pairwise
+import json
+import multiprocessing
+import re
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,104 +27,225 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from benchmarks.common import RESULTS, machine, report
+from benchmarks.common import RESULTS, table
 from prune.compact import compact, relative_difference
+from prune.masks import choose_filters, prunable_layers
+from prune.schedule import HardPruning
 from utils import cli
+from utils.environment import git_sha
 from utils.errors import UserError
 from utils.profile import profile_network
 
-DEAD_SHARE = 0.4
-# Small, but with a map left for every pooling.
-IMAGE_SIDES_PIXELS = {
-    "alexnet": 64,
-    "vgg16_bn": 32,
-    "mobilenet_v2": 32,
-    "mobilenet_v3_small": 32,
-    "densenet121": 32,
-    "squeezenet1_1": 32,
-    "googlenet": 32,
-    "inception_v3": 96,
-    "resnext50_32x4d": 32,
-    "wide_resnet50_2": 32,
-    "shufflenet_v2_x0_5": 32,
-    "mnasnet0_5": 32,
-    "regnet_y_400mf": 32,
-    "efficientnet_b0": 32,
-    "convnext_tiny": 32,
-    "vit_b_16": 224,
-    "swin_t": 64,
-}
+KEEP_RATIO = 0.6
+NUM_CLASSES = 10
+TOLERANCE = 1e-4  # of the largest logit
+SIDES_PIXELS = (64, 96, 128, 160, 192, 224, 240, 256, 288, 384, 448)  # the first that goes through the network
+MOST_PARAMETERS = 150e6  # for torch_pruning, which needs gradients besides
+TIMM_NETWORKS = Path(__file__).with_name("compaction_zoo_timm.txt")
+OUTPUT = RESULTS / "compaction_zoo.jsonl"
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(prog="compaction_zoo.py", description="Compaction of torchvision's networks.")
-    parser.add_argument("--models", nargs="+", default=list(IMAGE_SIDES_PIXELS), choices=IMAGE_SIDES_PIXELS, help="which of them")
-    parser.add_argument("--output", type=Path, default=RESULTS / "compaction_zoo.json", help="where the JSON goes")
+    parser = cli.Parser(prog="compaction_zoo.py", description="Compaction of networks of torchvision and timm.")
+    parser.add_argument("--networks", nargs="+", metavar="NAME", help="torchvision/NAME and timm/NAME (default: all)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="which of them")
+    parser.add_argument("--limit", type=cli.positive_int, metavar="N", help="measure at most N networks, then stop")
+    parser.add_argument("--time-limit", type=cli.positive_int, default=60, metavar="SECONDS", help="for one network and method")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON lines go")
+    parser.add_argument("--table", action="store_true", help="print the tables of what the output has, and measure nothing")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    rows = [measure(name) for name in args.models]
-    report("compaction_zoo", rows, output=args.output, machine=machine(torch.device("cpu")), dead_share=DEAD_SHARE)
+    done = read_rows(args.output)
+    if args.table:
+        return print_tables(list(done.values()))
+    names = args.networks or all_networks()
+    missing = [(name, method) for method in args.methods for name in names if method not in done.get(name, {})]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for name, method in missing[: args.limit]:
+        result = _within(args.time_limit, METHODS[method], name)
+        row = {"network": name, "method": method, **result, "commit": git_sha()}
+        with args.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
 
 
-def measure(name: str) -> dict[str, Any]:
-    """A row for one network: how much is left and how far off it is, or why it cannot be compacted."""
-    network, images = pruned_network(name), example_images(name)
-    blank = dict.fromkeys(("parameters left", "MACs left", "difference"))
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """What the output has of each network: its name, and a result by method, the last one of each."""
+    rows: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        result = json.loads(line)
+        rows.setdefault(result["network"], {"network": result["network"]})[result["method"]] = result
+    return rows
+
+
+def all_networks() -> list[str]:
+    of_torchvision = [f"torchvision/{name}" for name in models.list_models(module=models)]
+    return of_torchvision + [f"timm/{name}" for name in TIMM_NETWORKS.read_text().split()]
+
+
+def _within(seconds: int, function: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
+    """What `function(name)` gives in a process of its own; one that takes longer is ended."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, name))
+    began = time.monotonic()
+    process.start()
+    sender.close()
     try:
-        small = compact(network, images)
+        result = receiver.recv() if receiver.poll(seconds) else {"works": False, "reason": f"takes more than {seconds} s"}
+    except EOFError:
+        result = {"works": False, "reason": "the process ended: out of memory?"}
+    process.kill()
+    process.join()
+    return {**result, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _send(connection: Connection, function: Callable[[str], dict[str, Any]], name: str) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    try:
+        connection.send(function(name))
     except UserError as error:
-        return {"network": name, **blank, "result": str(error)}
-    dense_size, small_size = profile_network(network, images[:1]), profile_network(small, images[:1])
-    return {
-        "network": name,
-        "parameters left": small_size["parameters"] / dense_size["parameters"],
-        "MACs left": small_size["macs"] / dense_size["macs"],
-        "difference": relative_difference(network, small, [images]),
-        "result": "smaller and equal",
-    }
+        connection.send({"works": False, "reason": str(error)})
+    except Exception as error:  # of whatever code the network brings
+        text = str(error).strip().splitlines()
+        connection.send({"works": False, "reason": f"{type(error).__name__}: {text[0] if text else ''}"})
 
 
-def pruned_network(name: str) -> nn.Module:
-    """A network of torchvision with random weights, random batch norms, and zeros in a part of every layer but the last."""
+# ---- ours --------------------------------------------------------------------------------------------------------------
+
+
+def measure_ours(name: str) -> dict[str, Any]:
+    """How much is left of one network and how far off it is."""
+    network, images = build(name)
+    layers = prunable_layers(network, example=images)
+    kept = choose_filters(layers, {layer.name: KEEP_RATIO for layer in layers}, criterion="filter-a")
+    HardPruning(network, kept, example=images)
+    small = compact(network, images, tolerance=float("inf"))
+    difference = relative_difference(network, small, [images])
+    agrees = difference <= TOLERANCE
+    reason = "" if agrees else f"differs by {difference:.1e}"
+    return {"works": agrees, "wrong": not agrees, "difference": difference, **_left(network, small, images), "reason": reason}
+
+
+def _left(network: nn.Module, small: nn.Module, images: Tensor) -> dict[str, float]:
+    before, after = (profile_network(own, images[:1]) for own in (network, small))
+    return {key: after[key] / before[key] for key in ("parameters", "macs")} | {"side": images.shape[-1]}
+
+
+def build(name: str, *, sides: Sequence[int] = SIDES_PIXELS) -> tuple[nn.Module, Tensor]:
+    """A network with random weights in evaluation, and two images of the least size that goes through it."""
     torch.manual_seed(0)
+    source, _, plain = name.partition("/")
+    network = _of_torchvision(plain) if source == "torchvision" else _of_timm(plain)
+    network.eval()
+    randomise(network)
+    own = getattr(network, "image_size", None) or (getattr(network, "pretrained_cfg", None) or {}).get("input_size", (3, 64))[-1]
+    config = getattr(network, "pretrained_cfg", None) or {}
+    sides = (own,) if config.get("fixed_input_size") else (*sides, own)
+    for side in sides:
+        images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+        try:
+            with torch.no_grad():
+                network(images)
+            return network, images
+        except Exception as error:
+            refusal = error
+    raise UserError(f"no image goes through it: {refusal}")
+
+
+def _of_torchvision(name: str) -> nn.Module:
     options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    network = models.get_model(name, weights=None, num_classes=10, **options).eval()
-    _randomise(network)
-    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
-    for layer, follower in pairwise(layers):  # registered in order, so a norm follows its convolution
-        if not isinstance(layer, nn.BatchNorm2d):
-            dead = torch.rand(len(layer.weight)) < DEAD_SHARE
-            _clear(layer, dead)
-            if isinstance(follower, nn.BatchNorm2d) and len(follower.weight) == len(dead):
-                _clear(follower, dead)
-    return network
+    return models.get_model(name, weights=None, num_classes=NUM_CLASSES, **options)
 
 
-def _randomise(network: nn.Module) -> None:
-    """Replaces initial values that would hide a difference: plain batch norms, tiny layer scales, an empty last layer."""
-    for name, parameter in network.named_parameters():
-        if name.endswith("layer_scale"):
-            nn.init.ones_(parameter)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-        elif isinstance(module, nn.Linear) and not module.weight.any():
-            nn.init.normal_(module.weight, std=0.1)
+def _of_timm(name: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, num_classes=NUM_CLASSES)
 
 
 @torch.no_grad()
-def _clear(layer: nn.Module, dead: Tensor) -> None:
-    layer.weight[dead] = 0
-    if layer.bias is not None:
-        layer.bias[dead] = 0
+def randomise(network: nn.Module) -> None:
+    """Replaces initial values that would hide a difference: plain batch norms, tiny layer scales, an empty last layer."""
+    for name, parameter in network.named_parameters():
+        if re.search(r"(layer_scale\w*|gamma\w*|ls\d?\.gamma|skipinit_gain)$", name):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+        elif isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.1)
 
 
-def example_images(name: str) -> Tensor:
-    side = IMAGE_SIDES_PIXELS[name]
-    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+# ---- torch_pruning -----------------------------------------------------------------------------------------------------
+
+
+def measure_torch_pruning(name: str) -> dict[str, Any]:
+    import torch_pruning
+
+    network, images = build(name)
+    if sum(parameter.numel() for parameter in network.parameters()) > MOST_PARAMETERS:
+        return {"works": None, "reason": f"not measured: more than {MOST_PARAMETERS / 1e6:.0f} million parameters"}
+    before, outputs = profile_network(network, images[:1]), network(images)
+    last = [module for module in network.modules() if getattr(module, "out_features", None) == NUM_CLASSES]
+    last += [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.out_channels == NUM_CLASSES]
+    torch_pruning.pruner.MagnitudePruner(
+        network,
+        images,
+        importance=torch_pruning.importance.MagnitudeImportance(p=1),
+        pruning_ratio=1 - KEEP_RATIO,
+        ignored_layers=last,
+    ).step()
+    with torch.no_grad():
+        shape = network(images).shape
+    if shape != outputs.shape:
+        return {"works": False, "reason": f"gives {tuple(shape)} in place of {tuple(outputs.shape)}"}
+    after = profile_network(network, images[:1])
+    return {"works": True, **{key: after[key] / before[key] for key in ("parameters", "macs")}, "reason": ""}
+
+
+METHODS = {"ours": measure_ours, "torch_pruning": measure_torch_pruning}
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------------
+
+
+def print_tables(rows: Sequence[dict[str, Any]]) -> None:
+    for source in ("torchvision", "timm"):
+        own = [row for row in rows if row["network"].startswith(source) and METHODS.keys() <= row.keys()]
+        if own:
+            print(f"{summary(own)}\n\n{table([_shown(row) for row in sorted(own, key=lambda row: row['network'])])}\n")
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    ours, other = ([row[who] for row in rows] for who in ("ours", "torch_pruning"))
+    wrong = sum(bool(own.get("wrong")) for own in ours)
+    asked = [own for own in other if own["works"] is not None]
+    return (
+        f"{sum(own['works'] for own in ours)} of {len(rows)} networks smaller and equal, {wrong} wrong; "
+        f"torch_pruning: {sum(own['works'] for own in asked)} of {len(asked)} run"
+    )
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    ours, other = row["ours"], row["torch_pruning"]
+    short = ours["reason"].replace("|", "/").replace("\n", " ")
+    return {
+        "network": row["network"].partition("/")[2],
+        "image": ours.get("side"),
+        "works": "yes" if ours["works"] else "WRONG" if ours.get("wrong") else "no",
+        "parameters": ours.get("parameters"),
+        "MACs": ours.get("macs"),
+        "refused because": short if len(short) <= 160 else f"{short[:157]}...",
+        "torch_pruning": {True: "runs", False: "fails", None: "not measured"}[other["works"]],
+        "its parameters": other.get("parameters"),
+        "its MACs": other.get("macs"),
+    }
 
 
 if __name__ == "__main__":

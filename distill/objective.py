@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from distill.base import DISTILLERS, Distiller, full_precision
-from models.conv_norm import conv_norm_pairs
+from models.batch_norm import UnevenBatchNorm2d
+from models.conv_norm import BATCH_NORMS, conv_norm_pairs
 from models.outputs import Outputs
 from utils.engine import Objective
 from utils.errors import UserError
@@ -205,8 +206,12 @@ def sample_outputs(network: nn.Module, images: Tensor) -> Outputs:
 
 def _fold_batch_norms(network: nn.Module) -> None:
     for conv_name, norm_name in conv_norm_pairs(network).items():
-        norm = network.get_submodule(norm_name)
-        if norm.track_running_stats:
-            fused = fuse_conv_bn_eval(network.get_submodule(conv_name), norm)
+        conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
+        plain = type(conv) is nn.Conv2d and type(norm) in (
+            *BATCH_NORMS,
+            UnevenBatchNorm2d,
+        )  # others do more
+        if plain and norm.track_running_stats:
+            fused = fuse_conv_bn_eval(conv, norm)
             network.set_submodule(conv_name, fused.requires_grad_(False))
             network.set_submodule(norm_name, nn.Identity())

@@ -1,21 +1,21 @@
-"""Which batch norm belongs to which convolution, as the network's graph has it and not its naming."""
+"""Which batch norm belongs to which convolution, and which convolution classifies: as the graph has it, not by naming."""
 
 from collections import Counter
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from models.channel_flow import trace_network
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def conv_norm_pairs(model: nn.Module) -> dict[str, str]:
+def conv_norm_pairs(model: nn.Module, *, example: Tensor | None = None) -> dict[str, str]:
     """Names of convolutions, each with the name of the one batch norm that alone reads it; neither of them is used twice.
 
-    Pass the bare network, not one wrapped by `torch.compile` or DistributedDataParallel, whose names differ. Raises
-    UserError where torch.fx cannot trace it.
+    Pass the bare network, not one wrapped by `torch.compile` or DistributedDataParallel, whose names differ; `example` is
+    for networks whose Python asks for sizes, see `trace_network`. Raises UserError where torch.fx cannot trace it.
     """
-    calls = [node for node in trace_network(model).graph.nodes if node.op == "call_module"]
+    calls = [node for node in trace_network(model, example=example).graph.nodes if node.op == "call_module"]
     times_called = Counter(node.target for node in calls)
 
     def is_single(node: fx.Node, kinds: type | tuple[type, ...]) -> bool:
@@ -29,3 +29,18 @@ def conv_norm_pairs(model: nn.Module) -> dict[str, str]:
         for reader in conv.users
         if len(conv.users) == 1 and is_single(reader, BATCH_NORMS)
     }
+
+
+def classifying_layers(model: nn.Module, *, example: Tensor | None = None) -> frozenset[str]:
+    """Names of the convolutions and linear layers whose outputs become the network's results, with no other in between."""
+    graph = trace_network(model, example=example).graph
+    pending, seen, found = [node for node in graph.nodes if node.op == "output"], set(), set()
+    while pending:
+        node = pending.pop()
+        layer = model.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+            found.add(node.target)
+        else:
+            pending += [source for source in node.all_input_nodes if source not in seen]
+            seen.update(node.all_input_nodes)
+    return frozenset(found)

@@ -38,7 +38,9 @@ from models.relayout import AddInto, Relayout, Relayouts
 from utils.errors import UserError, shown
 
 
-def narrow(model: nn.Module, kept: Mapping[str, Sequence[int]], *, wide_sums: bool = False) -> "NarrowNetwork":
+def narrow(
+    model: nn.Module, kept: Mapping[str, Sequence[int]], *, wide_sums: bool = False, example: Tensor | None = None
+) -> "NarrowNetwork":
     """The network that is left of `model` when each layer in `kept` has only the output channels listed for it.
 
     `kept` maps names of convolutions, batch norms and linear layers to ascending output channels, possibly none; a layer that
@@ -49,10 +51,12 @@ def narrow(model: nn.Module, kept: Mapping[str, Sequence[int]], *, wide_sums: bo
 
     `wide_sums` leaves the outputs of layers that meet other channels in a sum at full width, with zeros: more arithmetic,
     but plain sums, for runtimes that add into places slowly (onnxruntime).
+
+    `example` is a batch for networks whose Python asks for the size of its input, see `trace_network`.
     """
     kept = {name: _checked_channels(model, name, channels) for name, channels in kept.items()}
     methods = ("forward", "outputs") if has_outputs(model) else ("forward",)
-    traces = {method: trace_network(model, method).checked(model) for method in methods}
+    traces = {method: trace_network(model, method, example=example).checked(model) for method in methods}
     if wide_sums:
         summed = {name for plan in _plan_all(model, traces, kept).values() for name in _layers_of_uneven_sums(plan)}
         kept = {name: channels for name, channels in kept.items() if name not in summed}
@@ -155,8 +159,8 @@ class NarrowNetwork(nn.Module):
     def kept(self) -> dict[str, list[int]]:
         return self.__parts.kept
 
-    def forward(self, x: Tensor) -> Any:
-        return self.__parts.functions["forward"](self.__parts.owner, self.training, x)
+    def forward(self, x: Tensor, *more: Tensor) -> Any:
+        return self.__parts.functions["forward"](self.__parts.owner, self.training, x, *more)
 
     def outputs(self, x: Tensor) -> Outputs:
         """What the dense network's `outputs` returns, its feature maps at full width."""

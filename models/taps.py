@@ -159,7 +159,7 @@ def _usual_sizes(network: nn.Module) -> list[tuple[int, ...]]:
 @torch.compiler.disable
 def _outputs_function(network: nn.Module, images: Tensor) -> Callable[..., Outputs]:
     """A function of the network and images; raises UserError where the graph has no feature maps, or there is none."""
-    trace = trace_network(network).checked(network)
+    trace = trace_network(network, example=images).checked(network)
     taps = find_taps(trace.graph, network, images)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

@@ -5,7 +5,7 @@ channel that only reads zeros goes with it. `compact` finds such channels from t
 through the network (`models.channel_flow`), has it built without them (`models.narrow`), and proves that both agree.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def compact(model: nn.Module, example_input: Tensor, *, tolerance: float = TOLER
     `example_input` is a batch of images; both networks must agree on it to `tolerance` of the largest logit, in evaluation
     mode. Raises UserError if they do not, and where torch.fx cannot trace the network.
     """
-    smaller = narrow(model, live_channels(model))
+    smaller = narrow(model, live_channels(model, example_input), example=example_input)
     difference = relative_difference(model, smaller, [example_input])
     if not difference <= tolerance:  # a NaN is no agreement either
         raise UserError(
@@ -35,13 +35,13 @@ def compact(model: nn.Module, example_input: Tensor, *, tolerance: float = TOLER
     return smaller
 
 
-def live_channels(model: nn.Module) -> dict[str, list[int]]:
+def live_channels(model: nn.Module, example_input: Tensor | None = None) -> dict[str, list[int]]:
     """The output channels that are not identically zero, of each layer that has others; in the form that `narrow` takes."""
-    trace = trace_network(model, "outputs" if has_outputs(model) else "forward").checked(model)
+    trace = trace_network(model, "outputs" if has_outputs(model) else "forward", example=example_input).checked(model)
     live: dict[str, list[int]] = {}
 
     def find_live(name: str, layer: nn.Module, given: Channels | None) -> list[int]:
-        live[name] = _LIVE[type(layer)](layer, given).nonzero().flatten().tolist()
+        live[name] = _live_entries_of(layer)(layer, given).nonzero().flatten().tolist()
         return live[name]
 
     plan = plan_channels(trace.graph, model, live_outputs=find_live, carriers=frozenset())
@@ -101,6 +101,10 @@ _LIVE = {
     nn.Linear: _live_units,
     **dict.fromkeys(BATCH_NORMS, _live_entries),
 }
+
+
+def _live_entries_of(layer: nn.Module) -> Callable[[nn.Module, Channels | None], Tensor]:
+    return next(_LIVE[kind] for kind in type(layer).__mro__ if kind in _LIVE)
 
 
 def relative_difference(dense: nn.Module, smaller: nn.Module, images: Iterable[Tensor]) -> float:

@@ -35,10 +35,12 @@ def build_schedule(
     if soft_interval is not None:
         return SoftPruning(network, choose, interval=soft_interval, last_epoch=last_epoch)
     if state is not None:
-        return (PhysicalPruning if _was_trained_small(state) else HardPruning)(network, state["resume"]["hooks"]["kept"])
+        return (PhysicalPruning if _was_trained_small(state) else HardPruning)(
+            network, state["resume"]["hooks"]["kept"], example=images
+        )
     kept = choose()
     if form == "masked":
-        return HardPruning(network, kept)
+        return HardPruning(network, kept, example=images)
     schedule, reason = _proved(network, kept, images)
     if any_process(schedule is None):
         schedule, reason = None, reason or "another process found a difference"
@@ -46,7 +48,7 @@ def build_schedule(
         raise UserError(f"--train-form compact: {reason}; choose masked")
     if schedule is None:
         warn(f"trains the large network with zeros, not the small one: {reason}")
-    return schedule or HardPruning(network, kept)
+    return schedule or HardPruning(network, kept, example=images)
 
 
 def check_compact_form(network: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> None:
@@ -62,7 +64,7 @@ def check_compact_form(network: nn.Module, kept: Mapping[str, Tensor], images: T
 def _proved(network: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> tuple[PhysicalPruning | None, str | None]:
     """Pruning in compact form once it is proved right, or why it is not."""
     try:
-        schedule = PhysicalPruning(network, kept)
+        schedule = PhysicalPruning(network, kept, example=images)
         schedule.prove(images)
     except UserError as error:
         return None, str(error)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.conv_norm import conv_norm_pairs
+from models.conv_norm import classifying_layers, conv_norm_pairs
 from prune.criteria import CRITERIA
 from utils.errors import UserError, naming
 
@@ -43,17 +43,18 @@ def _existing(name: str | None, layer: nn.Module | None, *tensors: str) -> dict[
     return {key: tensor for key, tensor in found.items() if tensor is not None}
 
 
-def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
-    """Every `nn.Conv2d` of `model` in `named_modules()` order: the order of `--prune-rates`.
+def prunable_layers(model: nn.Module, *, example: Tensor | None = None) -> list[PrunableLayer]:
+    """Every `nn.Conv2d` of `model` but one that classifies, in `named_modules()` order: the order of `--prune-rates`.
 
     A batch norm belongs to a layer if it reads the convolution's output directly, and neither of them is used twice. Pass
     the bare network, not one wrapped by `torch.compile` or DistributedDataParallel, whose names differ. Raises UserError
-    where torch.fx cannot trace it or it has no convolution.
+    where torch.fx cannot trace it or it has no convolution. `example` is for networks whose Python asks for sizes.
     """
-    bn_names = conv_norm_pairs(model)
+    bn_names = conv_norm_pairs(model, example=example)
+    classifiers = classifying_layers(model, example=example)
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and name not in classifiers:
             bn_name = bn_names.get(name)
             layers.append(PrunableLayer(name, module, bn_name, model.get_submodule(bn_name) if bn_name else None))
     if not layers:

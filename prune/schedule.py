@@ -26,12 +26,13 @@ SOFT_CRITERIA = ("filter-a", "filter-l2", "filter-gm")
 class PruningSchedule(Hooks):
     """What a trainer calls. `model` is the bare network, on its device; `kept` maps layers to the filters that stay.
 
-    `kept` holds sorted int64 indices on the CPU, and is empty as long as nothing has been chosen.
+    `kept` holds sorted int64 indices on the CPU, and is empty as long as nothing has been chosen. `example` is a batch of
+    images for networks whose Python asks for the size of its input, see `trace_network`.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, example: Tensor | None = None):
         self.model = model
-        self.layers = {layer.name: layer for layer in prunable_layers(model)}
+        self.layers = {layer.name: layer for layer in prunable_layers(model, example=example)}
         self.kept: dict[str, Tensor] = {}
 
     def trained_network(self) -> nn.Module:
@@ -60,8 +61,8 @@ class PruningSchedule(Hooks):
 class HardPruning(PruningSchedule):
     """One choice before training: pruned filters are exactly 0 from now on, after every step."""
 
-    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor]):
-        super().__init__(model)
+    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor], *, example: Tensor | None = None):
+        super().__init__(model, example=example)
         self.load_state_dict({"kept": kept})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -85,10 +86,10 @@ class PhysicalPruning(PruningSchedule):
     that has no narrow form.
     """
 
-    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor]):
-        super().__init__(model)
-        self.kept = HardPruning(model, kept).kept
-        self._network = narrow(model, self.live_channels(self.kept))
+    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor], *, example: Tensor | None = None):
+        super().__init__(model, example=example)
+        self.kept = HardPruning(model, kept, example=example).kept
+        self._network = narrow(model, self.live_channels(self.kept), example=example)
         quicken_batch_norms(self._network)
         self._zeros = _Zeros()
         for key, pruned in self._pruned_rows().items():

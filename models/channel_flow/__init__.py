@@ -10,8 +10,9 @@ wants the full width back, so a plan never changes the function, it only stops s
 """
 
 from models.channel_flow.channels import Channels, LayerCut, Plan, Step
+from models.channel_flow.concrete import attribute
 from models.channel_flow.plan import LiveOutputs, missing_carriers, output_channels, plan_channels
-from models.channel_flow.tracing import Trace, attribute, is_mode, trace_network
+from models.channel_flow.tracing import Trace, is_mode, trace_network
 
 __all__ = [
     "Channels",

@@ -63,21 +63,42 @@ _FUNCTIONS: dict[Any, Rule] = {}  # functions by identity, tensor methods by nam
 
 
 def rule(*operations: Any) -> Callable[[Rule], Rule]:
-    """Registers the decorated function as the rule of modules (by type), functions (by identity) and tensor methods (by name)."""
+    """Registers the decorated function as the rule of its operations.
+
+    Modules are named by type, or as `package.module.Class` where the package may be missing; functions by identity, tensor
+    methods by name. A module's rule holds for subclasses that inherit its `forward`.
+    """
 
     def register(function: Rule) -> Rule:
         for operation in operations:
-            table = _MODULES if isinstance(operation, type) and issubclass(operation, nn.Module) else _FUNCTIONS
-            table[operation] = function
+            is_module = isinstance(operation, type) and issubclass(operation, nn.Module)
+            is_module |= isinstance(operation, str) and "." in operation
+            (_MODULES if is_module else _FUNCTIONS)[operation] = function
         return function
 
     return register
 
 
+def has_rule(module: nn.Module) -> bool:
+    """Whether something is known about modules of this kind, so that tracing need not look into it."""
+    return _rule_of_module(module) is not None
+
+
+def _rule_of_module(module: nn.Module) -> Rule | None:
+    """The rule of the nearest class that the module is of, if its forward pass is that of this class."""
+    if "parametrizations" in module._modules or module._forward_pre_hooks or "forward" in vars(module):
+        return None  # its tensors are made of others
+    for kind in type(module).__mro__:
+        own = _MODULES.get(kind) or _MODULES.get(f"{kind.__module__}.{kind.__qualname__}")
+        if own is not None:
+            return own if type(module).forward is kind.forward else None
+    return None
+
+
 def rule_of(call: Call) -> Rule:
     node = call.node
     if node.op == "call_module":
-        return _MODULES.get(type(call.module), opaque)
+        return _rule_of_module(call.module) or opaque
     if node.op in ("call_function", "call_method"):
         return _FUNCTIONS.get(node.target, opaque)
     return outside

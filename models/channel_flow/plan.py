@@ -5,7 +5,8 @@ from torch import fx, nn
 from models.channel_flow import rules  # noqa: F401  (fills the table that rule_of reads)
 from models.channel_flow.call import Call, LiveOutputs, opaque, rule_of
 from models.channel_flow.channels import Plan, Step
-from models.channel_flow.tracing import attribute, is_mode
+from models.channel_flow.concrete import attribute
+from models.channel_flow.tracing import is_mode
 
 
 def output_channels(layer: nn.Module) -> int | None:

@@ -57,17 +57,23 @@ class OddNetwork(nn.Module):
         super().__init__()
         self.plain, self.left, self.right, self.split, self.twice, self.unused = (nn.Conv2d(2, 2, 1) for _ in range(6))
         self.shared, self.first, self.second, self.third = (nn.BatchNorm2d(2) for _ in range(4))
+        self.head = nn.Linear(2, 2)
 
     def forward(self, x):
         x = self.shared(self.left(x)) + self.shared(self.right(x)) + self.plain(x)
         split = self.split(x)
-        return self.third(self.twice(self.twice(self.first(split) + self.second(split))))
+        return self.head(self.third(self.twice(self.twice(self.first(split) + self.second(split)))).flatten(1))
 
 
 def test_a_batch_norm_that_is_not_the_convs_alone_is_left_out():
     layers = prunable_layers(OddNetwork())
     assert [layer.name for layer in layers] == ["plain", "left", "right", "split", "twice", "unused"]
     assert [layer.bn for layer in layers] == [None] * 6
+
+
+def test_a_convolution_that_classifies_keeps_its_outputs():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert [layer.name for layer in prunable_layers(network)] == ["0"]
 
 
 def test_sync_batch_norm_counts_as_batch_norm():

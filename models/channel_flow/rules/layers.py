@@ -12,18 +12,18 @@ from models.channel_flow.channels import Channels, LayerCut, Step
 
 @rule(*numbered("Conv"))
 @unshared
-def _conv(call: Call) -> Step:
-    conv, given = call.module, call.channels(call.source)
-    rank = conv.weight.dim()
+def conv(call: Call) -> Step:
+    layer, given = call.module, call.channels(call.source)
+    rank = layer.weight.dim()
     if given is None:
-        given = Channels(conv.in_channels, tuple(range(conv.in_channels)), 1, rank)
-    if given.flat or (given.axis, given.full) != (1, conv.in_channels):
+        given = Channels(layer.in_channels, tuple(range(layer.in_channels)), 1, rank)
+    if given.flat or (given.axis, given.full) != (1, layer.in_channels):
         return opaque(call)
-    live = call.outputs_of_layer(given, conv.out_channels)
+    live = call.outputs_of_layer(given, layer.out_channels)
     if not live:
-        return call.step(Channels(conv.out_channels, (), 1, rank, vanished=call.vanishing(given)))
-    cut, inputs = _cut_groups(conv, live, given.stored)
-    return call.step(Channels(conv.out_channels, cut.rows, 1, rank), wants={call.source: given.storing(inputs)}, cut=cut)
+        return call.step(Channels(layer.out_channels, (), 1, rank, vanished=call.vanishing(given)))
+    cut, inputs = _cut_groups(layer, live, given.stored)
+    return call.step(Channels(layer.out_channels, cut.rows, 1, rank), wants={call.source: given.storing(inputs)}, cut=cut)
 
 
 def _cut_groups(conv: nn.Module, live: Sequence[int], stored: Sequence[int]) -> tuple[LayerCut, tuple[int, ...]]:
@@ -52,23 +52,23 @@ def _evened(channels: Sequence[int], groups: Sequence[int], size: int) -> tuple[
 
 @rule(nn.Linear)
 @unshared
-def _linear(call: Call) -> Step:
-    linear, given = call.module, call.channels(call.source)
-    if given is not None and not _last_axis_of(given, linear.in_features):
+def linear(call: Call) -> Step:
+    layer, given = call.module, call.channels(call.source)
+    if given is not None and not _last_axis_of(given, layer.in_features):
         given = None
-    rows = call.outputs_of_layer(given, linear.out_features)
+    rows = call.outputs_of_layer(given, layer.out_features)
     axis, rank = (given.rank - 1, given.rank) if given is not None and given.rank else (-1, None)
     if not rows:
-        return call.step(Channels(linear.out_features, (), axis, rank, vanished=call.vanishing(given)))
+        return call.step(Channels(layer.out_features, (), axis, rank, vanished=call.vanishing(given)))
     if given is None:
-        inputs, wants = range(linear.in_features), opaque(call).wants
+        inputs, wants = range(layer.in_features), opaque(call).wants
     else:
         want = given if given.stored else given.storing([0])
-        pixels = linear.in_features // given.full  # 1 unless the input is flat
+        pixels = layer.in_features // given.full  # 1 unless the input is flat
         inputs = [channel * pixels + pixel for channel in want.stored for pixel in range(pixels)]
         wants = {call.source: want}
     cut = LayerCut(rows, (tuple(inputs),))
-    return call.step(Channels(linear.out_features, rows, axis, rank), wants=wants, cut=cut)
+    return call.step(Channels(layer.out_features, rows, axis, rank), wants=wants, cut=cut)
 
 
 def _last_axis_of(given: Channels, features: int) -> bool:
@@ -79,7 +79,7 @@ def _last_axis_of(given: Channels, features: int) -> bool:
 
 @rule(*numbered("BatchNorm"), UnevenBatchNorm2d, nn.SyncBatchNorm)
 @unshared
-def _batch_norm(call: Call) -> Step:
+def batch_norm(call: Call) -> Step:
     norm, given = call.module, call.channels(call.source)
     if given is None or given.flat or (given.axis, given.full) != (1, norm.num_features):
         return opaque(call)

@@ -1,6 +1,7 @@
 """Concatenations, the pieces that chunk and split give, indexing, and channel shuffles."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,8 +18,10 @@ def _cat(call: Call) -> Step:
     parts, axis = call.argument(0, "tensors"), call.argument(1, "dim", 0)
     channels = [call.channels(part) for part in parts] if isinstance(parts, list | tuple) else [None]
     first = channels[0]
-    if any(part is None for part in channels) or first.rank is None or axis % first.rank != first.axis:
+    if any(part is None for part in channels) or first.rank is None:
         return opaque(call)
+    if axis % first.rank != first.axis:
+        return _cat_of_other_axis(call, parts, channels)
     if any((part.axis, part.rank, part.flat) != (first.axis, first.rank, False) for part in channels):
         return opaque(call)
     stored, full = [], 0
@@ -27,6 +30,14 @@ def _cat(call: Call) -> Step:
         full += part.full
     vanished = frozenset().union(*(part.vanished for part in channels)) if not stored else frozenset()
     return call.step(replace(first, full=full, stored=tuple(stored), vanished=vanished), form="cat")
+
+
+def _cat_of_other_axis(call: Call, parts: Sequence[fx.Node], channels: Sequence[Channels]) -> Step:
+    """Every part stores what any of them stores."""
+    if not all(channels[0].fits(part) for part in channels) or any(not part.stored for part in channels):
+        return opaque(call)
+    out = channels[0].storing(sorted(set().union(*(part.stored for part in channels))))
+    return call.step(out, wants=dict.fromkeys(parts, out))
 
 
 @rule(torch.chunk, torch.split, "chunk", "split")

@@ -17,7 +17,7 @@ from models.channel_flow.channels import Step
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate),
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
 )
-def _spatial(call: Call) -> Step:
+def spatial(call: Call) -> Step:
     """Pooling and the like, which work on the axes behind the channels, each channel by itself."""
     given = call.channels(call.source)
     with_indices = call.node.kwargs.get("return_indices") or (
@@ -39,13 +39,14 @@ def _pad(call: Call) -> Step:
     """Zero padding in space changes no channel; behind or before the channels it adds some that need not be stored."""
     given, widths = call.channels(call.source), call.argument(1, "pad")
     mode, value = call.argument(2, "mode", "constant"), call.argument(3, "value")
-    fixed = isinstance(widths, list | tuple) and all(isinstance(width, int) for width in widths)
-    if given is None or given.rank is None or given.flat or not fixed:
+    if given is None or given.rank is None or given.flat or not isinstance(widths, list | tuple):
         return opaque(call)
     if mode == "constant" and value not in (None, 0):
         return opaque(call)
     position = 2 * (given.rank - 1 - given.axis)  # of the channels' own pair: pairs count from the last axis
     before, after = widths[position : position + 2] if len(widths) > position else (0, 0)
+    if not isinstance(before, int) or not isinstance(after, int):
+        return opaque(call)
     if before == after == 0:
         return call.step(given)
     if mode != "constant" or min(before, after) < 0:
