@@ -1,8 +1,10 @@
 """Flags and exits that the entry scripts share. Bad input ends in one line on stderr and status 2, never in a traceback."""
 
 import argparse
+import errno
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,7 @@ from utils.python_file import names_function
 from utils.recorded_flags import recorded_words
 from utils.run_folder import CONFIG, read_config
 from utils.run_state import PLACEMENT_FLAGS
+from utils.streams import NAMES, outlive_lost_streams, print_error, take_losses
 
 SILENCE_SECONDS = 5.0
 PLACES = frozenset(("data_dir", "save_dir", "workers", "device"))  # taken whatever a script is asked to do
@@ -335,8 +338,12 @@ def require(args: argparse.Namespace, *names: str) -> None:
 
 
 def execute(main: Callable[[], None]) -> NoReturn:
-    """Runs an entry script's `main` and exits: 2 for bad input, 1 for a failed training, 128 + number for a signal."""
-    status = 0
+    """Runs an entry script's `main` and exits: 2 for bad input, 1 for a failed training, 128 + number for a signal.
+
+    Output that got lost is a failure (1, or as if by SIGPIPE) where no run has it in its text log.
+    """
+    status: Any = 0
+    outlive_lost_streams()
     keep_freed_memory()
     try:
         main()
@@ -353,12 +360,24 @@ def execute(main: Callable[[], None]) -> NoReturn:
         status = _complain(error, status=128 + error.signal_number, what="")
     except KeyboardInterrupt:
         status = 130
+    except SystemExit as end:  # of --help
+        status = end.code
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
         first_line = str(error).partition("\n")[0]
         status = _complain(f"another process has ended, its own message says why ({first_line})", status=1, is_echo=True)
-    sys.exit(status)
+    sys.exit(status or _output_status())
+
+
+def _output_status() -> int:
+    """0, unless something that was printed is nowhere else. A reader that went away has read what it wanted: not a word then."""
+    loss = take_losses().get(NAMES["stdout"])
+    if loss is None:
+        return 0
+    if loss.errno == errno.EPIPE:
+        return 128 + signal.SIGPIPE
+    return _complain(f"{NAMES['stdout']} cannot be written: {loss.strerror}", status=1)
 
 
 def _complain(error: Exception | str, *, status: int, is_echo: bool = False, what: str = "error") -> int:
@@ -374,5 +393,5 @@ def _complain(error: Exception | str, *, status: int, is_echo: bool = False, wha
         time.sleep(SILENCE_SECONDS)
     place = f" (process {rank})" if rank != "0" else ""
     head = f"{Path(sys.argv[0]).name}: {what}{place}".removesuffix(": ")
-    print(f"{head}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print_error(f"{head}: {' '.join(str(error).split())}")
     return status

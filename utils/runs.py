@@ -24,6 +24,7 @@ from utils.metrics_file import known_metrics, read_metrics
 from utils.python_file import names_function
 from utils.run_folder import LAST, LOCK, METRICS, PREVIOUS, STAMP, TENSORBOARD, check_entries, log_path, new_folder
 from utils.run_state import is_state
+from utils.streams import print_error, take_losses
 from utils.tensorboard import ScalarWriter
 
 
@@ -94,6 +95,10 @@ class Run:
         if self.world.is_main:
             print(message, flush=True)
             self.note(message)
+            for stream, loss in take_losses().items():
+                lost = f"WARNING: {stream} cannot be written ({loss.strerror}); the run goes on, {self.log_path} has its messages"
+                self.note(lost)
+                print_error(lost)
 
     def note(self, message: str) -> None:
         """Adds a message, with the time and the run's name, to the shared text log alone."""
