@@ -9,6 +9,7 @@ from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, describe_network, load_network
 from prune.compact import compact, relative_difference
 from prune.masks import prunable_layers
+from prune.papers_flops import papers_flops_drop
 from prune.schedule import PruningSchedule
 from utils import setup
 from utils.data import ImageData
@@ -129,7 +130,9 @@ def save_compact(
     description = describe_network(small.state_dict(), **identity, config=config, kept=small.kept, compact=True)
     run.save(COMPACT, {**description, "epoch": result["best"]["epoch"], "metrics": result["best"]})
     comparison = compare_networks(dense, small, data.example[:1], files=(run.folder / BEST, run.folder / COMPACT))
+    comparison["papers_flops_drop_percent"] = papers_flops_drop(dense, small, data.example[:1])
     run.log(comparison_table(comparison))
+    run.log(f"FLOPs of the convolutions, as papers count them: {comparison['papers_flops_drop_percent']:.1f} % less")
     run.log(f"top1 of the dense network {accuracy['dense']:.2f}, of the compact {accuracy['compact']:.2f}")
     run.log(f"largest difference of their logits, relative to the largest logit: {difference:.1e}")
     return {"top1": accuracy, "relative_difference": difference, **comparison}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils.seed import preserved_random_state
@@ -81,58 +81,7 @@ def compare_networks(dense: nn.Module, small: nn.Module, image: Tensor, *, files
     for role, network, file in zip(("dense", "compact"), (dense, small), files, strict=True):
         size = {"file_bytes": Path(file).stat().st_size}
         comparison[role] = {**profile_network(network, image), **size, "latency": latency(network, image)}
-    comparison["papers_flops_drop_percent"] = papers_flops_drop(dense, small, image)
     return comparison
-
-
-def papers_flops_drop(dense: nn.Module, small: nn.Module, image: Tensor) -> float:
-    """By how many percent the FLOPs fall as He et al. count them ("Soft Filter Pruning", IJCAI 2018, section 3.4; FPGM alike).
-
-    Convolutions alone. One that retains the proportion p of its filters, and reads another that retains q, costs p * q of
-    its dense self; what reads a residual sum reads all of its channels, though `small` may store fewer. `small` has the
-    convolutions of `dense` under their names, or not at all.
-    """
-    macs = _macs_of_convolutions(dense, image)
-    left = dict(small.named_modules())
-    kept = {name: left[name].out_channels / dense.get_submodule(name).out_channels if name in left else 0.0 for name in macs}
-    reads = _convolutions_read_directly(dense)
-    after = sum(count * kept[name] * kept.get(reads.get(name), 1.0) for name, count in macs.items())
-    return 100 * (1 - after / sum(macs.values()))
-
-
-def _macs_of_convolutions(network: nn.Module, image: Tensor) -> dict[str, int]:
-    """H * W * kH * kW * C / groups * F of each convolution that is called."""
-    macs: dict[str, int] = {}
-
-    def count(name: str) -> Callable[..., None]:
-        return lambda conv, _, output: macs.update({name: output[0, 0].numel() * conv.weight.numel()})
-
-    hooks = [
-        module.register_forward_hook(count(name)) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)
-    ]
-    try:
-        with torch.no_grad():
-            network(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return macs
-
-
-def _convolutions_read_directly(network: nn.Module) -> dict[str, str]:
-    """For each convolution, by name, the one that it reads with no sum, or other operation on several tensors, between."""
-
-    def is_conv(node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(network.get_submodule(node.target), nn.Conv2d)
-
-    reads = {}
-    for node in filter(is_conv, fx.Tracer().trace(network).nodes):
-        source = node.all_input_nodes[0]
-        while len(source.all_input_nodes) == 1 and not is_conv(source):
-            source = source.all_input_nodes[0]
-        if is_conv(source):
-            reads[node.target] = source.target
-    return reads
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
@@ -144,5 +93,4 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         rows.append((f"ms, batch {batch_size}, {comparison['device']}", *times, "{:,.2f}"))
     lines = [f"{'':<22}{'dense':>16}{'compact':>16}{'ratio':>9}"]
     lines += [f"{name:<22}{form.format(a):>16}{form.format(b):>16}{a / b:>8.2f}x" for name, a, b, form in rows]
-    lines.append(f"FLOPs of the convolutions, as papers count them: {comparison['papers_flops_drop_percent']:.1f} % less")
     return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""By how much the FLOPs fall as the papers on filter pruning count them, which is not what the small network saves."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+
+from models.channel_flow import trace_network
+
+
+def papers_flops_drop(dense: nn.Module, small: nn.Module, image: Tensor) -> float:
+    """By how many percent the FLOPs fall as He et al. count them ("Soft Filter Pruning", IJCAI 2018, section 3.4; FPGM alike).
+
+    Convolutions alone. One that retains the proportion p of its filters, and reads another that retains q, costs p * q of
+    its dense self; what reads a residual sum reads all of its channels, though `small` may store fewer. `small` has the
+    convolutions of `dense` under their names, or not at all. Raises UserError where torch.fx cannot trace `dense`.
+    """
+    macs = _macs_of_convolutions(dense, image)
+    left = dict(small.named_modules())
+    kept = {name: left[name].out_channels / dense.get_submodule(name).out_channels if name in left else 0.0 for name in macs}
+    reads = _convolutions_read_directly(dense)
+    after = sum(count * kept[name] * kept.get(reads.get(name), 1.0) for name, count in macs.items())
+    return 100 * (1 - after / sum(macs.values()))
+
+
+def _macs_of_convolutions(network: nn.Module, image: Tensor) -> dict[str, int]:
+    """H * W * kH * kW * C / groups * F of each convolution that is called."""
+    macs: dict[str, int] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda conv, _, output: macs.update({name: output[0, 0].numel() * conv.weight.numel()})
+
+    hooks = [
+        module.register_forward_hook(count(name)) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)
+    ]
+    try:
+        with torch.no_grad():
+            network(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return macs
+
+
+def _convolutions_read_directly(network: nn.Module) -> dict[str, str]:
+    """For each convolution, by name, the one that it reads with no sum, or other operation on several tensors, between."""
+
+    def is_conv(node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(network.get_submodule(node.target), nn.Conv2d)
+
+    reads = {}
+    for node in filter(is_conv, trace_network(network).graph.nodes):
+        source = node.all_input_nodes[0]
+        while len(source.all_input_nodes) == 1 and not is_conv(source):
+            source = source.all_input_nodes[0]
+        if is_conv(source):
+            reads[node.target] = source.target
+    return reads
