@@ -81,6 +81,7 @@ def main(args: argparse.Namespace) -> None:
     data = setup.load_data(args, device=device, world=world, files=said, state=state)
     teacher, student = build_networks(args, files, data)
     choose = filter_choice(args, student, data)
+    choose.check()
     loss = objective_of(args, student.network, teacher, data).formula()  # losses that cannot compare the two say so here
     check_recalibration(student.network, args.recalibrate_bn)
     if args.train_form == "compact" and state is None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -27,6 +28,20 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
         for network in networks:
             network.eval()
         yield
+
+
+@contextmanager
+def without_trace(network: nn.Module) -> Iterator[None]:
+    """Afterwards modes, `requires_grad`, buffers and torch's default random streams are as before, whatever ran in between."""
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    cuda_devices = {tensor.device.index for tensor in (*network.parameters(), *network.buffers()) if tensor.is_cuda}
+    with torch.random.fork_rng(devices=cuda_devices), preserved_modes(network):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
 
 
 def deviating_modes(network: nn.Module, mode: bool) -> dict[str, bool]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prune.criteria import CRITERIA
 from prune.gradients import mean_gradients
-from prune.masks import PrunableLayer, choose_filters
+from prune.masks import PrunableLayer, check_criterion, choose_filters
 from utils.data import ImageData
 from utils.distributed import sum_over_processes
 from utils.seed import generator
@@ -48,6 +48,10 @@ class FilterChoice:
         """Whether the network keeps, and has, all of its filters."""
         return self.takes_nothing and not self.earlier
 
+    def check(self) -> None:
+        """Raises UserError where the network lacks what the criterion reads of it."""
+        check_criterion(self.layers, self.ratios, criterion=self.criterion, multiple=self.multiple)
+
     def __call__(self) -> dict[str, Tensor]:
         kept = {layer.name: torch.arange(layer.filters) for layer in self.layers} if self.takes_nothing else self._highest()
         earlier = {name: torch.tensor(channels) for name, channels in self.earlier.items()}
@@ -66,7 +70,13 @@ class FilterChoice:
 
     def _gradients(self) -> dict[str, Tensor]:
         batches = ((batch.images, batch.labels) for batch in islice(self.data.train_batches("scoring"), self.samp_batches))
-        return mean_gradients(self.network, batches, layers=self.layers, all_reduce=sum_over_processes)
+        return mean_gradients(
+            self.network,
+            batches,
+            layers=self.layers,
+            training=CRITERIA[self.criterion].gradient_mode == "training",
+            all_reduce=sum_over_processes,
+        )
 
     def without_gradient(self) -> "FilterChoice":
         """A choice of as many filters that costs no pass over the data; the same one where the criterion needs none."""

@@ -1,8 +1,8 @@
 """Filter criteria: a conv weight in, one score a filter out; the filters with the lowest scores are pruned.
 
 A new criterion is one function under `@criterion("filter-...")`; nothing else changes. It takes the weight and, by name, what it
-needs of `grad`, `gamma`, `generator` and `gm_distance`, and returns (F,) scores. It is called without autograd and in float64:
-its scores are rounded to float32 afterwards, so that the same weights rank alike on every device.
+needs of `grad`, `bn_weight`, `gamma`, `generator` and `gm_distance`, and returns (F,) scores. It is called without autograd and
+in float64: its scores are rounded to float32 afterwards, so that the same weights rank alike on every device.
 """
 
 import inspect
@@ -16,15 +16,20 @@ from torch import Tensor
 from utils.errors import UserError
 
 GM_DISTANCES = ("euclidean", "sqeuclidean")
+MODES = ("training", "evaluation")
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A registered score function, called with the same arguments whichever it is."""
+    """A registered score function, called with the same arguments whichever it is.
+
+    `gradient_mode` is the mode of the network, "training" or "evaluation", in which its gradient is taken.
+    """
 
     name: str
     score: Callable[..., Tensor]
     inputs: frozenset[str]
+    gradient_mode: str = "training"
 
     @property
     def needs_gradient(self) -> bool:
@@ -39,17 +44,22 @@ class Criterion:
         gamma: float = 0.5,
         generator: torch.Generator | None = None,
         gm_distance: str = "euclidean",
+        bn_weight: Tensor | None = None,
     ) -> Tensor:
         """Scores (F,) of the filters of `weight` (F, C, kH, kW), on its device, in its dtype but at least float32.
 
-        `grad` has the shape of `weight`. Raises UserError where it is needed and not given, and unless the scores are F finite
-        numbers: what else a new criterion may return would prune something all the same.
+        `grad` has the shape of `weight`, `bn_weight`, that of the batch norm which reads the filters, is (F,). Raises
+        UserError where one is needed and not given, and unless the scores are F finite numbers: what else a new criterion may
+        return would prune something all the same.
         """
         if self.needs_gradient and (grad is None or grad.shape != weight.shape):
             given = "none" if grad is None else f"one of shape {tuple(grad.shape)}"
             raise UserError(f"{self.name} needs a gradient of the weight's shape {tuple(weight.shape)}, and got {given}")
+        if "bn_weight" in self.inputs and bn_weight is None:
+            raise UserError(f"{self.name} needs a batch norm that alone reads the filters, and its weight: there is none")
         available = {
             "grad": None if grad is None else grad.double(),
+            "bn_weight": None if bn_weight is None else bn_weight.double(),
             "gamma": gamma,
             "generator": generator,
             "gm_distance": gm_distance,
@@ -72,7 +82,7 @@ class Criterion:
 
 
 CRITERIA: dict[str, Criterion] = {}
-_INPUTS = frozenset(("grad", "gamma", "generator", "gm_distance"))
+_INPUTS = frozenset(("grad", "bn_weight", "gamma", "generator", "gm_distance"))
 
 
 def criteria_with(*inputs: str) -> list[str]:
@@ -80,14 +90,16 @@ def criteria_with(*inputs: str) -> list[str]:
     return [name for name, entry in CRITERIA.items() if entry.inputs & set(inputs)]
 
 
-def criterion(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def criterion(name: str, *, gradient_mode: str = "training") -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Registers the decorated score function as `--prune-mode name`. Its parameters say what it needs beside the weight."""
+    if gradient_mode not in MODES:
+        raise ValueError(f"criterion {name!r}: gradient_mode {gradient_mode!r} is none of {', '.join(MODES)}")
 
     def register(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
         inputs = frozenset(list(inspect.signature(score).parameters)[1:])
         if name in CRITERIA or not inputs <= _INPUTS:
             raise ValueError(f"criterion {name!r} is registered already, or asks for more than {', '.join(sorted(_INPUTS))}")
-        CRITERIA[name] = Criterion(name, score, inputs)
+        CRITERIA[name] = Criterion(name, score, inputs, gradient_mode)
         return score
 
     return register
@@ -138,6 +150,22 @@ def norm_of_gradient_and_geometric_median(weight: Tensor, *, grad: Tensor, gamma
         raise UserError(f"--gamma {gamma}: must be from 0 (gradient alone) to 1 (geometric median alone)")
     median = geometric_median(weight, gm_distance=gm_distance)
     return gamma * _minmax(median) + (1 - gamma) * _minmax(l1_norm(grad))
+
+
+@criterion("filter-taylor", gradient_mode="evaluation")
+def taylor(weight: Tensor, *, grad: Tensor) -> Tensor:
+    """Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019: `(sum w_i g_i)^2`.
+
+    The gradient is that of evaluation mode. A batch norm that normalises by its batch undoes any scale of a filter, so that the
+    loss does not change along it: there `sum w_i g_i` is 0, whatever the filter does.
+    """
+    return (weight * grad).flatten(1).sum(1).square()
+
+
+@criterion("filter-bn")
+def batch_norm_weight(weight: Tensor, *, bn_weight: Tensor) -> Tensor:
+    """Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017: `|weight of batch norm|`."""
+    return bn_weight.abs()
 
 
 def _minmax(scores: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def add_pruning_flags(parser: cli.Parser) -> None:
     group.add_argument("--recalibrate-bn", type=cli.positive_int, metavar="N",
                        help="estimate batch norm's statistics over N training batches before each evaluation")  # fmt: skip
     group.add_argument("--samp-batches", type=cli.positive_int, metavar="N",
-                       help="training batches for the gradient of filter-nggm (default: all)")  # fmt: skip
+                       help="training batches that filters are scored by (default: all)")  # fmt: skip
     group.add_argument("--gamma", type=cli.proportion, default=0.5, help="weight of the distances in filter-nggm")
     group.add_argument("--gm-distance", default="euclidean", choices=GM_DISTANCES, help="distances of filter-gm and filter-nggm")
     group.add_argument("--exclude-layers", nargs="+", default=[], metavar="NAME", help="conv layers that keep all filters")

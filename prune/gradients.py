@@ -1,12 +1,12 @@
-"""The gradient that `filter-nggm` scores filters by: of the mean cross-entropy over training batches."""
+"""The gradient that criteria such as `filter-nggm` score filters by: of the mean cross-entropy over training batches."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.modes import without_trace
 from prune.masks import PrunableLayer
 from utils.errors import UserError
 
@@ -17,6 +17,7 @@ def mean_gradients(
     *,
     layers: Sequence[PrunableLayer],
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    training: bool = True,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Tensor]:
     """Gradient of the mean `loss` over the images of `batches`, by layer name, in the shape of the conv weights.
@@ -24,8 +25,8 @@ def mean_gradients(
     `batches` gives (images, labels) on the model's device; `loss(logits, labels)` is a mean over the batch. The gradients
     are summed batch by batch, each weighed by its images, in the memory of one training step. The pass runs in training
     mode, so it is the gradient that training is about to follow (batch statistics, dropout), and does not rest on running
-    statistics that a fresh network has not got. It leaves no trace: buffers, torch's default random streams, `.grad`,
-    `requires_grad` and the mode of every module are as before.
+    statistics that a fresh network has not got; without `training` it is that of the network as it is evaluated. It leaves no
+    trace: buffers, torch's default random streams, `.grad`, `requires_grad` and the mode of every module are as before.
 
     Among several processes `all_reduce` adds a tensor up over them in place (`torch.distributed.all_reduce`); all of them
     then return the same. Raises UserError for no batch at all, or a gradient that is not finite.
@@ -33,7 +34,10 @@ def mean_gradients(
     weights = [layer.conv.weight for layer in layers]
     sums = [torch.zeros_like(weight) for weight in weights]
     images_seen = 0
-    with _without_trace(model, weights), torch.enable_grad():
+    with without_trace(model), torch.enable_grad():
+        model.train(training)
+        for weight in weights:
+            weight.requires_grad_(True)
         for images, labels in batches:
             gradients = _batch_gradients(model, images, labels, weights=weights, loss=loss)
             torch._foreach_add_(sums, gradients, alpha=len(images))
@@ -62,34 +66,11 @@ def _reduce(sums: list[Tensor], images_seen: int, all_reduce: Callable[[Tensor],
     return int(count)
 
 
-@contextmanager
-def _without_trace(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
-    """Training mode with `weights` wanting gradients; modes, flags, buffers and random streams come back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    cuda_devices = {weight.device.index for weight in weights if weight.is_cuda}
-    with torch.random.fork_rng(devices=cuda_devices):
-        try:
-            model.train()
-            for weight in frozen:
-                weight.requires_grad_(True)
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for weight in frozen:
-                weight.requires_grad_(False)
-            with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
-
-
 def _check_finite(layers: Sequence[PrunableLayer], gradients: list[Tensor]) -> None:
     finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).tolist()
     if not all(finite):
         name = layers[finite.index(False)].name
         raise UserError(
-            f"filter-nggm: the gradient of {name} is NaN or infinite: check the network that is pruned (--t-path, --s-path), "
+            f"the gradient of {name} is NaN or infinite: check the network that is pruned (--t-path, --s-path), "
             "or choose a --prune-mode without gradients, such as filter-gm"
         )

@@ -25,6 +25,11 @@ class PrunableLayer:
     def filters(self) -> int:
         return self.conv.out_channels
 
+    @property
+    def bn_weight(self) -> Tensor | None:
+        """The weight (F,) of the batch norm, where there is one."""
+        return getattr(self.bn, "weight", None)
+
     def conv_parameters(self) -> dict[str, Tensor]:
         """Weight and, where there is one, bias, by their keys in the network's state dict."""
         return _existing(self.name, self.conv, "weight", "bias")
@@ -104,6 +109,27 @@ def keep_count(filters: int, keep_ratio: float, *, multiple: int = 1) -> int:
     return min(filters, multiple * max(1, round(filters * keep_ratio / multiple)))
 
 
+def losing_layers(layers: Sequence[PrunableLayer], ratios: Mapping[str, float], *, multiple: int = 1) -> list[PrunableLayer]:
+    """Those of `layers` that have to give up filters: not where all are retained, nor a depthwise convolution."""
+    return [
+        layer
+        for layer in layers
+        if _kept_a_group(layer.filters, ratios[layer.name], groups=layer.conv.groups, multiple=multiple)
+        < layer.filters // layer.conv.groups
+    ]
+
+
+def check_criterion(layers: Sequence[PrunableLayer], ratios: Mapping[str, float], *, criterion: str, multiple: int = 1) -> None:
+    """Raises UserError unless the layers that lose filters have what the criterion reads of the network."""
+    if "bn_weight" in CRITERIA[criterion].inputs:
+        without = [layer.name for layer in losing_layers(layers, ratios, multiple=multiple) if layer.bn_weight is None]
+        if without:
+            raise UserError(
+                f"--prune-mode {criterion}: no batch norm with a weight reads {', '.join(without)} alone: "
+                "name what has none in --exclude-layers, or choose another criterion"
+            )
+
+
 def choose_filters(
     layers: Sequence[PrunableLayer],
     ratios: Mapping[str, float],
@@ -119,16 +145,22 @@ def choose_filters(
 
     The lowest scores go; of equal scores the lower index goes first. A grouped convolution loses the same number in every
     group, or it would be no grouped convolution any more; so a depthwise one, with one filter a group, keeps all. Raises
-    UserError for an unknown criterion, one that lacks its `gradients`, or weights that are not finite.
+    UserError for an unknown criterion, one that lacks its `gradients` or a batch norm, or weights that are not finite.
     """
     if criterion not in CRITERIA:
         raise UserError(f"--prune-mode {criterion}: choose from {', '.join(CRITERIA)}")
     score = CRITERIA[criterion]
+    losing = losing_layers(layers, ratios, multiple=multiple)
     kept = {}
     for layer in layers:
+        # Random scores are drawn for every layer, so that what one retains does not change the choice in the next.
+        if layer not in losing and "generator" not in score.inputs:
+            kept[layer.name] = torch.arange(layer.filters)
+            continue
         gradient = gradients.get(layer.name) if gradients else None
+        options = {"gamma": gamma, "generator": generator, "gm_distance": gm_distance, "bn_weight": layer.bn_weight}
         with naming(layer.name):
-            scores = score(layer.conv.weight, gradient, gamma=gamma, generator=generator, gm_distance=gm_distance).cpu()
+            scores = score(layer.conv.weight, gradient, **options).cpu()
         kept[layer.name] = _highest(scores, ratios[layer.name], groups=layer.conv.groups, multiple=multiple)
     return kept
 
@@ -137,8 +169,12 @@ def _highest(scores: Tensor, keep_ratio: float, *, groups: int, multiple: int) -
     """Indices of the highest of `scores` (F,), equally many in each of `groups`, sorted."""
     scores = scores.view(groups, -1)
     filters = scores.shape[1]
-    # The smallest step a group that makes the whole layer a multiple.
-    keep = keep_count(filters, keep_ratio, multiple=multiple // math.gcd(multiple, groups))
+    keep = _kept_a_group(scores.numel(), keep_ratio, groups=groups, multiple=multiple)
     highest = scores.argsort(dim=1, stable=True)[:, filters - keep :]  # (groups, keep)
     offsets = torch.arange(groups).unsqueeze(1) * filters
     return (highest + offsets).flatten().sort().values
+
+
+def _kept_a_group(filters: int, keep_ratio: float, *, groups: int, multiple: int) -> int:
+    # The smallest step a group that makes the whole layer a multiple.
+    return keep_count(filters // groups, keep_ratio, multiple=multiple // math.gcd(multiple, groups))

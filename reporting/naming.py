@@ -8,7 +8,15 @@ from utils.errors import printable
 from utils.python_file import names_function
 
 VALUE_LENGTH = 80  # characters that are shown of a flag's value
-CRITERIA = {"filter-r": "Random", "filter-a": "PFEC", "filter-l2": "L2", "filter-gm": "FPGM", "filter-nggm": "NGGM"}
+CRITERIA = {
+    "filter-r": "Random",
+    "filter-a": "PFEC",
+    "filter-l2": "L2",
+    "filter-gm": "FPGM",
+    "filter-nggm": "NGGM",
+    "filter-taylor": "Taylor",
+    "filter-bn": "Network Slimming",
+}
 SOFT_CRITERIA = {"filter-a": "SFP (L1)", "filter-l2": "SFP", "filter-gm": "SFP (GM)"}
 MODELS = {"alexnet": "AlexNet"}
 ORIGIN_FLAGS = ("t_path", "s_path", "load_path")

@@ -104,6 +104,25 @@ def test_images_of_a_size_that_a_network_refuses_are_one_line(tmp_path, run_scri
     assert ended.errors.count("\n") == 1
 
 
+def test_a_criterion_that_reads_batch_norm_names_the_layers_that_have_none(tmp_path, run_script):
+    path = tmp_path / "nets.py"
+    path.write_text(
+        "from torch import nn\n"
+        "def small(num_classes):\n"
+        "    bare, fixed, read = (nn.Conv2d(channels, 8, 3) for channels in (3, 8, 8))\n"
+        "    norms = nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8)\n"
+        "    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)\n"
+        "    return nn.Sequential(bare, nn.ReLU(), fixed, norms[0], nn.ReLU(), read, norms[1], *head)\n"
+    )
+    flags = ["--s-model", f"{path}:small", "--prune-mode", "filter-bn", "--prune-rates", "0.5", *SHORT]
+    ended = run_script("pruning", *flags, "--save-dir", str(tmp_path / "saves"))
+    assert ended.status == 2 and ended.errors.count("\n") == 1
+    assert "--prune-mode filter-bn: no batch norm with a weight reads 0, 2 alone" in ended.errors
+    assert not (tmp_path / "saves").exists()
+    planned = run_script("pruning", *flags, "--exclude-layers", "0", "2", "--dry-run")
+    assert planned.status == 0 and "5 would keep 4 of 8" in planned.output
+
+
 def test_a_network_with_other_classes_than_asked_for_is_refused(tmp_path, run_script):
     path = tmp_path / "nets.py"
     path.write_text(NETWORKS + "\ndef fixed(num_classes):\n    return Small(4)\n")

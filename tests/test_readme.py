@@ -96,10 +96,10 @@ from models.outputs import Outputs
 from prune.criteria import CRITERIA
 from pruning import get_args_parser
 
-args = get_args_parser().parse_args("--prune-mode filter-taylor --distill fitnet --hint-stage 1".split())
+args = get_args_parser().parse_args("--prune-mode filter-snip --distill fitnet --hint-stage 1".split())
 weight = torch.tensor([[1.0, 2.0], [3.0, -1.0]]).reshape(2, 2, 1, 1)
 assert CRITERIA[args.prune_mode].needs_gradient
-assert CRITERIA[args.prune_mode](weight, torch.ones_like(weight)).tolist() == [9.0, 4.0]
+assert CRITERIA[args.prune_mode](weight, torch.ones_like(weight)).tolist() == [3.0, 4.0]
 
 maps = (torch.ones(2, 3, 4, 4),)
 outputs = Outputs(torch.zeros(2, 10), maps, maps, torch.zeros(2, 3))

@@ -22,7 +22,7 @@ def numpy_geometric_median(weight, *, power=1):
 
 
 def test_every_named_method_is_registered():
-    assert set(CRITERIA) == {"filter-r", "filter-a", "filter-l2", "filter-gm", "filter-nggm"}
+    assert set(CRITERIA) == {"filter-r", "filter-a", "filter-l2", "filter-gm", "filter-nggm", "filter-taylor", "filter-bn"}
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -30,7 +30,9 @@ def test_every_named_method_is_registered():
 def test_one_float32_score_a_filter_with_the_same_keywords(name, shape):
     weight = draw(*shape).requires_grad_()
     generator = torch.Generator().manual_seed(1)
-    scores = CRITERIA[name](weight, torch.ones(shape), gamma=0.3, generator=generator, gm_distance="sqeuclidean")
+    scores = CRITERIA[name](
+        weight, torch.ones(shape), gamma=0.3, generator=generator, gm_distance="sqeuclidean", bn_weight=torch.ones(len(weight))
+    )
     assert scores.shape == shape[:1] and scores.dtype == torch.float32
     assert not scores.requires_grad and scores.isfinite().all()
 
@@ -40,8 +42,10 @@ def test_half_precision_weights_are_scored_in_float32(name):
     weight = draw(6, 2, 3, 3).bfloat16()
     grad = draw(6, 2, 3, 3, seed=1).bfloat16()
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-    scores = CRITERIA[name](weight, grad, generator=generators[0])
-    assert torch.equal(scores, CRITERIA[name](weight.float(), grad.float(), generator=generators[1]))
+    bn_weight = draw(6, seed=2).bfloat16()
+    scores = CRITERIA[name](weight, grad, generator=generators[0], bn_weight=bn_weight)
+    widened = [tensor.float() for tensor in (weight, grad, bn_weight)]
+    assert torch.equal(scores, CRITERIA[name](*widened[:2], generator=generators[1], bn_weight=widened[2]))
 
 
 def test_norms_by_hand():
@@ -102,6 +106,22 @@ def test_nggm_terms_that_are_all_equal_count_as_zero():
     assert CRITERIA["filter-nggm"](weight, points((0, 0), (5, 0))).tolist() == [0, 0.5]
 
 
+def test_taylor_by_hand():
+    weight, grad = points((1, 2), (3, -1), (0, 0)), points((1, 1), (1, 1), (9, 9))
+    assert CRITERIA["filter-taylor"](weight, grad).tolist() == [9, 4, 0]
+
+
+def test_batch_norm_weights_by_hand():
+    assert CRITERIA["filter-bn"](points((9, 9), (1, 1)), bn_weight=torch.tensor([-0.5, 2.0])).tolist() == [0.5, 2.0]
+    with pytest.raises(UserError, match="filter-bn needs a batch norm that alone reads the filters"):
+        CRITERIA["filter-bn"](points((9, 9), (1, 1)))
+
+
+def test_a_mode_for_gradients_that_no_network_has_is_refused():
+    with pytest.raises(ValueError, match=r"filter-new.*'train' is none of training, evaluation"):
+        criterion("filter-new", gradient_mode="train")
+
+
 def test_random_scores_come_from_the_given_generator_alone():
     weight = draw(50, 1, 1, 1)
     before = torch.get_rng_state()
@@ -121,7 +141,7 @@ def test_a_new_criterion_is_one_decorated_function(monkeypatch):
 
     assert criteria.CRITERIA["filter-max"](points((3, -4), (1, 0)), gamma=0.1).tolist() == [4, 1]
     assert not criteria.CRITERIA["filter-max"].needs_gradient
-    assert [name for name, registered in CRITERIA.items() if registered.needs_gradient] == ["filter-nggm"]
+    assert [name for name, registered in CRITERIA.items() if registered.needs_gradient] == ["filter-nggm", "filter-taylor"]
 
 
 def test_registering_twice_or_asking_for_the_unknown_is_refused():

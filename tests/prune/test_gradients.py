@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
+from prune.criteria import CRITERIA
 from prune.gradients import mean_gradients
 from prune.masks import prunable_layers
 from utils.errors import UserError
@@ -62,6 +63,38 @@ def test_it_is_the_gradient_of_training_mode():
     gradients = mean_gradients(model, batches, layers=prunable_layers(model))
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, twin.get_submodule(name).weight.grad)
+
+
+def test_without_training_it_is_the_gradient_of_the_network_as_it_is_evaluated():
+    torch.manual_seed(0)
+    model = build_model("resnet20", num_classes=5).train()
+    for _ in range(3):  # statistics that are not those of the batch
+        model(torch.randn(8, 3, 8, 8))
+    twin, batches = copy.deepcopy(model).eval(), batches_of(4, 2)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    F.cross_entropy(twin(images), labels).backward()
+    gradients = mean_gradients(model, batches, layers=prunable_layers(model), training=False)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, twin.get_submodule(name).weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_scale_of_a_filter_is_seen_in_evaluation_alone():
+    """Why `filter-taylor` takes its gradient there: `sum w_i g_i` is the slope of the loss along the filter itself."""
+    torch.manual_seed(0)
+    model = build_model("resnet20", num_classes=5).train()
+    model(torch.randn(64, 3, 8, 8))
+    layers, batches = prunable_layers(model), batches_of(16)
+    slopes = {}
+    for training in (True, False):
+        products = {
+            layer.name: (layer.conv.weight * gradient).detach().flatten(1)
+            for layer, gradient in zip(
+                layers, mean_gradients(model, batches, layers=layers, training=training).values(), strict=True
+            )
+        }
+        slopes[training] = max((p.sum(1).abs() / p.abs().sum(1)).median().item() for p in products.values())
+    assert slopes[True] < 1e-3 < 1e-2 < slopes[False]
+    assert CRITERIA["filter-taylor"].gradient_mode == "evaluation"
 
 
 def test_it_leaves_no_trace():

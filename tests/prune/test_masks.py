@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models import MODELS, build_model
-from prune.masks import PrunableLayer, choose_filters, keep_count, keep_ratios, prunable_layers
+from prune.masks import PrunableLayer, check_criterion, choose_filters, keep_count, keep_ratios, prunable_layers
 from utils.errors import UserError
 
 
@@ -223,6 +223,41 @@ def test_bad_criterion_and_missing_gradients_are_named():
         choose_filters([conv_layer(1, 2)], {"conv": 0.5}, criterion="filter-x")
     with pytest.raises(UserError, match="filter-nggm needs a gradient"):
         choose_filters([conv_layer(1, 2)], {"conv": 0.5}, criterion="filter-nggm")
+
+
+def with_norm(name, *weight, affine=True):
+    layer = PrunableLayer(name, nn.Conv2d(1, len(weight), 1), f"{name}_bn", nn.BatchNorm2d(len(weight), affine=affine))
+    if affine:
+        layer.bn.weight = nn.Parameter(torch.tensor(weight))
+    return layer
+
+
+def test_the_batch_norm_of_a_layer_reaches_its_criterion():
+    kept = choose_filters([with_norm("a", 1.0, -3.0, 2.0)], {"a": 0.7}, criterion="filter-bn")
+    assert kept["a"].tolist() == [1, 2]
+
+
+def test_layers_that_lose_filters_without_batch_norm_are_named():
+    layers = [with_norm("a", 1.0, 2.0), with_norm("b", 1.0, 2.0, affine=False), PrunableLayer("c", nn.Conv2d(1, 4, 1))]
+    depthwise = PrunableLayer("d", nn.Conv2d(4, 4, 1, groups=4))
+    with pytest.raises(UserError, match="--prune-mode filter-bn: no batch norm with a weight reads b, c alone"):
+        check_criterion([*layers, depthwise], {"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.5}, criterion="filter-bn")
+    with pytest.raises(UserError, match="b: filter-bn needs a batch norm"):
+        choose_filters(layers, {"a": 0.5, "b": 0.5, "c": 1.0}, criterion="filter-bn")
+    ratios = {"a": 0.5, "b": 1.0, "c": 1.0, "d": 0.5}
+    check_criterion([*layers, depthwise], ratios, criterion="filter-bn")
+    kept = choose_filters([*layers, depthwise], ratios, criterion="filter-bn")
+    assert [len(filters) for filters in kept.values()] == [1, 2, 4, 4]
+    check_criterion(layers, {"a": 0.5, "b": 0.5, "c": 0.5}, criterion="filter-a")
+
+
+def test_what_a_layer_retains_does_not_change_the_random_choice_in_the_next():
+    layers = [PrunableLayer(name, nn.Conv2d(1, 16, 1)) for name in "ab"]
+    whole, half = (
+        choose_filters(layers, {"a": ratio, "b": 0.5}, criterion="filter-r", generator=torch.Generator().manual_seed(3))
+        for ratio in (1.0, 0.5)
+    )
+    assert torch.equal(whole["b"], half["b"]) and len(whole["a"]) == 16
 
 
 def test_weights_that_are_not_finite_are_named():
