@@ -12,6 +12,7 @@ import torch
 
 from models import build_model
 from models.network_file import describe_network
+from utils.engine import Trainer
 from utils.files import load_checkpoint, save_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -137,7 +138,7 @@ COMMANDS = [
     (TRAIN, "--model resnet20 --lr-schedule linear --schedule 6 --lr-drops 1", ["--schedule 6", "--lr-schedule steps"]),
     (PRUNE, f"{COPY} --distill at --dkd-beta 2", ["--dkd-beta 2", "--distill dkd", "no effect"]),
     (PRUNE, f"{COPY} --distill dkd --alpha 0 --kd-standardize --hap-ts 2", ["--hap-ts 2", "--distill hap"]),
-    (PRUNE, "--t-path {teacher} --s-model alexnet --distill reviewkd", ["stages", "--distill reviewkd", "same number"]),
+    (PRUNE, "--t-path {teacher} --s-model resnet18 --distill reviewkd", ["stages", "--distill reviewkd", "same number"]),
     (TRAIN, "--model resnet20 --n-epochs 5 --warmup-epochs 5", ["--warmup-epochs 5", "fewer than the 5 of --n-epochs"]),
     (TRAIN, "--model resnet20 --label-smoothing 1", ["--label-smoothing", "'1'", "below 1"]),
     (TRAIN, "--model resnet20 --schedule 60 1 --lr-drops 1 1", ["--schedule 60 1", "rise"]),
@@ -283,6 +284,7 @@ def check_line(errors: str, script: str, parts: list[str], places: dict[str, Pat
 @pytest.mark.parametrize(("script", "command", "parts"), COMMANDS)
 def test_is_refused(script, command, parts, places, tmp_path, run_script, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where ./saves and ./data would be
+    monkeypatch.setattr(Trainer, "fit", lambda self: pytest.fail("the training began"))
     before = contents(places["trained"])
     ended = run_script(script, *command.format(**places).split())
     assert ended.status == 2
