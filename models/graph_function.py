@@ -44,6 +44,10 @@ class GraphFunction:
     def __call__(self, owner: nn.Module, *inputs: Any) -> Any:
         return self._function(owner, *inputs)
 
+    def calls_below(self, name: str) -> int:
+        """How many calls of submodules of the module `name` it has."""
+        return sum(op == "call_module" and target.startswith(f"{name}.") for op, _, target, _, _ in self._operations)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "GraphFunction":
         return self
 

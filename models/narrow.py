@@ -149,6 +149,7 @@ class NarrowNetwork(nn.Module):
             origin=_origin(model, plans.values()),
             entries=entries,
             owner=owner,
+            relayouts=relayouts.name,
             functions={method: GraphFunction(graph) for method, graph in graphs.items()},
             trainable=trainable,
         )
@@ -167,6 +168,11 @@ class NarrowNetwork(nn.Module):
         if "outputs" not in self.__parts.functions:
             raise UserError(f"{self.__parts.origin.name} has no feature maps: a network with outputs(x) is needed")
         return self.__parts.functions["outputs"](self.__parts.owner, self.training, x)
+
+    @property
+    def relayout_count(self) -> int:
+        """How many steps of the forward pass lay channels out anew between layers that store different ones."""
+        return self.__parts.functions["forward"].calls_below(self.__parts.relayouts)
 
     def bare(self) -> nn.Module:
         """The same layers and `forward` under no names but their own, for torch.export, which looks for layers by attribute."""
@@ -272,6 +278,7 @@ class _Parts:
     origin: _Origin
     entries: dict[str, "Entries"]
     owner: nn.Module
+    relayouts: str
     functions: dict[str, GraphFunction]
     trainable: bool
 
@@ -444,8 +451,26 @@ def _sum(writer: _GraphWriter, step: Step) -> fx.Node:
         return writer.given(step, whole)
     if step.wants[part].stored == step.out.stored:
         return _copy(writer, step)
+    if _is_padded(writer.plan, part, whole):
+        padded = writer.graph.call_function(F.pad, (writer.given(step, part), _behind_channels(step, part)))
+        return writer.graph.node_copy(step.node, lambda source: padded if source is part else writer.given(step, source))
     name = writer.relayouts.name_of(AddInto, step.wants[whole], step.wants[part], step.out)
     return writer.graph.call_module(name, (writer.given(step, whole), writer.given(step, part)))
+
+
+def _is_padded(plan: Plan, part: fx.Node, whole: fx.Node) -> bool:
+    """Whether `part` has lost some of the zero channels that pad it, and nothing else that `whole` stores."""
+    if plan.steps[part].form != "pad":
+        return False
+    own, others = plan.steps[part].out, plan.steps[whole].out.stored
+    behind = [channel for channel in others if channel not in own.stored]
+    return own.stored == others[: len(own.stored)] and all(own.members[channel] is None for channel in behind)
+
+
+def _behind_channels(step: Step, part: fx.Node) -> tuple[int, ...]:
+    """The widths of `F.pad` that bring the channels of `part` to those of the sum."""
+    axes_behind = step.out.rank - 1 - step.out.axis
+    return (0, 0) * axes_behind + (0, len(step.out.stored) - len(step.wants[part].stored))
 
 
 def _cat(writer: _GraphWriter, step: Step) -> fx.Node:

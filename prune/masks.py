@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.conv_norm import classifying_layers, conv_norm_pairs
+from models.conv_norm import BATCH_NORMS, classifying_layers, conv_norm_pairs
 from prune.criteria import CRITERIA
 from utils.errors import UserError, naming
 
@@ -35,12 +35,43 @@ class PrunableLayer:
         return _existing(self.name, self.conv, "weight", "bias")
 
     def zeroed(self) -> dict[str, Tensor]:
-        """All that is 0 for a filter that gives only zeros, by its key: rows of the convolution and of its batch norm.
+        """All that is 0 for a filter that gives only zeros, by its key: rows of the convolution and of its batch norm."""
+        return self.conv_parameters() | _zeros_of_norm(self.bn_name, self.bn)
 
-        A batch norm without weight and bias gives `-mean / std` for a map of zeros in evaluation: its mean is 0 as well.
-        """
-        norm = _existing(self.bn_name, self.bn, "weight", "bias") or _existing(self.bn_name, self.bn, "running_mean")
-        return self.conv_parameters() | norm
+
+@dataclass(frozen=True, eq=False)
+class SharedNorm:
+    """A batch norm that reads the filters of several convolutions, or of one among other readers.
+
+    It has no scores of its own: an entry goes with the filters that it reads (`prune.groups`).
+    """
+
+    name: str
+    bn: nn.Module
+    bn_name: None = None
+
+    @property
+    def filters(self) -> int:
+        return self.bn.num_features
+
+    def conv_parameters(self) -> dict[str, Tensor]:
+        return {}
+
+    def zeroed(self) -> dict[str, Tensor]:
+        """All that is 0 for an entry that gives only zeros of a map of zeros, by its key."""
+        return _zeros_of_norm(self.name, self.bn)
+
+
+def shared_norms(model: nn.Module, layers: Sequence[PrunableLayer]) -> list[SharedNorm]:
+    """The batch norms of `model` that belong to none of `layers`."""
+    owned = {layer.bn_name for layer in layers}
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
+    return [SharedNorm(name, norm) for name, norm in norms if name not in owned]
+
+
+def _zeros_of_norm(name: str | None, bn: nn.Module | None) -> dict[str, Tensor]:
+    # Without weight and bias it gives `-mean / std` for a map of zeros in evaluation: its mean is 0 as well.
+    return _existing(name, bn, "weight", "bias") or _existing(name, bn, "running_mean")
 
 
 def _existing(name: str | None, layer: nn.Module | None, *tensors: str) -> dict[str, Tensor]:

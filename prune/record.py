@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, describe_network, load_network
 from prune.compact import compact, relative_difference
-from prune.masks import prunable_layers
+from prune.masks import PrunableLayer, prunable_layers
 from prune.papers_flops import papers_flops_drop
 from prune.schedule import PruningSchedule
 from utils import setup
@@ -53,10 +53,11 @@ def log_pruning(
     with schedule.shipped() as kept, recalibrated:
         pruned = evaluate(student.network, data)
     chance = 100 / len(data.dataset.classes)
-    if all(len(kept[layer.name]) == layer.filters for layer in schedule.layers.values()):
+    convs = [schedule.layers[name] for name in kept if isinstance(schedule.layers[name], PrunableLayer)]
+    if all(len(kept[layer.name]) == layer.filters for layer in convs):
         run.log(WHOLE)
     else:
-        for layer in schedule.layers.values():
+        for layer in convs:
             run.log(f"{layer.name} keeps {len(kept[layer.name])} of {layer.filters}")
             if not len(kept[layer.name]):
                 run.warn(f"{layer.name} has lost every filter")
@@ -69,8 +70,8 @@ def log_pruning(
 
 
 def save_kept(run: Run, schedule: PruningSchedule, kept: Mapping[str, Tensor]) -> None:
-    layers = {name: {"filters": layer.filters, "kept": kept[name].tolist()} for name, layer in schedule.layers.items()}
-    run.save_json(KEPT_FILTERS, layers)
+    convs = [schedule.layers[name] for name in kept if isinstance(schedule.layers[name], PrunableLayer)]
+    run.save_json(KEPT_FILTERS, {conv.name: {"filters": conv.filters, "kept": kept[conv.name].tolist()} for conv in convs})
 
 
 def describe_pruned(

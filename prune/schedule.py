@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.batch_norm import quicken_batch_norms
 from models.narrow import NarrowNetwork, narrow
-from prune.masks import PrunableLayer, prunable_layers
+from prune.masks import PrunableLayer, SharedNorm, prunable_layers, shared_norms
 from prune.proof import check_equal_training
 from utils.engine import Hooks
 from utils.errors import UserError
@@ -24,7 +24,8 @@ SOFT_CRITERIA = ("filter-a", "filter-l2", "filter-gm")
 
 
 class PruningSchedule(Hooks):
-    """What a trainer calls. `model` is the bare network, on its device; `kept` maps layers to the filters that stay.
+    """What a trainer calls. `model` is the bare network, on its device; `kept` maps layers to the filters that stay,
+    and batch norms that several layers share to the entries.
 
     `kept` holds sorted int64 indices on the CPU, and is empty as long as nothing has been chosen. `example` is a batch of
     images for networks whose Python asks for the size of its input, see `trace_network`.
@@ -32,7 +33,9 @@ class PruningSchedule(Hooks):
 
     def __init__(self, model: nn.Module, *, example: Tensor | None = None):
         self.model = model
-        self.layers = {layer.name: layer for layer in prunable_layers(model, example=example)}
+        convs = prunable_layers(model, example=example)
+        layers = (*convs, *shared_norms(model, convs))
+        self.layers: dict[str, PrunableLayer | SharedNorm] = {layer.name: layer for layer in layers}
         self.kept: dict[str, Tensor] = {}
 
     def trained_network(self) -> nn.Module:
@@ -204,7 +207,9 @@ def check_soft_state(state: Mapping[str, Any], *, folder: str | os.PathLike) -> 
         raise UserError(f"--resume {folder}: an older version began it, whose soft pruning was another method; start it anew")
 
 
-def _losses(layers: Mapping[str, PrunableLayer], kept: Mapping[str, Tensor]) -> Iterator[tuple[PrunableLayer, Tensor]]:
+def _losses(
+    layers: Mapping[str, PrunableLayer | SharedNorm], kept: Mapping[str, Tensor]
+) -> Iterator[tuple[PrunableLayer | SharedNorm, Tensor]]:
     """The layers that lose filters, each with the indices of those that go."""
     for name, indices in kept.items():
         pruned = torch.ones(layers[name].filters, dtype=torch.bool).index_fill_(0, indices, False).nonzero().flatten()
@@ -218,7 +223,7 @@ def _clear(tensors: Iterable[Tensor], pruned: Tensor) -> None:
         tensor.index_fill_(0, pruned.to(tensor.device), 0)
 
 
-def _checked_kept(layers: Mapping[str, PrunableLayer], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _checked_kept(layers: Mapping[str, PrunableLayer | SharedNorm], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     checked = {}
     for name, indices in kept.items():
         if name not in layers:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import fx
 
+Members = tuple[tuple[str, int] | None, ...]
+
 
 @dataclass(frozen=True)
 class Channels:
@@ -13,7 +15,8 @@ class Channels:
 
     `axis` counts from the front where the rank is known and is -1 otherwise. `flat` says that the pixels of a map lie on the
     same axis, channel by channel, as after `flatten(1)`. A tensor that stores nothing does not exist at all; `vanished` then
-    names the layers without outputs that it came through.
+    names the layers without outputs that it came through. `members` tells of each of the `full` channels which layer gives
+    it, as that one's name and output channel; None is a channel that is always zero.
     """
 
     full: int
@@ -22,6 +25,7 @@ class Channels:
     rank: int | None
     flat: bool = False
     vanished: frozenset[str] = frozenset()
+    members: Members = ()
 
     @property
     def complete(self) -> bool:
@@ -36,9 +40,14 @@ class Channels:
 
     def fits(self, other: "Channels | None") -> bool:
         """Whether channel i of both means the same position of a sum."""
-        return other is not None and replace(self, stored=(), vanished=frozenset()) == replace(
-            other, stored=(), vanished=frozenset()
-        )
+        return other is not None and self._place() == other._place()
+
+    def _place(self) -> tuple[int, int, int | None, bool]:
+        return self.full, self.axis, self.rank, self.flat
+
+
+def members_of_layer(name: str, full: int) -> Members:
+    return tuple((name, channel) for channel in range(full))
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Step:
     wants: dict[fx.Node, Channels] = field(default_factory=dict)
     cut: LayerCut | None = None
     form: str = "copy"  # how models.narrow writes it: copy, through, sum, cat, pad, piece or nothing
+    meets: list[tuple[Members, Members]] = field(default_factory=list)  # pairs, entry by entry, that stay or go together
 
     @property
     def exists(self) -> bool:

@@ -1,10 +1,12 @@
 """Gives every node of a graph its step, by the rule of its operation."""
 
+from dataclasses import replace
+
 from torch import fx, nn
 
 from models.channel_flow import rules  # noqa: F401  (fills the table that rule_of reads)
 from models.channel_flow.call import Call, LiveOutputs, opaque, rule_of
-from models.channel_flow.channels import Plan, Step
+from models.channel_flow.channels import Channels, Plan, Step, members_of_layer
 from models.channel_flow.concrete import attribute
 from models.channel_flow.tracing import is_mode
 
@@ -27,7 +29,10 @@ def plan_channels(graph: fx.Graph, model: nn.Module, *, live_outputs: LiveOutput
     shared = _shared_layers(graph, model)
     for node in graph.nodes:
         call = Call(node, steps, model, live_outputs, carriers, shared)
-        steps[node] = (opaque if _has_hooks(call) else rule_of(call))(call)
+        step = (opaque if _has_hooks(call) else rule_of(call))(call)
+        if isinstance(step.out, Channels) and not step.out.members:  # a layer, whose own channels these are
+            step.out = replace(step.out, members=members_of_layer(node.target, step.out.full))
+        steps[node] = step
     return Plan(graph, steps)
 
 

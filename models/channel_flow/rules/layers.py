@@ -7,7 +7,7 @@ from torch import nn
 
 from models.batch_norm import UnevenBatchNorm2d
 from models.channel_flow.call import Call, numbered, opaque, rule, through, unshared
-from models.channel_flow.channels import Channels, LayerCut, Step
+from models.channel_flow.channels import Channels, LayerCut, Members, Step, members_of_layer
 
 
 @rule(*numbered("Conv"))
@@ -23,7 +23,30 @@ def conv(call: Call) -> Step:
     if not live:
         return call.step(Channels(layer.out_channels, (), 1, rank, vanished=call.vanishing(given)))
     cut, inputs = _cut_groups(layer, live, given.stored)
-    return call.step(Channels(layer.out_channels, cut.rows, 1, rank), wants={call.source: given.storing(inputs)}, cut=cut)
+    return call.step(
+        Channels(layer.out_channels, cut.rows, 1, rank),
+        wants={call.source: given.storing(inputs)},
+        cut=cut,
+        meets=_meetings_of_groups(call.node.target, layer, given.members),
+    )
+
+
+def _meetings_of_groups(name: str, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Members) -> list[tuple[Members, Members]]:
+    """What goes together so that all groups of a convolution keep one size: entry by entry, the filters and inputs of each.
+
+    The filters of a depthwise convolution go with the one channel that they read.
+    """
+    if conv.groups == 1 or not inputs:
+        return []
+    own = members_of_layer(name, conv.out_channels)
+    if conv.groups == conv.in_channels:
+        filters = conv.out_channels // conv.groups
+        return [(inputs, own[offset::filters]) for offset in range(filters)]
+    return [
+        (channels[:size], channels[start : start + size])
+        for channels, size in ((own, conv.out_channels // conv.groups), (inputs, conv.in_channels // conv.groups))
+        for start in range(size, len(channels), size)
+    ]
 
 
 def _cut_groups(conv: nn.Module, live: Sequence[int], stored: Sequence[int]) -> tuple[LayerCut, tuple[int, ...]]:

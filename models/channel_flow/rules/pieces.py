@@ -24,12 +24,13 @@ def _cat(call: Call) -> Step:
         return _cat_of_other_axis(call, parts, channels)
     if any((part.axis, part.rank, part.flat) != (first.axis, first.rank, False) for part in channels):
         return opaque(call)
-    stored, full = [], 0
+    stored, members = [], ()
     for part in channels:
-        stored += [full + channel for channel in part.stored]
-        full += part.full
+        stored += [len(members) + channel for channel in part.stored]
+        members += part.members
     vanished = frozenset().union(*(part.vanished for part in channels)) if not stored else frozenset()
-    return call.step(replace(first, full=full, stored=tuple(stored), vanished=vanished), form="cat")
+    out = replace(first, full=len(members), stored=tuple(stored), vanished=vanished, members=members)
+    return call.step(out, form="cat")
 
 
 def _cat_of_other_axis(call: Call, parts: Sequence[fx.Node], channels: Sequence[Channels]) -> Step:
@@ -37,7 +38,8 @@ def _cat_of_other_axis(call: Call, parts: Sequence[fx.Node], channels: Sequence[
     if not all(channels[0].fits(part) for part in channels) or any(not part.stored for part in channels):
         return opaque(call)
     out = channels[0].storing(sorted(set().union(*(part.stored for part in channels))))
-    return call.step(out, wants=dict.fromkeys(parts, out))
+    meets = [(out.members, part.members) for part in channels[1:]]
+    return call.step(out, wants=dict.fromkeys(parts, out), meets=meets)
 
 
 @rule(torch.chunk, torch.split, "chunk", "split")
@@ -51,17 +53,20 @@ def _pieces(call: Call) -> Step:
     size = -(-given.full // count) if call.node.target in (torch.chunk, "chunk") else count
     starts = range(0, given.full, size)
     if not given.stored:
-        return call.step(tuple(replace(given, full=min(size, given.full - start)) for start in starts), form="nothing")
+        return call.step(tuple(_piece(given, start, size, stored=()) for start in starts), form="nothing")
     wanted = set(given.stored)
     for start in starts:
         if not wanted.intersection(range(start, start + size)):
             wanted.add(start)
     want = given.storing(sorted(wanted))
-    pieces = tuple(
-        replace(given, full=min(size, given.full - start), stored=tuple(c - start for c in want.stored if 0 <= c - start < size))
-        for start in starts
-    )
+    pieces = tuple(_piece(given, start, size, stored=want.stored) for start in starts)
     return call.step(pieces, wants={call.source: want}, form="nothing")
+
+
+def _piece(given: Channels, start: int, size: int, *, stored: Sequence[int]) -> Channels:
+    members = given.members[start : start + size]
+    stored = tuple(channel - start for channel in stored if 0 <= channel - start < size)
+    return replace(given, full=len(members), stored=stored, members=members)
 
 
 def picks_one(node: fx.Node) -> bool:
@@ -95,8 +100,9 @@ def _shuffle(call: Call) -> Step:
     groups = call.module.groups if call.node.op == "call_module" else call.argument(1, "groups")
     if given is None or given.rank is None or given.flat or given.axis != 1:
         return opaque(call)
-    if given.complete or not given.stored:
-        return call.step(given)
     old_channels = torch.arange(given.full).view(groups, -1).t().flatten().tolist()
+    shuffled = replace(given, members=tuple(given.members[old] for old in old_channels))
+    if given.complete or not given.stored:
+        return call.step(shuffled)
     stored = {new: old for new, old in enumerate(old_channels) if old in set(given.stored)}
-    return call.step(given.storing(stored), wants={call.source: given.storing(stored.values())}, form="through")
+    return call.step(shuffled.storing(stored), wants={call.source: given.storing(stored.values())}, form="through")

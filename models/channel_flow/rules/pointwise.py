@@ -8,8 +8,10 @@ from torch import fx, nn
 from torchvision.ops import StochasticDepth
 
 from models.channel_flow.call import Call, numbered, opaque, rule, through
-from models.channel_flow.channels import Step
+from models.channel_flow.channels import Channels, Step
 from models.channel_flow.tracing import is_mode
+
+PRODUCTS = (operator.mul, torch.mul, "mul")
 
 
 @rule(
@@ -23,14 +25,25 @@ from models.channel_flow.tracing import is_mode
     *("relu", "tanh", "sigmoid", "abs", "neg", "clamp", "square", "sqrt", "pow", "div", "exp"),
 )
 def pointwise(call: Call) -> Step:
-    """A function of single entries: it keeps the layout where f(0) = 0, and needs the full width otherwise."""
+    """A function of single entries: it keeps the layout where f(0) = 0 or only zeros read f(0), else it needs the full width."""
     inputs = call.channelled_inputs()
     if len(inputs) != 1 or len([node for node in call.node.all_input_nodes if not is_mode(node)]) != 1:
         return opaque(call)
     given = call.channels(inputs[0])
-    if _maps_zero_to_zero(call):
+    if _maps_zero_to_zero(call) or _scales_zeros(call, given):
         return call.step(given)
     return call.step(given.whole(), wants={inputs[0]: given.whole()})
+
+
+def _scales_zeros(call: Call, given: Channels) -> bool:
+    """Whether channels that are not stored are only multiplied with others that are not: a squeeze-excitation's gates."""
+
+    def is_product_with_as_few(user: fx.Node) -> bool:
+        factors = [node for node in user.all_input_nodes if node is not call.node]
+        other = call.channels(factors[0]) if len(factors) == 1 and factors[0] in call.steps else None
+        return user.target in PRODUCTS and given.fits(other) and set(other.stored) <= set(given.stored)
+
+    return all(is_product_with_as_few(user) for user in call.node.users)
 
 
 def _maps_zero_to_zero(call: Call) -> bool:

@@ -52,7 +52,8 @@ def _pad(call: Call) -> Step:
     if mode != "constant" or min(before, after) < 0:
         return opaque(call)
     stored = tuple(channel + before for channel in given.stored)
-    return call.step(replace(given, full=before + given.full + after, stored=stored), form="pad")
+    members = (None,) * before + given.members + (None,) * after
+    return call.step(replace(given, full=len(members), stored=stored, members=members), form="pad")
 
 
 @rule(torch.mean, torch.sum, torch.amax, "mean", "sum", "amax")

@@ -7,7 +7,7 @@ import torch
 
 from models.channel_flow.call import Call, opaque, rule
 from models.channel_flow.channels import Step
-from models.channel_flow.rules.pointwise import pointwise
+from models.channel_flow.rules.pointwise import PRODUCTS, pointwise
 
 _DIFFERENCES = (operator.sub, torch.sub, "sub")
 
@@ -23,12 +23,14 @@ def _sum(call: Call) -> Step:
         return opaque(call)
     union = tuple(sorted({*left.stored, *right.stored}))
     out = replace(left, stored=union, vanished=left.vanished | right.vanished if not union else frozenset())
-    if call.node.target in _DIFFERENCES:
-        return call.step(out, wants={first: out, second: out})
-    return call.step(out, wants={first: left, second: right}, form="sum")
+    members = tuple(mine or other for mine, other in zip(left.members, right.members, strict=True))
+    step = call.step(replace(out, members=members), wants={first: out, second: out}, meets=[(left.members, right.members)])
+    if call.node.target not in _DIFFERENCES:
+        step.wants, step.form = {first: left, second: right}, "sum"
+    return step
 
 
-@rule(operator.mul, torch.mul, "mul")
+@rule(*PRODUCTS)
 def _product(call: Call) -> Step:
     """A product stores what both sides store."""
     if len(call.node.args) != 2 or call.node.kwargs or len(call.node.all_input_nodes) < 2:
@@ -41,4 +43,4 @@ def _product(call: Call) -> Step:
         return call.step(left if not left.stored else right)
     both = tuple(sorted({*left.stored} & {*right.stored})) or left.stored[:1]
     out = left.storing(both)
-    return call.step(out, wants={first: out, second: out})
+    return call.step(out, wants={first: out, second: out}, meets=[(left.members, right.members)])

@@ -1,0 +1,149 @@
+"""Channels that stay or go together (Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023).
+
+Channels that meet position by position, in a sum, a product, a depthwise convolution or the groups of a grouped one, form a
+group. Once a group goes as a whole, what it met stores the same channels on every side: nothing has to be laid out anew. The
+groups are read off the plan of the channel flow (`models.channel_flow`), in which every tensor says which layers give its
+channels and every step says which of them meet.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.channel_flow import Channels, Plan, plan_channels, trace_network
+from prune.masks import PrunableLayer
+
+Member = tuple[str, int]  # a layer's name and one of its output channels
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Filters that stay or go together, and the entries of batch norms that go with them.
+
+    `norms` holds the entries of those batch norms that no single convolution owns: they read a sum or a concatenation.
+    """
+
+    filters: tuple[Member, ...]
+    norms: tuple[Member, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The convolutions that it has filters of, in the network's order."""
+        return tuple(dict.fromkeys(name for name, _ in self.filters))
+
+
+def channel_groups(
+    model: nn.Module, layers: Sequence[PrunableLayer], *, example: Tensor | None = None
+) -> list[list[ChannelGroup]]:
+    """The groups of `model` that can go, those of the same convolutions in one list, in the network's order.
+
+    Left out is what cannot go without a step that restores it: channels that an operation reads at full width, and those
+    that meet a channel of anything but `layers`. `example` is for networks whose Python asks for sizes, see `trace_network`.
+    """
+    trace = trace_network(model, example=example)
+    plan = _plan(trace.graph, model, removed=frozenset())
+    groups = _groups(plan, model, layers)
+    while True:
+        blocked = _members_laid_out_anew(_plan(trace.graph, model, removed=_every_second(groups)))
+        if not blocked:
+            return groups
+        groups = [alike for alike in groups if all(blocked.isdisjoint(group.filters) for group in alike)]
+
+
+def _plan(graph: torch.fx.Graph, model: nn.Module, *, removed: frozenset[Member]) -> Plan:
+    """The plan of the network without the `removed` filters; a batch norm has the channels that it is given."""
+
+    def live_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
+        if given is not None and not hasattr(layer, "out_channels") and not hasattr(layer, "out_features"):
+            return given.stored
+        full = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None) or layer.num_features
+        return [channel for channel in range(full) if (name, channel) not in removed]
+
+    return plan_channels(graph, model, live_outputs=live_outputs, carriers=frozenset())
+
+
+def _groups(plan: Plan, model: nn.Module, layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
+    union = _Union()
+    for step in plan.steps.values():
+        for members in _members(step.out):
+            union.add(members)
+        for one, other in step.meets:
+            for first, second in zip(one, other, strict=True):
+                union.join(first, second)
+    filters = {(layer.name, channel) for layer in layers for channel in range(layer.filters)}
+    norms = _entries_of_norms(plan, union, owned={layer.bn_name for layer in layers})
+    order = {layer.name: place for place, layer in enumerate(layers)}
+    whole = [sorted(members, key=lambda member: (order[member[0]], member[1])) for members in union.sets() if members <= filters]
+    return _by_layers(
+        ChannelGroup(tuple(members), tuple(norms.get(union.root(members[0]), ())))
+        for members in sorted(whole, key=lambda members: (order[members[0][0]], members[0][1]))
+    )
+
+
+def _members(out: Channels | tuple | None) -> Iterable[tuple[Member | None, ...]]:
+    return [each.members for each in (out if isinstance(out, tuple) else (out,)) if isinstance(each, Channels)]
+
+
+def _entries_of_norms(plan: Plan, union: "_Union", *, owned: set[str | None]) -> dict[Member, list[Member]]:
+    """The entries of batch norms that are not `owned`, by the root of the group that they read."""
+    entries: dict[Member, list[Member]] = {}
+    for step in plan.steps.values():
+        is_norm = step.cut is not None and step.cut.columns is None and step.node.target not in owned
+        for channel, member in enumerate(step.out.members if is_norm else ()):
+            if member is not None:
+                entries.setdefault(union.root(member), []).append((step.node.target, channel))
+    return entries
+
+
+def _by_layers(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups of the same convolutions together."""
+    alike: dict[tuple[str, ...], list[ChannelGroup]] = {}
+    for group in groups:
+        alike.setdefault(group.layers, []).append(group)
+    return list(alike.values())
+
+
+def _every_second(groups: Sequence[Sequence[ChannelGroup]]) -> frozenset[Member]:
+    return frozenset(member for alike in groups for group in alike[1::2] for member in group.filters)
+
+
+def _members_laid_out_anew(plan: Plan) -> set[Member]:
+    """The channels that one step stores and the next does not want, or the other way round."""
+    blocked: set[Member] = set()
+    for step in plan.steps.values():
+        for source, want in step.wants.items():
+            out = plan.steps[source].out
+            if isinstance(out, Channels):
+                blocked |= {out.members[channel] for channel in set(out.stored) ^ set(want.stored)} - {None}
+    return blocked
+
+
+class _Union:
+    """Disjoint sets."""
+
+    def __init__(self):
+        self._parents: dict[Member, Member] = {}
+
+    def add(self, members: Iterable[Member | None]) -> None:
+        for member in members:
+            if member is not None:
+                self._parents.setdefault(member, member)
+
+    def root(self, member: Member) -> Member:
+        while self._parents[member] != member:
+            self._parents[member] = self._parents[self._parents[member]]
+            member = self._parents[member]
+        return member
+
+    def join(self, first: Member | None, second: Member | None) -> None:
+        if first is not None and second is not None:
+            self.add((first, second))
+            self._parents[self.root(second)] = self.root(first)
+
+    def sets(self) -> list[set[Member]]:
+        found: dict[Member, set[Member]] = {}
+        for member in self._parents:
+            found.setdefault(self.root(member), set()).add(member)
+        return list(found.values())
