@@ -14,6 +14,7 @@ from distill.flags import add_distillation_flags
 from distill.objective import DistillationObjective, build_objective, check_losses
 from models import NAMES, build_model, check_model
 from models.network_file import NetworkFile, as_dense, load_network
+from prune.allocation import FLOOR, parse_budget
 from prune.choice import FilterChoice
 from prune.compact import check_pruned_zeros, compact
 from prune.flags import add_pruning_flags
@@ -224,13 +225,16 @@ def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageDat
     return FilterChoice(
         student.network,
         layers,
-        keep_ratios(layers, args.prune_rates, exclude=args.exclude_layers),
+        keep_ratios(layers, [FLOOR] if args.budget else args.prune_rates, exclude=args.exclude_layers),
         criterion=args.prune_mode,
         data=data,
         seed=args.seed,
         samp_batches=args.samp_batches,
         multiple=args.channel_multiple,
         options={"gamma": args.gamma, "gm_distance": args.gm_distance},
+        coupled=args.couple_channels,
+        budget=parse_budget(args.budget) if args.budget else None,
+        allocation=args.allocation,
         earlier=student.kept,
     )
 

@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prune.allocation import Budget, Family, check_payable, counts_within, kept_channels, rank, uniform_counts
+from prune.cost import NetworkCost
 from prune.criteria import CRITERIA
 from prune.gradients import mean_gradients
-from prune.masks import PrunableLayer, check_criterion, choose_filters
+from prune.groups import ChannelGroup, channel_groups, single_groups
+from prune.masks import PrunableLayer, SharedNorm, check_criterion, choose_filters, score_filters, shared_norms
 from utils.data import ImageData
 from utils.distributed import sum_over_processes
 from utils.seed import generator
@@ -24,7 +28,9 @@ class FilterChoice:
 
     `ratios` holds the proportion that each of `layers` retains, `options` what the criterion may ask for (`gamma`,
     `gm_distance`). A criterion that needs gradients takes them over the first `samp_batches` training batches of `data`, or
-    over all. `earlier` holds the channels that an earlier pruning has left, by layer: what it removed stays removed.
+    over all. With `coupled` the filters of several layers that belong together go together (`prune.groups`). A `budget` says
+    what the network that is left may cost, and takes the place of the ratios below 1; `allocation` says how it is spent.
+    `earlier` holds the channels that an earlier pruning has left, by layer: what it removed stays removed.
     """
 
     network: nn.Module
@@ -36,6 +42,9 @@ class FilterChoice:
     samp_batches: int | None = None
     multiple: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    coupled: bool = False
+    budget: Budget | None = None
+    allocation: str = "uniform"
     earlier: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
@@ -49,11 +58,20 @@ class FilterChoice:
         return self.takes_nothing and not self.earlier
 
     def check(self) -> None:
-        """Raises UserError where the network lacks what the criterion reads of it."""
+        """Raises UserError where the network lacks what the criterion reads of it, or the budget does not pay for enough."""
         check_criterion(self.layers, self.ratios, criterion=self.criterion, multiple=self.multiple)
+        if self.budget is not None:
+            families = self._families({layer.name: torch.ones(layer.filters) for layer in self.layers})
+            check_payable(self.budget, families, cost=partial(self._cost_of, families))
 
     def __call__(self) -> dict[str, Tensor]:
-        kept = {layer.name: torch.arange(layer.filters) for layer in self.layers} if self.takes_nothing else self._highest()
+        if self.takes_nothing:
+            kept = {layer.name: torch.arange(layer.filters) for layer in self.layers}
+        elif self.coupled or self.budget is not None:
+            kept = self._highest_groups()
+        else:
+            kept = self._highest()
+        kept |= {name: torch.arange(norm.filters) for name, norm in self._earlier_norms.items() if name not in kept}
         earlier = {name: torch.tensor(channels) for name, channels in self.earlier.items()}
         return {name: channels[torch.isin(channels, earlier.get(name, channels))] for name, channels in kept.items()}
 
@@ -62,13 +80,62 @@ class FilterChoice:
             self.layers,
             self.ratios,
             criterion=self.criterion,
-            gradients=self._gradients() if CRITERIA[self.criterion].needs_gradient else None,
+            gradients=self._gradients(),
             multiple=self.multiple,
             generator=generator(self.seed, "filters"),
             **self.options,
         )
 
-    def _gradients(self) -> dict[str, Tensor]:
+    def _highest_groups(self) -> dict[str, Tensor]:
+        scores = score_filters(
+            self.layers,
+            criterion=self.criterion,
+            gradients=self._gradients(),
+            generator=generator(self.seed, "filters"),
+            **self.options,
+        )
+        families = self._families(scores)
+        if self.budget is None:
+            counts = uniform_counts(families)
+        else:
+            cost = partial(self._cost_of, families)
+            counts = counts_within(self.budget, families, cost=cost, allocation=self.allocation)
+        return {name: torch.tensor(channels) for name, channels in self._kept(families, counts).items()}
+
+    def _families(self, scores: Mapping[str, Tensor]) -> list[Family]:
+        return rank(self._groups, scores, ratios=self.ratios, multiple=self.multiple)
+
+    def _cost_of(self, families: Sequence[Family], counts: Sequence[int]) -> dict[str, int]:
+        return self.cost(self._kept(families, counts))
+
+    def _kept(self, families: Sequence[Family], counts: Sequence[int]) -> dict[str, list[int]]:
+        shared = {name for groups in self._groups for group in groups for name, _ in group.norms}
+        filters = {layer.name: layer.filters for layer in self.layers}
+        norms = {norm.name: norm.filters for norm in shared_norms(self.network, self.layers) if norm.name in shared}
+        return kept_channels(families, counts, filters=filters | norms)
+
+    @cached_property
+    def _groups(self) -> list[list[ChannelGroup]]:
+        if not self.coupled:
+            return single_groups(self.layers)
+        return channel_groups(self.network, self.layers, example=self.data.example)
+
+    @cached_property
+    def _cost(self) -> NetworkCost:
+        return NetworkCost(self.network, self.data.example[:1])
+
+    @property
+    def _earlier_norms(self) -> dict[str, SharedNorm]:
+        return {norm.name: norm for norm in shared_norms(self.network, self.layers) if norm.name in self.earlier}
+
+    def cost(self, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """MACs of an image and parameters of the network with the channels `kept`."""
+        norms = {layer.bn_name: kept[layer.name] for layer in self.layers if layer.bn_name is not None}
+        return self._cost({**kept, **norms})
+
+    def _gradients(self) -> dict[str, Tensor] | None:
+        if not CRITERIA[self.criterion].needs_gradient:
+            return None
         batches = ((batch.images, batch.labels) for batch in islice(self.data.train_batches("scoring"), self.samp_batches))
         return mean_gradients(
             self.network,

@@ -2,6 +2,7 @@
 
 import argparse
 
+from prune.allocation import ALLOCATIONS, parse_budget
 from prune.criteria import CRITERIA, GM_DISTANCES, criteria_with
 from prune.forms import TRAIN_FORMS
 from utils import cli
@@ -13,6 +14,12 @@ def add_pruning_flags(parser: cli.Parser) -> None:
     group = parser.add_argument_group("pruning")
     group.add_argument("--prune-rates", type=cli.keep_proportion, nargs="+", default=[1.0], metavar="R",
                        help="proportion of filters retained, one for all conv layers or one a layer; 1 prunes none")  # fmt: skip
+    group.add_argument("--budget", type=cli.checked(parse_budget), metavar="COST=SHARE",
+                       help="what may be left of the dense cost, macs=0.5 or params=0.5, in place of --prune-rates")  # fmt: skip
+    group.add_argument("--allocation", default="uniform", choices=ALLOCATIONS,
+                       help="a budget leaves the same of every layer, or the best scores per cost of all layers")  # fmt: skip
+    group.add_argument("--couple-channels", action="store_true",
+                       help="channels that meet in sums and the like go together, residual streams as well")  # fmt: skip
     group.add_argument(
         "--prune-mode", default="filter-nggm", choices=CRITERIA, help="which filters go: those that it scores lowest"
     )
@@ -26,7 +33,8 @@ def add_pruning_flags(parser: cli.Parser) -> None:
                        help="training batches that filters are scored by (default: all)")  # fmt: skip
     group.add_argument("--gamma", type=cli.proportion, default=0.5, help="weight of the distances in filter-nggm")
     group.add_argument("--gm-distance", default="euclidean", choices=GM_DISTANCES, help="distances of filter-gm and filter-nggm")
-    group.add_argument("--exclude-layers", nargs="+", default=[], metavar="NAME", help="conv layers that keep all filters")
+    group.add_argument("--exclude-layers", nargs="+", default=[], metavar="NAME",
+                       help="conv layers that keep all filters, by name or pattern (layer4.*)")  # fmt: skip
     group.add_argument("--channel-multiple", type=cli.positive_int, default=1, metavar="M",
                        help="round kept filters to a multiple of M, for speed")  # fmt: skip
     group.add_argument("--train-form", default="auto", choices=TRAIN_FORMS,
@@ -37,12 +45,15 @@ def add_pruning_flags(parser: cli.Parser) -> None:
 
 def prunes(args: argparse.Namespace) -> bool:
     """Whether any layer is to lose filters."""
-    return min(args.prune_rates) < 1
+    return args.budget is not None or min(args.prune_rates) < 1
 
 
 def _say_what_counts(parser: cli.Parser) -> None:
-    below = "--prune-rates below 1, where filters are pruned"
-    parser.counts_only("prune_mode", "soft_prune", "exclude_layers", "channel_multiple", where=prunes, only=f"with {below}")
+    below = "--prune-rates below 1 or a --budget, where filters are pruned"
+    where_pruned = ("prune_mode", "soft_prune", "exclude_layers", "channel_multiple", "couple_channels")
+    parser.counts_only(*where_pruned, where=prunes, only=f"with {below}")
+    parser.counts_only("prune_rates", where=lambda args: args.budget is None, only="without --budget")
+    parser.counts_only("allocation", where=lambda args: args.budget is not None, only="with --budget")
     for flag, read in READ_BY_CRITERIA.items():
         users = criteria_with(read)
         parser.counts_only(

@@ -52,6 +52,20 @@ def channel_groups(
         groups = [alike for alike in groups if all(blocked.isdisjoint(group.filters) for group in alike)]
 
 
+def single_groups(layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
+    """Every filter by itself, for networks whose channels are not coupled. Convolutions with one filter a group are left out.
+
+    A grouped convolution loses the same filter of every group.
+    """
+    families = []
+    for layer in layers:
+        filters = layer.filters // layer.conv.groups
+        starts = range(0, layer.filters, filters)
+        if filters > 1 or len(starts) == 1:
+            families.append([ChannelGroup(tuple((layer.name, start + i) for start in starts)) for i in range(filters)])
+    return families
+
+
 def _plan(graph: torch.fx.Graph, model: nn.Module, *, removed: frozenset[Member]) -> Plan:
     """The plan of the network without the `removed` filters; a batch norm has the channels that it is given."""
 

@@ -1,8 +1,10 @@
 """Which filters stay: the layers that can be pruned, the proportion that each retains, and the choice by a criterion."""
 
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +103,8 @@ def prunable_layers(model: nn.Module, *, example: Tensor | None = None) -> list[
 def keep_ratios(layers: Sequence[PrunableLayer], rates: Sequence[float], *, exclude: Sequence[str] = ()) -> dict[str, float]:
     """The proportion of filters that each layer retains, by name: `--prune-rates` and `--exclude-layers`.
 
-    `rates` is one value for all layers or one a layer; excluded layers are counted there too, and retain everything.
+    `rates` is one value for all layers or one a layer; excluded layers are counted there too, and retain everything. In
+    `exclude` stand names, or patterns of the shell such as `layer4.*`.
     Raises UserError for a value outside (0, 1], a wrong number of values, a name that is not among the layers, or a layer
     whose weight is computed from other parameters (weight norm, a parametrization): there is no filter to set to 0.
     """
@@ -110,11 +113,12 @@ def keep_ratios(layers: Sequence[PrunableLayer], rates: Sequence[float], *, excl
         _check_keep_ratio(rate)
     if len(rates) not in (1, len(names)):
         raise UserError(f"--prune-rates: {len(rates)} values for {len(names)} conv layers: give 1 or {len(names)}")
-    unknown = [name for name in exclude if name not in names]
+    unknown = [pattern for pattern in exclude if not fnmatch.filter(names, pattern)]
     if unknown:
         raise UserError(f"--exclude-layers {' '.join(unknown)}: no such conv layer: choose from {', '.join(names)}")
+    excluded = {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
     each = rates if len(rates) == len(names) else [rates[0]] * len(names)
-    ratios = {name: 1.0 if name in exclude else ratio for name, ratio in zip(names, each, strict=True)}
+    ratios = {name: 1.0 if name in excluded else ratio for name, ratio in zip(names, each, strict=True)}
     for layer in layers:
         if ratios[layer.name] < 1 and "weight" not in dict(layer.conv.named_parameters(recurse=False)):
             raise UserError(f"{layer.name}: its weight is computed from other parameters; add it to --exclude-layers")
@@ -180,20 +184,32 @@ def choose_filters(
     """
     if criterion not in CRITERIA:
         raise UserError(f"--prune-mode {criterion}: choose from {', '.join(CRITERIA)}")
-    score = CRITERIA[criterion]
     losing = losing_layers(layers, ratios, multiple=multiple)
-    kept = {}
+    # Random scores are drawn for every layer, so that what one retains does not change the choice in the next.
+    scored = layers if "generator" in CRITERIA[criterion].inputs else losing
+    options = {"gamma": gamma, "gm_distance": gm_distance, "generator": generator}
+    scores = score_filters(scored, criterion=criterion, gradients=gradients, **options)
+    return {
+        layer.name: _highest(scores[layer.name], ratios[layer.name], groups=layer.conv.groups, multiple=multiple)
+        if layer in scored
+        else torch.arange(layer.filters)
+        for layer in layers
+    }
+
+
+def score_filters(
+    layers: Sequence[PrunableLayer], *, criterion: str, gradients: Mapping[str, Tensor] | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """The scores (F,) of each layer's filters, by its name, on the CPU; `options` are what the criterion may ask for.
+
+    Raises UserError, with the layer's name, where the criterion lacks its gradient or a batch norm.
+    """
+    scores = {}
     for layer in layers:
-        # Random scores are drawn for every layer, so that what one retains does not change the choice in the next.
-        if layer not in losing and "generator" not in score.inputs:
-            kept[layer.name] = torch.arange(layer.filters)
-            continue
         gradient = gradients.get(layer.name) if gradients else None
-        options = {"gamma": gamma, "generator": generator, "gm_distance": gm_distance, "bn_weight": layer.bn_weight}
         with naming(layer.name):
-            scores = score(layer.conv.weight, gradient, **options).cpu()
-        kept[layer.name] = _highest(scores, ratios[layer.name], groups=layer.conv.groups, multiple=multiple)
-    return kept
+            scores[layer.name] = CRITERIA[criterion](layer.conv.weight, gradient, bn_weight=layer.bn_weight, **options).cpu()
+    return scores
 
 
 def _highest(scores: Tensor, keep_ratio: float, *, groups: int, multiple: int) -> Tensor:

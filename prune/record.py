@@ -134,6 +134,7 @@ def save_compact(
     comparison["papers_flops_drop_percent"] = papers_flops_drop(dense, small, data.example[:1])
     run.log(comparison_table(comparison))
     run.log(f"FLOPs of the convolutions, as papers count them: {comparison['papers_flops_drop_percent']:.1f} % less")
+    run.log(f"steps between layers that store different channels: {small.relayout_count}")
     run.log(f"top1 of the dense network {accuracy['dense']:.2f}, of the compact {accuracy['compact']:.2f}")
     run.log(f"largest difference of their logits, relative to the largest logit: {difference:.1e}")
-    return {"top1": accuracy, "relative_difference": difference, **comparison}
+    return {"top1": accuracy, "relative_difference": difference, "relayouts": small.relayout_count, **comparison}

@@ -68,7 +68,9 @@ def dashed(flag: str) -> str:
 def _pruned(settings: Mapping[str, Any]) -> str:
     mode = settings.get("prune_mode")
     criterion = (SOFT_CRITERIA if settings.get("soft_prune") else CRITERIA).get(mode, value_text(mode))
-    parts = [" + ".join([criterion, *_losses(settings)]), _ratio(settings.get("prune_rates"))]
+    parts = [" + ".join([criterion, *_losses(settings)]), _size(settings)]
+    if settings.get("couple_channels"):
+        parts.append("coupled")
     multiple, batches = settings.get("channel_multiple") or 1, settings.get("recalibrate_bn")
     if multiple > 1:
         parts.append(f"multiple of {multiple}")
@@ -81,6 +83,14 @@ def _losses(settings: Mapping[str, Any]) -> list[str]:
     names = [name for name in settings.get("distill") or [] if name not in ("none", "kd")]
     with_kd = settings.get("distill") != ["none"] and settings.get("alpha")
     return [value_text(name.upper()) for name in [*names, *(["kd"] if with_kd else [])]]
+
+
+def _size(settings: Mapping[str, Any]) -> str:
+    """What stays of the network: a proportion of its filters, or a budget and how it is spent."""
+    budget = settings.get("budget")
+    if budget is None:
+        return _ratio(settings.get("prune_rates"))
+    return value_text(budget) + (" global" if settings.get("allocation") == "global" else "")
 
 
 def _ratio(ratios: Any) -> str:

@@ -50,6 +50,6 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "prune_rates": _or_none(lambda value: _are(_is_number)(value) and value),
     "betas": _or_none(_are(_is_number)),
     "distill": _or_none(_are(_is_text)),
-    **dict.fromkeys(("prune_mode", "model", "s_model", "t_model", "data_dir"), _or_none(_is_text)),
+    **dict.fromkeys(("prune_mode", "budget", "allocation", "model", "s_model", "t_model", "data_dir"), _or_none(_is_text)),
     **dict.fromkeys(("dataset", "quan_mode"), _is_text),
 }

@@ -1,6 +1,7 @@
 """Pruning and distilling through the entry script."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from prune.criteria import CRITERIA, Criterion
 from prune.masks import keep_count, prunable_layers
 from utils.files import load_checkpoint, save_checkpoint
 
-TINY = ["--n-epochs", "2", "--limit-batches", "2", "--batch-size", "32", "--schedule", "--device", "cpu", "--prune-rates", "0.6"]
+TINY = ["--n-epochs", "2", "--limit-batches", "2", "--batch-size", "32", "--schedule", "--device", "cpu"]
+RATES = ("--prune-rates", "0.6")
 SCORING = ["--limit-batches", "2", "--batch-size", "32", "--device", "cpu"]
 
 
@@ -19,9 +21,9 @@ SCORING = ["--limit-batches", "2", "--batch-size", "32", "--device", "cpu"]
 def prune(trained_run, tmp_path, run_script):
     """Runs pruning.py on the trained network and gives the folder of the run."""
 
-    def run(*flags: str, name: str = "run") -> Path:
+    def run(*flags: str, name: str = "run", rates: Sequence[str] = RATES) -> Path:
         teacher = ["--t-path", str(trained_run / "model_best.pt"), "--s-copy-t"]
-        ended = run_script("pruning", *teacher, *TINY, *flags, "--save-dir", str(tmp_path), "--run-name", name)
+        ended = run_script("pruning", *teacher, *TINY, *rates, *flags, "--save-dir", str(tmp_path), "--run-name", name)
         assert ended.status == 0, ended.errors
         return tmp_path / name
 
@@ -95,7 +97,7 @@ def test_a_compact_network_can_be_scored_and_pruned_further(prune, trained_run, 
 
 
 def test_a_teacher_of_another_depth(prune, tmp_path, run_script):
-    flags = [*TINY, "--save-dir", str(tmp_path)]
+    flags = [*TINY, *RATES, "--save-dir", str(tmp_path)]
     assert run_script("initial_train", "--model", "resnet32", *flags[:-4], *flags[-2:], "--run-name", "deep").status == 0
     teacher = ["--t-model", "resnet32", "--t-path", str(tmp_path / "deep" / "model_best.pt"), "--s-model", "resnet20"]
     ended = run_script("pruning", *teacher, *flags, "--distill", "afd", "hap", "--betas", "200", "700", "--run-name", "run")
@@ -110,12 +112,25 @@ def test_excluded_layers_and_multiples(prune):
     assert {count for name, count in kept.items() if name.startswith("stage_")} == {8, 16, 40}
 
 
+@pytest.mark.parametrize("flags", [(), ("--soft-prune", "--prune-mode", "filter-l2"), ("--train-form", "masked")])
+def test_coupled_channels_within_a_budget(prune, run_script, flags):
+    options = ["--budget", "macs=0.5", "--couple-channels", "--allocation", "global", "--prune-mode", "filter-a", *flags]
+    folder = prune(*options, rates=())
+    summary = json.loads((folder / "summary.json").read_text())["compact"]
+    assert 0.48 <= summary["compact"]["macs"] / summary["dense"]["macs"] <= 0.5
+    assert summary["relayouts"] == 0 and summary["relative_difference"] < 1e-5
+    kept = load_network(folder / "model_best.pt", flag="--s-path").kept
+    assert kept["stage_1.0.conv_b"] == kept["stage_1.1.conv_b"] == kept["conv_1_3x3"]
+    ended = run_script("pruning", "--resume", str(folder), "--n-epochs", "3")
+    assert ended.status == 0, ended.errors
+
+
 def test_a_criterion_without_one_score_a_filter_ends_the_run_before_anything_is_pruned(
     trained_run, tmp_path, run_script, monkeypatch
 ):
     monkeypatch.setitem(CRITERIA, "filter-new", Criterion("filter-new", lambda weight: weight.abs().sum(1), frozenset()))
     teacher = ["--t-path", str(trained_run / "model_best.pt"), "--s-copy-t", "--prune-mode", "filter-new"]
-    ended = run_script("pruning", *teacher, *TINY, "--save-dir", str(tmp_path), "--run-name", "run")
+    ended = run_script("pruning", *teacher, *TINY, *RATES, "--save-dir", str(tmp_path), "--run-name", "run")
     assert ended.status == 2
     assert ended.errors.strip().endswith(
         "conv_1_3x3: filter-new gives scores of shape (16, 3, 3), expected one finite number a filter, (16,)"

@@ -11,6 +11,7 @@ from torch.random import fork_rng
 
 from models.channel_flow.concrete import ConcreteTracer, NoValue, Values, replica
 from models.channel_flow.in_place import make_out_of_place
+from models.modes import preserved_modes
 from utils.errors import UserError
 
 # What is tried where nobody says for which images: what the network says of itself, then these (pixels).
@@ -101,7 +102,8 @@ def _trace(
 ) -> tuple[fx.Graph, tuple[int, int] | None]:
     """The graph in one mode, and the image size if it depends on it. What cannot be looked into is added to `opaque`."""
     while True:
-        network = replica(model).train(training)
+        with preserved_modes(model):  # the parameters are the model's own, and `train` may freeze some
+            network = replica(model).train(training)
         tracer = ConcreteTracer(network, method, inputs, opaque or set())
         try:
             with fork_rng(devices=[]):

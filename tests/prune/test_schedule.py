@@ -126,7 +126,8 @@ def test_a_hard_pruned_network_does_not_see_what_stood_in_its_filters():
 
 def test_layers_without_batch_norm_parameters_are_pruned_by_their_conv():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4, affine=False))
+    norm, head = nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, bias=False), norm, head)
     schedule = HardPruning(model, {"0": torch.tensor([1, 3])})
     assert is_positive_zero(model[0].weight[[0, 2]]) and is_positive_zero(model[0].bias[[0, 2]])
     assert model[0].weight[[1, 3]].ne(0).all() and model[1].weight.ne(0).all()
@@ -228,7 +229,7 @@ def test_soft_pruning_chooses_anew():
 
 @pytest.mark.parametrize(("interval", "pruned_epochs"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (3, [2, 4]), (9, [4])])
 def test_soft_pruning_before_the_first_after_every_interval_and_the_last_epoch(interval, pruned_epochs):
-    model = nn.Sequential(nn.Conv2d(1, 2, 1))
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1))
     choices, epoch = [], -1
 
     def choose():
@@ -266,7 +267,7 @@ def test_shipped_restores_when_the_evaluation_fails():
 def test_what_is_shipped_after_pruning_is_what_was_just_pruned():
     # For FPGM a cleared filter is a point as any other: chosen again at once, other filters could go.
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4))
+    model = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     answers = [torch.tensor([0, 1]), torch.tensor([2, 3])]
     schedule = SoftPruning(model, lambda: {"0": answers.pop(0)}, interval=1, last_epoch=1)
     with schedule.shipped() as kept:

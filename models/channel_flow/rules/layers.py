@@ -58,14 +58,18 @@ def _cut_groups(conv: nn.Module, live: Sequence[int], stored: Sequence[int]) -> 
     filters, reads = conv.out_channels // conv.groups, conv.in_channels // conv.groups
     used = sorted({row // filters for row in live})
     rows = _evened(live, used, filters)
-    inputs = _evened([channel for channel in stored if channel // reads in set(used)], used, reads)
-    columns = tuple(tuple(channel % reads for channel in inputs if channel // reads == group) for group in used)
+    inputs = _evened(stored, used, reads)
+    width = len(inputs) // len(used)
+    columns = tuple(tuple(channel % reads for channel in inputs[i : i + width]) for i in range(0, len(inputs), width))
     return LayerCut(rows, columns), inputs
 
 
 def _evened(channels: Sequence[int], groups: Sequence[int], size: int) -> tuple[int, ...]:
-    """At least one channel of each group of `size`, and as many of each as the largest has."""
-    members = {group: [channel for channel in channels if channel // size == group] for group in groups}
+    """Of those `channels` that are in the `groups` of `size`: at least one of each, and as many of each as the largest has."""
+    members: dict[int, list[int]] = {group: [] for group in groups}
+    for channel in channels:
+        if channel // size in members:
+            members[channel // size].append(channel)
     count = max(1, *(len(own) for own in members.values()))
     for group, own in members.items():
         spare = [channel for channel in range(group * size, (group + 1) * size) if channel not in own]

@@ -1,0 +1,215 @@
+"""How many channels each layer keeps: a proportion of each, or what a budget of the whole network's cost pays for.
+
+`uniform`: every layer the same proportion, as the papers on filter criteria do. `global`: the groups of all layers are ranked
+together by score per unit of cost, each layer's scores divided by their mean so that layers can be compared.
+"""
+
+import bisect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prune.cost import COSTS
+from prune.groups import ChannelGroup
+from prune.masks import keep_count
+from utils.errors import UserError, shown
+
+ALLOCATIONS = ("uniform", "global")
+FLOOR = 0.1  # of its groups that every family keeps under a budget
+RATIO_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`share` is what the small network may cost of the dense one's `kind`."""
+
+    kind: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.share:g}"
+
+
+def parse_budget(text: str) -> Budget:
+    """`macs=0.5`. Raises UserError for another kind, or a share outside (0, 1)."""
+    kind, _, share = text.partition("=")
+    if kind not in COSTS:
+        raise UserError(f"{shown(text, 60)}: names no known cost, give one of {', '.join(f'{each}=SHARE' for each in COSTS)}")
+    try:
+        value = float(share)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise UserError(f"{shown(text, 60)}: the share of the dense network must be above 0 and below 1")
+    return Budget(kind, value)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The groups of the same convolutions, the lowest score first.
+
+    `scores` are comparable between families. The number that stays is a multiple of `step`, or all; under a budget all stay
+    where `is_fixed`.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    scores: tuple[float, ...]
+    step: int = 1
+    keep_ratio: float = 1.0
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.keep_ratio == 1
+
+    def count(self, keep_ratio: float) -> int:
+        return keep_count(len(self.groups), keep_ratio, multiple=self.step)
+
+    @property
+    def floor(self) -> int:
+        """The fewest that stay under a budget: a tenth, up to the next step."""
+        return min(len(self.groups), self.step * max(1, math.ceil(FLOOR * len(self.groups) / self.step)))
+
+
+def rank(
+    families: Sequence[Sequence[ChannelGroup]], scores: Mapping[str, Tensor], *, ratios: Mapping[str, float], multiple: int
+) -> list[Family]:
+    """Families of groups by their scores: the mean over a group of its filters' `scores` (F,), each layer's divided by its mean.
+
+    Of equal scores the lower index comes first. Raises UserError where layers that go together have different `ratios`; one
+    that keeps all of its filters keeps those of the others.
+    """
+    normalised = {name: _over_mean(values.double()).tolist() for name, values in scores.items()}
+    return [_ranked(groups, normalised, ratios=ratios, multiple=multiple) for groups in families]
+
+
+def _over_mean(scores: Tensor) -> Tensor:
+    mean = scores.mean()
+    return scores / mean if mean > 0 else scores
+
+
+def _ranked(
+    groups: Sequence[ChannelGroup], scores: Mapping[str, list[float]], *, ratios: Mapping[str, float], multiple: int
+) -> Family:
+    def score(group: ChannelGroup) -> float:
+        return sum(scores[name][channel] for name, channel in group.filters) / len(group.filters)
+
+    layers = groups[0].layers
+    own = {ratios[name] for name in layers}
+    if len(own) > 1 and 1 not in own:
+        raise UserError(
+            f"--prune-rates: {layers[0]} and {layers[-1]} lose the same channels with --couple-channels: give them one value"
+        )
+    ordered = sorted(groups, key=score)  # stable
+    filters = sum(name == layers[0] for name, _ in groups[0].filters)
+    step = multiple // math.gcd(multiple, filters)
+    return Family(tuple(ordered), tuple(map(score, ordered)), step, max(own))
+
+
+Counts = tuple[int, ...]
+
+
+def uniform_counts(families: Sequence[Family]) -> Counts:
+    """How many groups of each family its keep ratio leaves."""
+    return tuple(family.count(family.keep_ratio) for family in families)
+
+
+def counts_within(
+    budget: Budget, families: Sequence[Family], *, cost: Callable[[Counts], Mapping[str, int]], allocation: str
+) -> Counts:
+    """How many groups of each family stay so that the network costs no more than the budget, and hardly less.
+
+    `cost(counts)` gives the cost of the network by kind. At least a tenth of each family stays. Raises UserError for a
+    budget that does not pay for that.
+    """
+    whole = _whole(families)
+    limit = budget.share * cost(whole)[budget.kind]
+
+    def fits(counts: Counts) -> bool:
+        return cost(counts)[budget.kind] <= limit
+
+    check_payable(budget, families, cost=cost)
+    ladder = _LADDERS[allocation](families, lambda counts: cost(counts)[budget.kind])
+    highest = bisect.bisect_left(ladder, True, key=lambda counts: not fits(counts)) - 1
+    most = [min(len(family.groups), count + family.step) for family, count in zip(families, ladder[highest], strict=True)]
+    return _topped_up(families, ladder[highest], fits, most=most if allocation == "uniform" else whole)
+
+
+def check_payable(budget: Budget, families: Sequence[Family], *, cost: Callable[[Counts], Mapping[str, int]]) -> None:
+    """Raises UserError for a budget that does not pay for the tenth of each family that stays."""
+    whole, least = (cost(counts(families))[budget.kind] for counts in (_whole, _fewest))
+    if least > budget.share * whole:
+        share = math.ceil(1000 * least / whole) / 1000
+        raise UserError(
+            f"--budget {budget}: a tenth of each layer stays, and all of --exclude-layers: {budget.kind}={share:g} is the least"
+        )
+
+
+def _whole(families: Sequence[Family]) -> Counts:
+    return tuple(len(family.groups) for family in families)
+
+
+def _fewest(families: Sequence[Family]) -> Counts:
+    return tuple(len(family.groups) if family.is_fixed else family.floor for family in families)
+
+
+def _uniform_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) -> list[Counts]:
+    """The counts at every proportion, from the floor to the whole network."""
+    return [
+        tuple(
+            len(family.groups) if family.is_fixed else max(family.floor, family.count(step / RATIO_STEPS)) for family in families
+        )
+        for step in range(round(FLOOR * RATIO_STEPS), RATIO_STEPS + 1)
+    ]
+
+
+def _global_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) -> list[Counts]:
+    """The counts when the groups of all families come back one after the other, the most valuable for its cost first."""
+    whole = _whole(families)
+    prices = []
+    for place, family in enumerate(families):
+        fewer = tuple(count - (other == place and count > 1) for other, count in enumerate(whole))
+        prices.append(max(cost(whole) - cost(fewer), 1) if not family.is_fixed else 1)
+    counts = list(_fewest(families))
+    order = sorted(
+        (-family.scores[rank] / price, place, -rank)
+        for place, (family, price) in enumerate(zip(families, prices, strict=True))
+        for rank in range(len(family.groups) - counts[place])
+    )
+    ladder, come_back = [tuple(counts)], list(counts)
+    for _, place, _ in order:
+        come_back[place] += 1
+        family = families[place]
+        if come_back[place] % family.step == 0 or come_back[place] == len(family.groups):
+            counts[place] = come_back[place]
+            ladder.append(tuple(counts))
+    return ladder
+
+
+_LADDERS = {"uniform": _uniform_ladder, "global": _global_ladder}
+
+
+def _topped_up(families: Sequence[Family], counts: Counts, fits: Callable[[Counts], bool], *, most: Sequence[int]) -> Counts:
+    """What is left of a budget goes, step by step, to the families where it is enough, up to `most` of each."""
+    open_places = [place for place, count in enumerate(counts) if count < most[place]]
+    while open_places:
+        still_open = []
+        for place in open_places:
+            count = min(most[place], counts[place] + families[place].step)
+            more = (*counts[:place], count, *counts[place + 1 :])
+            if fits(more):
+                counts = more
+                still_open += [place] if count < most[place] else []
+        open_places = still_open
+    return counts
+
+
+def kept_channels(families: Sequence[Family], counts: Counts, *, filters: Mapping[str, int]) -> dict[str, list[int]]:
+    """The channels that stay, by layer: of all layers in `filters` (name to number of outputs), ascending."""
+    gone: dict[str, set[int]] = {}
+    for family, count in zip(families, counts, strict=True):
+        for group in family.groups[: len(family.groups) - count]:
+            for name, channel in (*group.filters, *group.norms):
+                gone.setdefault(name, set()).add(channel)
+    return {name: [channel for channel in range(full) if channel not in gone.get(name, ())] for name, full in filters.items()}
