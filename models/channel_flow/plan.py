@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from models.channel_flow import rules  # noqa: F401  (fills the table that rule_of reads)
 from models.channel_flow.call import Call, LiveOutputs, opaque, rule_of
-from models.channel_flow.channels import Channels, Plan, Step, members_of_layer
+from models.channel_flow.channels import Channels, Members, Plan, Step, members_of_layer
 from models.channel_flow.concrete import attribute
 from models.channel_flow.tracing import is_mode
 
@@ -31,9 +31,14 @@ def plan_channels(graph: fx.Graph, model: nn.Module, *, live_outputs: LiveOutput
         call = Call(node, steps, model, live_outputs, carriers, shared)
         step = (opaque if _has_hooks(call) else rule_of(call))(call)
         if isinstance(step.out, Channels) and not step.out.members:  # a layer, whose own channels these are
-            step.out = replace(step.out, members=members_of_layer(node.target, step.out.full))
+            step.out = replace(step.out, members=_own_members(node.target, call.module, step.out.full))
         steps[node] = step
     return Plan(graph, steps)
+
+
+def _own_members(name: str, layer: nn.Module, full: int) -> Members:
+    """Those of a layer's result. The outputs of a linear layer, of which a classifier may have millions, count as one."""
+    return ((name, 0),) * full if isinstance(layer, nn.Linear) else members_of_layer(name, full)
 
 
 def _has_hooks(call: Call) -> bool:

@@ -13,6 +13,7 @@ from utils.distributed import World
 from utils.engine import CrossEntropyObjective, Trainer, TrainingPlan, evaluate, sgd
 from utils.errors import UserError
 from utils.files import load_checkpoint
+from utils.learning_rate import LearningRate
 from utils.metrics_file import read_metrics
 from utils.recalibration import check_recalibration, recalibrated_batch_norm
 from utils.run_folder import BEST, LAST
@@ -121,7 +122,7 @@ def train(folder, name, **plan):
         optimizer=sgd(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0),
         data=noise(),
         run=run,
-        plan=TrainingPlan(n_epochs=2, lr=0.1, **plan),
+        plan=TrainingPlan(LearningRate(0.1, n_epochs=2), **plan),
     )
     trainer.fit()
     return run.folder, net

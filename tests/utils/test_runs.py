@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -173,9 +174,11 @@ class TestReopen:
 
     def test_names_the_command_that_goes_on(self, tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["pruning.py", "--lr", "1"])
+        python = sys.executable if shutil.which(Path(sys.executable).name) != sys.executable else Path(sys.executable).name
+        monkeypatch.chdir(tmp_path)  # from where that Python has no shorter name
         folder = tmp_path / "a run"
         single, many = (Run(folder, log_path=tmp_path, world=World(size=size)) for size in (1, 4))
-        assert single.resume_command() == f"python3 pruning.py --resume '{folder}'"
+        assert single.resume_command() == f"{python} pruning.py --resume '{folder}'"
         assert many.resume_command() == f"torchrun --nproc_per_node=4 pruning.py --resume '{folder}'"
 
 
