@@ -9,4 +9,4 @@ ensure_environment requirements-dev.txt
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --dist worksteal "$@" # the tests compute with one thread each
