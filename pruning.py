@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     loss = objective_of(args, student.network, teacher, data).formula()  # losses that cannot compare the two say so here
     check_recalibration(student.network, args.recalibrate_bn)
     if args.train_form == "compact" and state is None:
-        check_compact_form(student.network, choose.without_gradient()(), data.example)
+        check_compact_form(student.network, choose.without_pass()(), data.example)
     plan = replace(setup.training_plan(args), recalibrate_bn_batches=args.recalibrate_bn)
     if args.dry_run:
         return dry_run(args, plan, student, choose, loss=loss)
@@ -268,10 +268,10 @@ def score(args: argparse.Namespace, *, device: torch.device, world: World) -> No
 
 
 def dry_run(args: argparse.Namespace, plan: TrainingPlan, student: NetworkFile, choose: FilterChoice, *, loss: str) -> None:
-    """Prints what would be pruned and trained. The sizes are exact where the choice needs no gradient, else those of L1's."""
+    """Prints what would be pruned and trained. The sizes are exact where the choice needs no pass over images, else L1's."""
     if choose.is_whole:
         return print_plan(args, plan=plan, data=choose.data, networks={"network": student.network}, lines=[WHOLE])
-    kept = choose.without_gradient()()
+    kept = choose.without_pass()()
     pruned = copy.deepcopy(student.network)
     HardPruning(pruned, kept)
     lines = [f"{layer.name} would keep {len(kept[layer.name])} of {layer.filters}" for layer in choose.layers]

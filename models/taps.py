@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torchvision.ops import StochasticDepth
 
 from models.channel_flow import trace_network
 from models.graph_function import GraphFunction
@@ -37,6 +38,7 @@ PERMUTATIONS = (torch.permute, "permute")
 POOLED_TO_ONE = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 NORM_FUNCTIONS = (F.batch_norm, F.group_norm, F.layer_norm, F.local_response_norm)
+PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d, StochasticDepth)
 NO_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax)
 ACTIVATION_NAMES = frozenset(
     [
@@ -191,6 +193,48 @@ def _as_map(graph: fx.Graph, node: fx.Node, kind: "Map") -> fx.Node:
             node = graph.call_function(operator.getitem, (node, (slice(None), slice(kind.before, None))))
         return graph.call_method("unflatten", (graph.call_method("transpose", (node, 1, 2)), 2, kind.size))
     return node
+
+
+def maps_of_convolutions(network: nn.Module, names: Iterable[str], *, images: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """A function of the network and images (B, 3, H, W) that gives the maps of the convolutions `names`, (B, F, H, W) each.
+
+    A map is taken behind what alone reads the convolution: its batch norm, a sum with other maps, and the activation at the
+    end of both; where no activation follows, behind the batch norm. `images` is an example. Raises UserError where the
+    network's graph calls one of the convolutions never or more than once.
+    """
+    trace = trace_network(network, example=images).checked(network)
+    calls: dict[str, list[fx.Node]] = {}
+    for node in trace.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(node.target, []).append(node)
+    ends = []
+    for name in names:
+        if len(calls.get(name, ())) != 1:
+            raise UserError(f"{name}: has no feature maps of its own, it is called {len(calls.get(name, ()))} times")
+        ends.append(_end_of_convolution(calls[name][0], network))
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(trace.graph, copies)
+    graph.output(tuple(copies[node] for node in ends))
+    for node in reversed(list(graph.nodes)):  # what comes behind the last map
+        if not node.users and node.op not in ("output", "placeholder"):
+            graph.erase_node(node)
+    return GraphFunction(graph)
+
+
+def _end_of_convolution(node: fx.Node, network: nn.Module) -> fx.Node:
+    """The activation behind a convolution, or else the last norm before it branches."""
+    end = node
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if _is_activation(node, network) or _with_activation(node, network):
+            return node
+        is_norm = isinstance(_module(node, network), NORMS) or _calls(node, NORM_FUNCTIONS)
+        if is_norm:
+            end = node
+        elif not _calls(node, SUMS) and not isinstance(_module(node, network), PASSING):
+            break
+    return end
 
 
 # ---- finding them ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The choice of the filters that stay, by the weights of a network as they are at that moment."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prune.allocation import Budget, Family, check_payable, counts_within, kept_channels, rank, uniform_counts
 from prune.cost import NetworkCost
 from prune.criteria import CRITERIA
+from prune.feature_maps import mean_of_maps
 from prune.gradients import mean_gradients
 from prune.groups import ChannelGroup, channel_groups, single_groups
 from prune.masks import PrunableLayer, SharedNorm, check_criterion, choose_filters, score_filters, shared_norms
@@ -19,7 +20,7 @@ from utils.data import ImageData
 from utils.distributed import sum_over_processes
 from utils.seed import generator
 
-WITHOUT_GRADIENT = "filter-a"  # the criterion of a plan in the place of one that needs a gradient
+WITHOUT_PASS = "filter-a"  # the criterion of a plan in the place of one that looks at training images
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class FilterChoice:
     """What chooses: `choice()` gives the filters of `network` that stay, by layer, sorted int64 indices on the CPU.
 
     `ratios` holds the proportion that each of `layers` retains, `options` what the criterion may ask for (`gamma`,
-    `gm_distance`). A criterion that needs gradients takes them over the first `samp_batches` training batches of `data`, or
-    over all. With `coupled` the filters of several layers that belong together go together (`prune.groups`). A `budget` says
-    what the network that is left may cost, and takes the place of the ratios below 1; `allocation` says how it is spent.
+    `gm_distance`). What a criterion asks for of gradients or feature maps is taken over the first `samp_batches` training
+    batches of `data`, or over all. With `coupled` the filters of several layers that belong together go together
+    (`prune.groups`). A `budget` says what the network that is left may cost, and takes the place of the ratios below 1;
+    `allocation` says how it is spent.
     `earlier` holds the channels that an earlier pruning has left, by layer: what it removed stays removed.
     """
 
@@ -80,7 +82,7 @@ class FilterChoice:
             self.layers,
             self.ratios,
             criterion=self.criterion,
-            gradients=self._gradients(),
+            **self._sampled(),
             multiple=self.multiple,
             generator=generator(self.seed, "filters"),
             **self.options,
@@ -90,7 +92,7 @@ class FilterChoice:
         scores = score_filters(
             self.layers,
             criterion=self.criterion,
-            gradients=self._gradients(),
+            **self._sampled(),
             generator=generator(self.seed, "filters"),
             **self.options,
         )
@@ -133,18 +135,23 @@ class FilterChoice:
         norms = {layer.bn_name: kept[layer.name] for layer in self.layers if layer.bn_name is not None}
         return self._cost({**kept, **norms})
 
-    def _gradients(self) -> dict[str, Tensor] | None:
-        if not CRITERIA[self.criterion].needs_gradient:
-            return None
-        batches = ((batch.images, batch.labels) for batch in islice(self.data.train_batches("scoring"), self.samp_batches))
-        return mean_gradients(
-            self.network,
-            batches,
-            layers=self.layers,
-            training=CRITERIA[self.criterion].gradient_mode == "training",
-            all_reduce=sum_over_processes,
-        )
+    def _sampled(self) -> dict[str, dict[str, Tensor] | None]:
+        """What the criterion asks for that takes a pass over training images."""
+        criterion = CRITERIA[self.criterion]
+        passed = {"layers": self.layers, "all_reduce": sum_over_processes}
+        gradients = maps = None
+        if criterion.needs_gradient:
+            training = criterion.gradient_mode == "training"
+            gradients = mean_gradients(self.network, self._batches(), training=training, **passed)
+        if criterion.needs_maps:
+            example = self.data.example
+            maps = mean_of_maps(self.network, self._batches(), of_maps=criterion.of_maps, example=example, **passed)
+        return {"gradients": gradients, "feature_maps": maps}
 
-    def without_gradient(self) -> "FilterChoice":
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((batch.images, batch.labels) for batch in islice(self.data.train_batches("scoring"), self.samp_batches))
+
+    def without_pass(self) -> "FilterChoice":
         """A choice of as many filters that costs no pass over the data; the same one where the criterion needs none."""
-        return replace(self, criterion=WITHOUT_GRADIENT) if CRITERIA[self.criterion].needs_gradient else self
+        criterion = CRITERIA[self.criterion]
+        return replace(self, criterion=WITHOUT_PASS) if criterion.needs_gradient or criterion.needs_maps else self

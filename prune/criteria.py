@@ -1,8 +1,9 @@
 """Filter criteria: a conv weight in, one score a filter out; the filters with the lowest scores are pruned.
 
 A new criterion is one function under `@criterion("filter-...")`; nothing else changes. It takes the weight and, by name, what it
-needs of `grad`, `bn_weight`, `gamma`, `generator` and `gm_distance`, and returns (F,) scores. It is called without autograd and
-in float64: its scores are rounded to float32 afterwards, so that the same weights rank alike on every device.
+needs of `grad`, `bn_weight`, `feature_maps`, `gamma`, `generator` and `gm_distance`, and returns (F,) scores. It is called
+without autograd and in float64: its scores are rounded to float32 afterwards, so that the same weights rank alike on every
+device. `feature_maps` is a mean over images: the decorator says of what.
 """
 
 import inspect
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune.map_scores import channel_independence, map_ranks
 from utils.errors import UserError
 
 GM_DISTANCES = ("euclidean", "sqeuclidean")
@@ -23,17 +25,23 @@ MODES = ("training", "evaluation")
 class Criterion:
     """A registered score function, called with the same arguments whichever it is.
 
-    `gradient_mode` is the mode of the network, "training" or "evaluation", in which its gradient is taken.
+    `gradient_mode` is the mode of the network, "training" or "evaluation", in which its gradient is taken. `of_maps` turns the
+    maps (B, F, H, W) of a layer into the (B, F) whose mean over all images is `feature_maps`.
     """
 
     name: str
     score: Callable[..., Tensor]
     inputs: frozenset[str]
     gradient_mode: str = "training"
+    of_maps: Callable[[Tensor], Tensor] | None = None
 
     @property
     def needs_gradient(self) -> bool:
         return "grad" in self.inputs
+
+    @property
+    def needs_maps(self) -> bool:
+        return "feature_maps" in self.inputs
 
     @torch.no_grad()
     def __call__(
@@ -45,10 +53,12 @@ class Criterion:
         generator: torch.Generator | None = None,
         gm_distance: str = "euclidean",
         bn_weight: Tensor | None = None,
+        feature_maps: Tensor | None = None,
     ) -> Tensor:
         """Scores (F,) of the filters of `weight` (F, C, kH, kW), on its device, in its dtype but at least float32.
 
-        `grad` has the shape of `weight`, `bn_weight`, that of the batch norm which reads the filters, is (F,). Raises
+        `grad` has the shape of `weight`; `bn_weight`, that of the batch norm which reads the filters, and `feature_maps` are
+        (F,). Raises
         UserError where one is needed and not given, and unless the scores are F finite numbers: what else a new criterion may
         return would prune something all the same.
         """
@@ -57,9 +67,12 @@ class Criterion:
             raise UserError(f"{self.name} needs a gradient of the weight's shape {tuple(weight.shape)}, and got {given}")
         if "bn_weight" in self.inputs and bn_weight is None:
             raise UserError(f"{self.name} needs a batch norm that alone reads the filters, and its weight: there is none")
+        if self.needs_maps and (feature_maps is None or feature_maps.shape != (len(weight),)):
+            raise UserError(f"{self.name} needs a number of the feature maps of each filter, ({len(weight)},)")
         available = {
             "grad": None if grad is None else grad.double(),
             "bn_weight": None if bn_weight is None else bn_weight.double(),
+            "feature_maps": None if feature_maps is None else feature_maps.double(),
             "gamma": gamma,
             "generator": generator,
             "gm_distance": gm_distance,
@@ -82,7 +95,7 @@ class Criterion:
 
 
 CRITERIA: dict[str, Criterion] = {}
-_INPUTS = frozenset(("grad", "bn_weight", "gamma", "generator", "gm_distance"))
+_INPUTS = frozenset(("grad", "bn_weight", "feature_maps", "gamma", "generator", "gm_distance"))
 
 
 def criteria_with(*inputs: str) -> list[str]:
@@ -90,7 +103,9 @@ def criteria_with(*inputs: str) -> list[str]:
     return [name for name, entry in CRITERIA.items() if entry.inputs & set(inputs)]
 
 
-def criterion(name: str, *, gradient_mode: str = "training") -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def criterion(
+    name: str, *, gradient_mode: str = "training", of_maps: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Registers the decorated score function as `--prune-mode name`. Its parameters say what it needs beside the weight."""
     if gradient_mode not in MODES:
         raise ValueError(f"criterion {name!r}: gradient_mode {gradient_mode!r} is none of {', '.join(MODES)}")
@@ -99,7 +114,9 @@ def criterion(name: str, *, gradient_mode: str = "training") -> Callable[[Callab
         inputs = frozenset(list(inspect.signature(score).parameters)[1:])
         if name in CRITERIA or not inputs <= _INPUTS:
             raise ValueError(f"criterion {name!r} is registered already, or asks for more than {', '.join(sorted(_INPUTS))}")
-        CRITERIA[name] = Criterion(name, score, inputs, gradient_mode)
+        if ("feature_maps" in inputs) != (of_maps is not None):
+            raise ValueError(f"criterion {name!r}: feature_maps and of_maps, which says what of them is meant, come together")
+        CRITERIA[name] = Criterion(name, score, inputs, gradient_mode, of_maps)
         return score
 
     return register
@@ -166,6 +183,21 @@ def taylor(weight: Tensor, *, grad: Tensor) -> Tensor:
 def batch_norm_weight(weight: Tensor, *, bn_weight: Tensor) -> Tensor:
     """Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017: `|weight of batch norm|`."""
     return bn_weight.abs()
+
+
+@criterion("filter-hrank", of_maps=map_ranks)
+def mean_rank(weight: Tensor, *, feature_maps: Tensor) -> Tensor:
+    """Lin et al., "HRank: Filter Pruning using High-Rank Feature Map", CVPR 2020: the mean rank of a filter's maps."""
+    return feature_maps
+
+
+@criterion("filter-chip", of_maps=channel_independence)
+def mean_independence(weight: Tensor, *, feature_maps: Tensor) -> Tensor:
+    """Sui et al., "CHIP: CHannel Independence-based Pruning for Compact Neural Networks", NeurIPS 2021.
+
+    The mean over images of what the nuclear norm of all maps of the layer loses without the filter's.
+    """
+    return feature_maps
 
 
 def _minmax(scores: Tensor) -> Tensor:

@@ -7,7 +7,11 @@ from prune.criteria import CRITERIA, GM_DISTANCES, criteria_with
 from prune.forms import TRAIN_FORMS
 from utils import cli
 
-READ_BY_CRITERIA = {"samp_batches": "grad", "gamma": "gamma", "gm_distance": "gm_distance"}  # flag: what a criterion asks for
+READ_BY_CRITERIA = {  # flag: what a criterion asks for
+    "samp_batches": ("grad", "feature_maps"),
+    "gamma": ("gamma",),
+    "gm_distance": ("gm_distance",),
+}
 
 
 def add_pruning_flags(parser: cli.Parser) -> None:
@@ -55,7 +59,7 @@ def _say_what_counts(parser: cli.Parser) -> None:
     parser.counts_only("prune_rates", where=lambda args: args.budget is None, only="without --budget")
     parser.counts_only("allocation", where=lambda args: args.budget is not None, only="with --budget")
     for flag, read in READ_BY_CRITERIA.items():
-        users = criteria_with(read)
+        users = criteria_with(*read)
         parser.counts_only(
             flag,
             where=lambda args, users=users: prunes(args) and args.prune_mode in users,

@@ -171,6 +171,7 @@ def choose_filters(
     *,
     criterion: str,
     gradients: Mapping[str, Tensor] | None = None,
+    feature_maps: Mapping[str, Tensor] | None = None,
     multiple: int = 1,
     gamma: float = 0.5,
     gm_distance: str = "euclidean",
@@ -180,7 +181,8 @@ def choose_filters(
 
     The lowest scores go; of equal scores the lower index goes first. A grouped convolution loses the same number in every
     group, or it would be no grouped convolution any more; so a depthwise one, with one filter a group, keeps all. Raises
-    UserError for an unknown criterion, one that lacks its `gradients` or a batch norm, or weights that are not finite.
+    UserError for an unknown criterion, one that lacks its `gradients`, its `feature_maps` or a batch norm, or weights that are
+    not finite.
     """
     if criterion not in CRITERIA:
         raise UserError(f"--prune-mode {criterion}: choose from {', '.join(CRITERIA)}")
@@ -188,7 +190,7 @@ def choose_filters(
     # Random scores are drawn for every layer, so that what one retains does not change the choice in the next.
     scored = layers if "generator" in CRITERIA[criterion].inputs else losing
     options = {"gamma": gamma, "gm_distance": gm_distance, "generator": generator}
-    scores = score_filters(scored, criterion=criterion, gradients=gradients, **options)
+    scores = score_filters(scored, criterion=criterion, gradients=gradients, feature_maps=feature_maps, **options)
     return {
         layer.name: _highest(scores[layer.name], ratios[layer.name], groups=layer.conv.groups, multiple=multiple)
         if layer in scored
@@ -198,7 +200,12 @@ def choose_filters(
 
 
 def score_filters(
-    layers: Sequence[PrunableLayer], *, criterion: str, gradients: Mapping[str, Tensor] | None = None, **options: Any
+    layers: Sequence[PrunableLayer],
+    *,
+    criterion: str,
+    gradients: Mapping[str, Tensor] | None = None,
+    feature_maps: Mapping[str, Tensor] | None = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """The scores (F,) of each layer's filters, by its name, on the CPU; `options` are what the criterion may ask for.
 
@@ -206,9 +213,9 @@ def score_filters(
     """
     scores = {}
     for layer in layers:
-        gradient = gradients.get(layer.name) if gradients else None
+        sampled = {"grad": (gradients or {}).get(layer.name), "feature_maps": (feature_maps or {}).get(layer.name)}
         with naming(layer.name):
-            scores[layer.name] = CRITERIA[criterion](layer.conv.weight, gradient, bn_weight=layer.bn_weight, **options).cpu()
+            scores[layer.name] = CRITERIA[criterion](layer.conv.weight, bn_weight=layer.bn_weight, **sampled, **options).cpu()
     return scores
 
 

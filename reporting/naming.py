@@ -16,6 +16,8 @@ CRITERIA = {
     "filter-nggm": "NGGM",
     "filter-taylor": "Taylor",
     "filter-bn": "Network Slimming",
+    "filter-hrank": "HRank",
+    "filter-chip": "CHIP",
 }
 SOFT_CRITERIA = {"filter-a": "SFP (L1)", "filter-l2": "SFP", "filter-gm": "SFP (GM)"}
 MODELS = {"alexnet": "AlexNet"}

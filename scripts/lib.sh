@@ -170,7 +170,10 @@ add_pruning() {
   recipe "$dataset" student
   distillation "$dataset" "$loss"
   local criterion_flags=(--prune-rates "$KEEP" --prune-mode "$criterion")
-  if [[ $criterion =~ ^filter-(nggm|taylor)$ ]]; then criterion_flags+=(--samp-batches 25); fi
+  case $criterion in
+    filter-nggm | filter-taylor) criterion_flags+=(--samp-batches 25) ;;
+    filter-hrank | filter-chip) criterion_flags+=(--samp-batches 5) ;;
+  esac
   applicable "$criterion" "$loss" "$@"
   add_run pruning.py "$label" "$dataset" "$seed" "$teacher" --t-model "$MODEL" --t-path "$teacher" --s-copy-t \
     "${criterion_flags[@]}" "${DISTILLATION[@]}" "${RECIPE[@]}" "${APPLICABLE[@]}"
@@ -186,7 +189,7 @@ applicable() {
     if [[ $argument == --* ]]; then
       applies=1
       case $argument in
-        --samp-batches) [[ $criterion =~ ^filter-(nggm|taylor)$ ]] || applies=0 ;;
+        --samp-batches) [[ $criterion =~ ^filter-(nggm|taylor|hrank|chip)$ ]] || applies=0 ;;
         --gamma) [[ $criterion == filter-nggm ]] || applies=0 ;;
         --gm-distance) [[ $criterion == filter-gm || $criterion == filter-nggm ]] || applies=0 ;;
         --alpha) [[ $loss != none ]] || applies=0 ;;

@@ -14,7 +14,7 @@ find_teachers
 run_all
 for dataset in $DATASETS; do
   for seed in $SEEDS; do
-    for criterion in r a l2 gm nggm taylor bn; do
+    for criterion in r a l2 gm nggm taylor bn hrank chip; do
       add_pruning "$criterion-hap" "$dataset" "$seed" "filter-$criterion" hap "${PASSED[@]}"
     done
     add_pruning nggm "$dataset" "$seed" filter-nggm none "${PASSED[@]}"

@@ -114,7 +114,7 @@ def scores_and_choices(world: World) -> dict[str, Tensor]:
     gradients = mean_gradients(network, batches, layers=layers, all_reduce=sum_over_processes)
     ratios = keep_ratios(layers, [0.5])
     found = {f"gradient of {name}": gradient for name, gradient in gradients.items()}
-    for criterion in ("filter-nggm", "filter-taylor", "filter-r"):
+    for criterion in ("filter-nggm", "filter-taylor", "filter-chip", "filter-r"):
         kept = choose_filters(layers, ratios, criterion=criterion, gradients=gradients, generator=generator(1, "filters"))
         found |= {f"{criterion} keeps of {name}": channels for name, channels in kept.items()}
     return found

@@ -22,7 +22,8 @@ def numpy_geometric_median(weight, *, power=1):
 
 
 def test_every_named_method_is_registered():
-    assert set(CRITERIA) == {"filter-r", "filter-a", "filter-l2", "filter-gm", "filter-nggm", "filter-taylor", "filter-bn"}
+    names = ("r", "a", "l2", "gm", "nggm", "taylor", "bn", "hrank", "chip")
+    assert list(CRITERIA) == [f"filter-{name}" for name in names]
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -30,9 +31,9 @@ def test_every_named_method_is_registered():
 def test_one_float32_score_a_filter_with_the_same_keywords(name, shape):
     weight = draw(*shape).requires_grad_()
     generator = torch.Generator().manual_seed(1)
-    scores = CRITERIA[name](
-        weight, torch.ones(shape), gamma=0.3, generator=generator, gm_distance="sqeuclidean", bn_weight=torch.ones(len(weight))
-    )
+    each = torch.ones(len(weight))
+    options = {"gamma": 0.3, "generator": generator, "gm_distance": "sqeuclidean"}
+    scores = CRITERIA[name](weight, torch.ones(shape), bn_weight=each, feature_maps=each, **options)
     assert scores.shape == shape[:1] and scores.dtype == torch.float32
     assert not scores.requires_grad and scores.isfinite().all()
 
@@ -42,10 +43,10 @@ def test_half_precision_weights_are_scored_in_float32(name):
     weight = draw(6, 2, 3, 3).bfloat16()
     grad = draw(6, 2, 3, 3, seed=1).bfloat16()
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-    bn_weight = draw(6, seed=2).bfloat16()
-    scores = CRITERIA[name](weight, grad, generator=generators[0], bn_weight=bn_weight)
-    widened = [tensor.float() for tensor in (weight, grad, bn_weight)]
-    assert torch.equal(scores, CRITERIA[name](*widened[:2], generator=generators[1], bn_weight=widened[2]))
+    read = {"bn_weight": draw(6, seed=2).bfloat16(), "feature_maps": draw(6, seed=3).bfloat16()}
+    scores = CRITERIA[name](weight, grad, generator=generators[0], **read)
+    widened = {key: tensor.float() for key, tensor in read.items()}
+    assert torch.equal(scores, CRITERIA[name](weight.float(), grad.float(), generator=generators[1], **widened))
 
 
 def test_norms_by_hand():

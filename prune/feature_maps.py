@@ -1,0 +1,53 @@
+"""What criteria such as `filter-hrank` score filters by: a mean over training images of something of their feature maps."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.modes import without_trace
+from models.taps import maps_of_convolutions
+from prune.masks import PrunableLayer
+from utils.errors import UserError
+
+
+@torch.no_grad()
+def mean_of_maps(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    layers: Sequence[PrunableLayer],
+    of_maps: Callable[[Tensor], Tensor],
+    example: Tensor,
+    all_reduce: Callable[[Tensor], object] | None = None,
+) -> dict[str, Tensor]:
+    """The mean (F,) over the images of `batches` of `of_maps(maps)` (B, F), by layer name, in float64.
+
+    `maps` (B, F, H, W) are those of the layer's filters behind the batch norm, the residual sum and the activation that follow
+    it. `batches` gives (images, labels) on the model's device, like `example`. One pass in evaluation, in the memory of a
+    training step; it leaves no trace: modes and torch's default random streams are as before.
+
+    Among several processes `all_reduce` adds a tensor up over them in place (`torch.distributed.all_reduce`); all of them
+    then return the same. Raises UserError for no batch at all, a layer that has no maps, or maps that are not finite.
+    """
+    names = [layer.name for layer in layers]
+    find_maps = maps_of_convolutions(model, names, images=example)
+    sums = [torch.zeros(layer.filters, dtype=torch.float64, device=example.device) for layer in layers]
+    seen = torch.zeros((), dtype=torch.float64, device=example.device)
+    with without_trace(model):
+        model.eval()
+        for images, _ in batches:
+            for name, total, maps in zip(names, sums, find_maps(model, images), strict=True):
+                _check_finite(name, maps)
+                total += of_maps(maps).double().sum(0)
+            seen += len(images)
+    for total in (*sums, seen) if all_reduce is not None else ():
+        all_reduce(total)
+    if not seen:
+        raise UserError("--samp-batches: not one training batch to look at feature maps of: give 1 or more")
+    return {name: total / seen for name, total in zip(names, sums, strict=True)}
+
+
+def _check_finite(name: str, maps: Tensor) -> None:
+    if not maps.isfinite().all():
+        raise UserError(f"the feature maps of {name} are NaN or infinite: check the network that is pruned (--t-path, --s-path)")
