@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ import torchvision
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
 
+from utils.distributed import world_from_environment
 from utils.errors import UserError
 from utils.image_spec import ImageSpec
 from utils.seed import generator
@@ -278,11 +281,15 @@ def _check_images(paths: Sequence[str]) -> None:
     order = torch.randperm(len(paths), generator=generator(SPLIT_SEED, "check")).tolist()
     opened = sorted(paths[row] for row in order[:OPENED_FILES])
     decoded = sorted(paths[row] for row in order[:SAMPLED_FILES])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(_open_image, opened):
-            pass
-        for _ in pool.map(read_image, decoded):
-            pass
+    with _bar("checking images", len(opened) + len(decoded)) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in chain(pool.map(_open_image, opened), pool.map(read_image, decoded)):
+            bar.update()
+
+
+def _bar(description: str, total: int) -> tqdm:
+    """Shown on a terminal once it takes more than a second, by one process."""
+    disable = None if world_from_environment().is_main else True
+    return tqdm(total=total, desc=description, unit="image", disable=disable, delay=1, leave=False)
 
 
 def _open_image(path: str) -> None:
@@ -323,8 +330,12 @@ def _decode(paths: Sequence[str], size: tuple[int, int]) -> Tensor | None:
             images[row] = np.asarray(image)
         return True
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        fits = all(pool.map(decode, _chunks(len(paths))))
+    with _bar("reading images", len(paths)) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        chunks, fits = list(_chunks(len(paths))), True
+        for rows, fits in zip(chunks, pool.map(decode, chunks), strict=True):
+            if not fits:
+                break
+            bar.update(len(rows))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() if fits else None
 
 

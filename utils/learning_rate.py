@@ -42,6 +42,14 @@ class LearningRate:
                 lr *= factor
         return lr
 
+    def remarks(self) -> list[str]:
+        """What its user may not have meant: epochs of the schedule that lie behind the last one, all of them."""
+        late = [epoch for epoch in self.schedule if epoch >= self.n_epochs]
+        if not late:
+            return []
+        epochs, lies = " ".join(map(str, late)), "lies" if len(late) == 1 else "lie"
+        return [f"--schedule {epochs} {lies} behind the last epoch, {self.n_epochs - 1}: the learning rate will not change there"]
+
     def describe(self) -> str:
         """What a plan says of it."""
         rise = f"rising over {self.warmup_epochs} epochs to " if self.warmup_epochs else ""

@@ -23,7 +23,7 @@ def print_plan(
     lines: Sequence[str] = (),
 ) -> None:
     """Prints the plan of a run over `networks`, by role, from the main process; `lines` come after remarks on the images."""
-    remarks = [f"WARNING: {remark}" for remark in data.remarks]
+    remarks = [f"WARNING: {remark}" for remark in (*data.remarks, *plan.learning_rate.remarks())]
     if data.world.is_main:
         print(
             "\n".join(

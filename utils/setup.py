@@ -271,17 +271,8 @@ def log_beginning(run: Run, announced: str, plan: TrainingPlan, fallback: str | 
     """Logs what was announced, and what else a user should know before a training starts."""
     say = run.note if _is_watched() else run.log
     say(announced)
-    for remark in data.remarks:
+    for remark in (*data.remarks, *filter(None, [fallback]), *plan.learning_rate.remarks()):
         run.warn(remark)
-    if fallback is not None:
-        run.warn(fallback)
-    late = [epoch for epoch in plan.learning_rate.schedule if epoch >= plan.n_epochs]
-    if late:
-        epochs = " ".join(map(str, late))
-        lies = "lies" if len(late) == 1 else "lie"
-        run.warn(
-            f"--schedule {epochs} {lies} behind the last epoch, {plan.n_epochs - 1}: the learning rate will not change there"
-        )
 
 
 def summary_head(args: argparse.Namespace, script: str, run: Run, *, objective: nn.Module, data: ImageData) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 
 from utils.data import ImageData
 from utils.datasets import DATASETS, ImageFiles, SmallImages, load_dataset, read_image
@@ -337,3 +338,14 @@ class TestForANetwork:
         for split in ("train", "test"):
             (small_images / split / "dog").rename(os.fsdecode(os.fsencode(small_images / split) + b"/d\xf6g"))
         assert load_dataset("folder", data_dir=small_images).classes == ("cat", "d\\xf6g")
+
+
+@pytest.mark.parametrize("sizes", [[32], [32, 100]], ids=["decoded", "checked"])
+def test_reading_many_files_shows_a_bar(tmp_path, image_writer, monkeypatch, sizes):
+    for part in SPLITS:
+        image_writer(tmp_path / part, sizes=sizes)
+    screen, shown = io.StringIO(), {"disable": False, "delay": 0, "mininterval": 0, "miniters": 1}
+    monkeypatch.setattr("utils.datasets.tqdm", lambda **options: tqdm(**options | shown, file=screen))
+    load_dataset("folder", data_dir=tmp_path)
+    expected = ("reading images: 100%", "2/2") if sizes == [32] else ("checking images: 100%", "16/16")
+    assert all(text in screen.getvalue() for text in expected)
