@@ -374,7 +374,9 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.hooks.load_state_dict(state["hooks"])
             restore_random_state(state["random"][rank])
-        except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
+            if self.batch > self.data.train_steps:
+                raise ValueError(f"it has done {self.batch} of the {self.data.train_steps} steps of an epoch")
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"--resume {self.run.folder}: its saved state does not fit this run: {error}") from error
 
 

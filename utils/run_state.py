@@ -1,17 +1,18 @@
 """Saved states of a run: which one it goes on from, and whether it is this run's."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError, printable
+from torch import Tensor
+
+from utils.errors import UserError, printable, shown
 from utils.files import load_checkpoint
 from utils.run_folder import BEST, CONFIG, LAST, PREVIOUS
 
 # where a run is computed, not what is computed: may differ when it is resumed
 PLACEMENT_FLAGS = frozenset(("resume", "dry_run", "data_dir", "device", "dev_idx", "workers"))
-STATE_KEYS = frozenset(("epoch", "batch", "best", "last", "sums", "objective", "optimizer", "hooks", "random"))
 
 
 def read_state(folder: str | os.PathLike) -> tuple[dict[str, Any] | None, str | None]:
@@ -28,10 +29,11 @@ def read_state(folder: str | os.PathLike) -> tuple[dict[str, Any] | None, str | 
         except UserError as error:
             problems.append(str(error))
             continue
-        if _is_training_state(state):
+        problem = _problem(state)
+        if problem is None:
             fallback = f"{problems[0]}; going on from the state before it, {path.name}" if problems else None
             return state, fallback
-        problems.append(f"--resume {path}: holds a network, but no state of a training")
+        problems.append(f"--resume {path}: {problem}")
     if problems:
         raise UserError("; ".join(problems))
     return None, None
@@ -46,7 +48,45 @@ def is_state(path: Path) -> bool:
 
 def _is_training_state(checkpoint: Mapping[str, Any]) -> bool:
     state = checkpoint.get("resume")
-    return isinstance(state, dict) and state.keys() >= STATE_KEYS
+    return isinstance(state, dict) and state.keys() >= _CHECKS.keys()
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and _is_count(value.get("epoch")) and type(value.get("top1")) is float)
+
+
+def _are_sums(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(sums, dict) and all(isinstance(each, Tensor) and each.dim() == 0 for each in sums.values()) for sums in value
+    )
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "epoch": _is_count,
+    "batch": _is_count,
+    "best": _is_score,
+    "last": _is_score,
+    "sums": _are_sums,
+    "objective": lambda value: isinstance(value, dict),
+    "optimizer": lambda value: isinstance(value, dict),
+    "hooks": lambda value: isinstance(value, dict),
+    "random": lambda value: isinstance(value, list),
+}
+
+
+def _problem(checkpoint: Mapping[str, Any]) -> str | None:
+    """Why no training goes on from a checkpoint: it has no state, or one that no training writes in this form."""
+    if not _is_training_state(checkpoint):
+        return "holds a network, but no state of a training"
+    state = checkpoint["resume"]
+    wrong = [name for name, is_right in _CHECKS.items() if not is_right(state[name])]
+    if not wrong and state["batch"] > 0 and not all("images" in sums for sums in state["sums"]):
+        wrong = ["sums"]
+    return f"its saved state has {wrong[0]} {shown(state[wrong[0]], 100)}" if wrong else None
 
 
 def check_state(

@@ -18,10 +18,11 @@ from utils.distributed import World
 from utils.errors import UserError
 from utils.metrics_file import read_metrics
 from utils.run_folder import BEST, LAST, PREVIOUS
-from utils.run_state import STATE_KEYS, read_state
+from utils.run_state import read_state
 from utils.runs import Run
 
-STATE = dict.fromkeys(STATE_KEYS, 0)
+STATE = {"epoch": 0, "batch": 0, "best": None, "last": None, "sums": [{}]}
+STATE |= {"objective": {}, "optimizer": {}, "hooks": {}, "random": []}
 FORK = multiprocessing.get_context("fork")
 
 
