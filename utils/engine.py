@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils.data import Batch, ImageData
 from utils.distributed import World, any_process, broadcast_from_main
-from utils.errors import Interrupted, NonFiniteLoss, UserError
+from utils.errors import Interrupted, NonFiniteLoss, UserError, printable
 from utils.learning_rate import LearningRate
 from utils.metrics import Sums
 from utils.recalibration import recalibrated_batch_norm
@@ -376,8 +376,9 @@ class Trainer:
             restore_random_state(state["random"][rank])
             if self.batch > self.data.train_steps:
                 raise ValueError(f"it has done {self.batch} of the {self.data.train_steps} steps of an epoch")
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"--resume {self.run.folder}: its saved state does not fit this run: {error}") from error
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            reason = printable(str(error))
+            raise UserError(f"--resume {self.run.folder}: its saved state does not fit this run: {reason}") from error
 
 
 def _gather(value: Any, world: World) -> list[Any]:

@@ -251,6 +251,14 @@ class TestStateOfAnotherTraining:
             lambda state: state.update(optimizer={}),
             lambda state: state.update(random=[]),
             lambda state: state.update(sums=0),
+            lambda state: state.update(sums=[{"loss": 0.5, "first_bad_step": "never"}]),
+            lambda state: state.update(objective=dict.fromkeys(state["objective"])),
+            lambda state: state.update(objective={1: torch.zeros(3)}),
+            lambda state: state.update(optimizer={"state": 7, "param_groups": 7}),
+            lambda state: state.update(optimizer={"state": {}, "param_groups": [None]}),
+            lambda state: state["random"][0].update(torch=None),
+            lambda state: state["random"][0].update(python=[3, [10**30], None]),
+            lambda state: state["random"][0].update(numpy=["MT19937", [1], 0, 0, 0.0]),
         ],
     )
     def test_is_refused(self, change, run):
