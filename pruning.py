@@ -49,6 +49,7 @@ def get_args_parser() -> cli.Parser:
     add_distillation_flags(parser)
     cli.add_data_flags(parser)
     cli.add_training_flags(parser, lr=0.01, n_epochs=200, schedule=(60, 120, 160), lr_drops=(0.2, 0.2, 0.2))
+    cli.add_averaging_flags(parser)
     cli.add_run_flags(parser, log_name="pruning.txt")
     say_which_networks_count(parser)
     return parser
@@ -132,6 +133,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--s-model: name the network to prune, or give --s-path, or --s-copy-t with --t-path")
     if args.soft_prune and args.prune_mode not in SOFT_CRITERIA:
         raise UserError(f"--soft-prune: not with --prune-mode {args.prune_mode}, choose from {', '.join(SOFT_CRITERIA)}")
+    if args.soft_prune and args.ema is not None:
+        raise UserError(f"--ema {args.ema:g}: not with --soft-prune, an average of what is cleared now and then is not pruned")
     check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from utils.averaging import SHIPPED
 from utils.datasets import DATASETS
 from utils.distributed import is_lost_process, leave, world_from_environment
 from utils.effects import Rule, check_effects, given_flags, typed
@@ -133,6 +134,7 @@ process_count = number(int, "a whole number from 0 to 1024", lambda value: 0 <= 
 positive_float = number(float, f"a number above 0, of {SMALLEST_FLOAT:g} or more", lambda value: value >= SMALLEST_FLOAT)
 non_negative_float = number(float, "a number of 0 or more", lambda value: value >= 0)
 momentum_value = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+decay_value = number(float, "a decay above 0 and below 1", lambda value: 0 < value < 1)
 smoothing_value = number(float, "a share from 0 to below 1", lambda value: 0 <= value < 1)
 proportion = number(float, "a proportion from 0 to 1", lambda value: 0 <= value <= 1)
 keep_proportion = number(float, "a proportion above 0 and at most 1", lambda value: 0 < value <= 1)
@@ -203,6 +205,14 @@ def add_training_flags(parser: Parser, *, lr: float, n_epochs: int, schedule: Se
     counts_in_training(parser, *names_of(group))
     by_itself = "with --lr-schedule steps, the others fall from step to step by themselves"
     parser.counts_only("schedule", "lr_drops", where=lambda args: args.lr_schedule == "steps", only=by_itself)
+
+
+def add_averaging_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("averaging")
+    group.add_argument("--ema", type=decay_value, metavar="DECAY", help="also average the weights over the steps, exponentially")
+    group.add_argument("--ships", default="average", choices=SHIPPED, help="with --ema, the network that is scored and shipped")
+    counts_in_training(parser, *names_of(group))
+    parser.counts_only("ships", where=lambda args: args.ema is not None, only="with --ema")
 
 
 def names_of(group: argparse._ArgumentGroup) -> list[str]:

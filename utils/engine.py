@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils.averaging import WeightAverage
 from utils.data import Batch, ImageData
 from utils.distributed import World, any_process, broadcast_from_main
 from utils.errors import Interrupted, NonFiniteLoss, UserError, printable
 from utils.learning_rate import LearningRate
 from utils.metrics import Sums
 from utils.recalibration import recalibrated_batch_norm
-from utils.run_folder import BEST, LAST
+from utils.run_folder import AVERAGE, BEST, LAST, TRAINED
 from utils.runs import Run
 from utils.seed import random_state, restore_random_state
 
@@ -188,6 +189,8 @@ class TrainingPlan:
     checkpoint_interval: int = 1
     checkpoint_minutes: float | None = None
     recalibrate_bn_batches: int | None = None
+    ema_decay: float | None = None
+    ships_average: bool = True  # with a decay: whether the averaged network is scored and shipped, or the trained one
 
     @property
     def n_epochs(self) -> int:
@@ -219,6 +222,7 @@ class Trainer:
         self.hooks = hooks or Hooks()
         self.epoch, self.batch = 0, 0  # epochs and, in the current one, batches that are done
         self.sums = Sums(data.device)
+        self.average = WeightAverage(network, plan.ema_decay) if plan.ema_decay is not None else None
         self.best: dict[str, float] | None = None
         self.last: dict[str, float] | None = None
         self._saved_at = time.monotonic()
@@ -257,6 +261,8 @@ class Trainer:
             group["lr"] = lr
         loss, logits, terms = train_step(self.step, batch, optimizer=self.optimizer, amp=self.plan.amp)
         self.hooks.after_step()
+        if self.average is not None:
+            self.average.update()
         self.sums.add({"loss": loss, **terms}, logits, batch.labels, step=self.batch)
 
     def _progress_bar(self) -> tqdm:
@@ -293,6 +299,8 @@ class Trainer:
     def _finish_epoch(self) -> None:
         train, seconds = self.sums.read(), time.monotonic() - self._began
         broadcast_from_main(self.network.buffers())
+        if self.average is not None:
+            broadcast_from_main(self.average.buffers(self.network))
         self.hooks.after_epoch(self.epoch)
         self._check_finite()
         began = time.monotonic()
@@ -305,21 +313,41 @@ class Trainer:
             is_best = self.best is None or self.last["top1"] > self.best["top1"]
             self.best = self.last if is_best else self.best
             checkpoint = self._checkpoint(kept)
+        beside = self._score_other()
         self._record("train", train, seconds, images=train["images"] * (1 - self._began_batch / self.data.train_steps))
-        self._record("test", test, test_seconds, images=test["images"])
-        self._report(train, test, seconds + test_seconds)
+        self._record("test", {**test, **beside}, test_seconds, images=test["images"])
+        self._report(train, {**test, **beside}, seconds + test_seconds)
         if is_best:
             self.run.save(BEST, checkpoint)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.data.device)
         if self.epoch % self.plan.checkpoint_interval == 0 or self.epoch == self.plan.n_epochs:
             self._save_last(checkpoint)
 
+    def _score_other(self) -> dict[str, float]:
+        """With an average: scores the network that is not shipped, `average_top1` or `trained_top1`, and saves it beside."""
+        if self.average is None:
+            return {}
+        other = "trained" if self.plan.ships_average else "average"
+        with self._shipped(average=other == "average") as kept:
+            scores = evaluate(self.network, self.data, amp=self.plan.amp)
+            values = {name: scores[name] for name in ("loss", "top1", "top5")}
+            if (self.epoch + 1) % self.plan.checkpoint_interval == 0 or self.epoch + 1 == self.plan.n_epochs:
+                metrics = {"epoch": self.epoch, **values}
+                checkpoint = {**self.describe(self.network, kept), "epoch": self.epoch, "metrics": metrics}
+                self.run.save(AVERAGE if other == "average" else TRAINED, checkpoint)
+        return {f"{other}_{name}": value for name, value in values.items()}
+
     @contextlib.contextmanager
-    def _shipped(self) -> Iterator[Mapping[str, Tensor]]:
-        """Within it the network is as it is evaluated and saved for others, batch norm statistics included."""
+    def _shipped(self, *, average: bool | None = None) -> Iterator[Mapping[str, Tensor]]:
+        """Within it the network is as it is evaluated and saved for others, batch norm statistics included.
+
+        `average` says whether it is the averaged one; None takes the one that is to be shipped.
+        """
         batches = self.plan.recalibrate_bn_batches
+        averaged = self.average is not None and (self.plan.ships_average if average is None else average)
         with (
             self.hooks.shipped() as kept,
+            self.average.swapped() if averaged else contextlib.nullcontext(),
             recalibrated_batch_norm(self.network, self.data, batches=batches, amp=self.plan.amp),
         ):
             yield kept
@@ -337,10 +365,12 @@ class Trainer:
         steps = self.data.train_steps - self._began_batch
         left = (self.plan.n_epochs - self.epoch - 1) * seconds * self.data.train_steps / max(steps, 1)
         rate = steps / self.data.train_steps * self.data.train_images / seconds
+        beside = [f"{name.partition('_')[0]} top1 {value:.2f}  " for name, value in test.items() if name.endswith("_top1")]
         self.run.log(
             f"epoch {self.epoch + 1}/{self.plan.n_epochs}  lr {self.optimizer.param_groups[0]['lr']:.4g}  "
             f"train loss {train['loss']:.4f} top1 {train['top1']:.2f}  test loss {test['loss']:.4f} top1 {test['top1']:.2f} "
-            f"top5 {test['top5']:.2f}  best {self.best['top1']:.2f}  {seconds:.1f} s, {rate:.0f} images/s, {_clock(left)} left"
+            f"top5 {test['top5']:.2f}  {''.join(beside)}best {self.best['top1']:.2f}  "
+            f"{seconds:.1f} s, {rate:.0f} images/s, {_clock(left)} left"
         )
 
     def _save_last(self, checkpoint: dict[str, Any] | None = None) -> None:
@@ -362,6 +392,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "hooks": self.hooks.state_dict(),
             "random": _gather(random_state(), self.run.world),
+            **({"average": self.average.state_dict()} if self.average is not None else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -373,6 +404,8 @@ class Trainer:
             self.objective.load_state_dict(state["objective"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.hooks.load_state_dict(state["hooks"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             restore_random_state(state["random"][rank])
             if self.batch > self.data.train_steps:
                 raise ValueError(f"it has done {self.batch} of the {self.data.train_steps} steps of an epoch")

@@ -14,9 +14,10 @@ from utils.errors import UserError, printable, shown
 from utils.files import TEMPORARY_PREFIX, current_umask, read_json, write_json
 
 BEST, LAST, PREVIOUS, COMPACT = "model_best.pt", "model_last.pt", "model_previous.pt", "model_compact.pt"
+AVERAGE, TRAINED = "model_average.pt", "model_trained.pt"  # with --ema, the one that is not shipped
 CONFIG, METRICS, SUMMARY, LOCK, TENSORBOARD = "config.json", "metrics.jsonl", "summary.json", "lock", "log"
 KEPT_FILTERS, BEFORE_TRAINING, ARCHIVE = "kept_filters.json", "before_training.json", "model.huff"
-FILES = (BEST, LAST, PREVIOUS, COMPACT, ARCHIVE, CONFIG, METRICS, SUMMARY, KEPT_FILTERS, BEFORE_TRAINING, LOCK)
+FILES = (BEST, LAST, PREVIOUS, COMPACT, AVERAGE, TRAINED, ARCHIVE, CONFIG, METRICS, SUMMARY, KEPT_FILTERS, BEFORE_TRAINING, LOCK)
 UNNAMED_PREFIX, DEAD_AFTER_SECONDS = f"{TEMPORARY_PREFIX}run-", 3600
 NAME_BYTES = 200  # of the 255 that file systems allow; temporary names are longer
 STAMP = "%Y-%m-%d %H:%M:%S"  # what every line of a text log begins with

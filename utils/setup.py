@@ -77,6 +77,8 @@ def training_plan(args: argparse.Namespace) -> TrainingPlan:
         amp=args.amp,
         checkpoint_interval=args.checkpoint_interval,
         checkpoint_minutes=args.checkpoint_minutes,
+        ema_decay=getattr(args, "ema", None),
+        ships_average=getattr(args, "ships", "average") == "average",
     )
 
 
