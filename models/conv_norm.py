@@ -1,10 +1,11 @@
-"""Which batch norm belongs to which convolution, and which convolution classifies: as the graph has it, not by naming."""
+"""What belongs to a convolution, its batch norm and depthwise ones behind it, and which classifies: as the graph has it."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
-from models.channel_flow import trace_network
+from models.channel_flow import Channels, members_of_layer, output_channels, plan_channels, trace_network
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -29,6 +30,29 @@ def conv_norm_pairs(model: nn.Module, *, example: Tensor | None = None) -> dict[
         for reader in conv.users
         if len(conv.users) == 1 and is_single(reader, BATCH_NORMS)
     }
+
+
+def depthwise_producers(model: nn.Module, *, example: Tensor | None = None) -> dict[str, str]:
+    """Names of depthwise convolutions, each with the name of the one convolution whose channels it reads, in their order.
+
+    `example` is for networks whose Python asks for sizes, see `trace_network`.
+    """
+
+    def all_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
+        return range(output_channels(layer))
+
+    graph = trace_network(model, example=example).graph
+    plan = plan_channels(graph, model, live_outputs=all_outputs, carriers=frozenset())
+    producers = {}
+    for node, step in plan.steps.items():
+        layer = model.get_submodule(node.target) if step.cut is not None else None
+        if not isinstance(layer, nn.Conv2d) or not 1 < layer.groups == layer.in_channels == layer.out_channels:
+            continue
+        given = plan.steps[node.all_input_nodes[0]].out
+        name = given.members[0][0] if isinstance(given, Channels) and given.members[0] else None
+        if name is not None and given.members == members_of_layer(name, layer.in_channels):
+            producers[node.target] = name
+    return {name: source for name, source in producers.items() if isinstance(model.get_submodule(source), nn.Conv2d)}
 
 
 def classifying_layers(model: nn.Module, *, example: Tensor | None = None) -> frozenset[str]:

@@ -22,12 +22,14 @@ from models.channel_flow import (
     Channels,
     LayerCut,
     Plan,
+    Restored,
     Step,
     Trace,
     is_mode,
     missing_carriers,
     output_channels,
     plan_channels,
+    restored_channels,
     trace_network,
 )
 from models.graph_function import GraphFunction
@@ -150,6 +152,7 @@ class NarrowNetwork(nn.Module):
             entries=entries,
             owner=owner,
             relayouts=relayouts.name,
+            restored=restored_channels(plans["forward"]),
             functions={method: GraphFunction(graph) for method, graph in graphs.items()},
             trainable=trainable,
         )
@@ -168,6 +171,11 @@ class NarrowNetwork(nn.Module):
         if "outputs" not in self.__parts.functions:
             raise UserError(f"{self.__parts.origin.name} has no feature maps: a network with outputs(x) is needed")
         return self.__parts.functions["outputs"](self.__parts.owner, self.training, x)
+
+    @property
+    def restored(self) -> list[Restored]:
+        """Where the forward pass puts back channels that are gone, for an operation that makes something else of zeros."""
+        return self.__parts.restored
 
     @property
     def relayout_count(self) -> int:
@@ -279,6 +287,7 @@ class _Parts:
     entries: dict[str, "Entries"]
     owner: nn.Module
     relayouts: str
+    restored: list[Restored]
     functions: dict[str, GraphFunction]
     trainable: bool
 

@@ -53,16 +53,21 @@ def channel_groups(
 
 
 def single_groups(layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
-    """Every filter by itself, for networks whose channels are not coupled. Convolutions with one filter a group are left out.
+    """Every filter by itself, for networks whose channels are not coupled, with the depthwise ones that follow it.
 
-    A grouped convolution loses the same filter of every group.
+    A grouped convolution loses the same filter of every group. One with one filter a group that follows none is left out.
     """
-    families = []
+    leaders, followers = {}, {}
     for layer in layers:
+        leaders[layer.name] = leaders.get(layer.follows, layer.name)
+        followers.setdefault(leaders[layer.name], []).append(layer.name)
+    families = []
+    for layer in (layer for layer in layers if leaders[layer.name] == layer.name):
         filters = layer.filters // layer.conv.groups
         starts = range(0, layer.filters, filters)
         if filters > 1 or len(starts) == 1:
-            families.append([ChannelGroup(tuple((layer.name, start + i) for start in starts)) for i in range(filters)])
+            members = [(name, start) for name in followers[layer.name] for start in starts]
+            families.append([ChannelGroup(tuple((name, start + i) for name, start in members)) for i in range(filters)])
     return families
 
 

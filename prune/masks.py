@@ -9,19 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.conv_norm import BATCH_NORMS, classifying_layers, conv_norm_pairs
+from models.conv_norm import BATCH_NORMS, classifying_layers, conv_norm_pairs, depthwise_producers
 from prune.criteria import CRITERIA
 from utils.errors import UserError, naming
 
 
 @dataclass(frozen=True, eq=False)
 class PrunableLayer:
-    """A convolution and the batch norm that reads it: a pruned filter is cleared in both."""
+    """A convolution and the batch norm that reads it: a pruned filter is cleared in both.
+
+    A depthwise convolution `follows` the one whose channels it reads, if that is a single one: it keeps the same filters.
+    """
 
     name: str
     conv: nn.Conv2d
     bn_name: str | None = None
     bn: nn.Module | None = None
+    follows: str | None = None
 
     @property
     def filters(self) -> int:
@@ -90,11 +94,13 @@ def prunable_layers(model: nn.Module, *, example: Tensor | None = None) -> list[
     """
     bn_names = conv_norm_pairs(model, example=example)
     classifiers = classifying_layers(model, example=example)
+    producers = depthwise_producers(model, example=example)
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and name not in classifiers:
             bn_name = bn_names.get(name)
-            layers.append(PrunableLayer(name, module, bn_name, model.get_submodule(bn_name) if bn_name else None))
+            bn = model.get_submodule(bn_name) if bn_name else None
+            layers.append(PrunableLayer(name, module, bn_name, bn, follows=producers.get(name)))
     if not layers:
         raise UserError(f"{type(model).__name__} has no conv layer to prune")
     return layers
@@ -180,7 +186,8 @@ def choose_filters(
     """The filters that stay, by layer: sorted indices, int64, on the CPU.
 
     The lowest scores go; of equal scores the lower index goes first. A grouped convolution loses the same number in every
-    group, or it would be no grouped convolution any more; so a depthwise one, with one filter a group, keeps all. Raises
+    group, or it would be no grouped convolution any more; so a depthwise one, with one filter a group, keeps all that
+    the convolution before it keeps. Raises
     UserError for an unknown criterion, one that lacks its `gradients`, its `feature_maps` or a batch norm, or weights that are
     not finite.
     """
@@ -191,12 +198,22 @@ def choose_filters(
     scored = layers if "generator" in CRITERIA[criterion].inputs else losing
     options = {"gamma": gamma, "gm_distance": gm_distance, "generator": generator}
     scores = score_filters(scored, criterion=criterion, gradients=gradients, feature_maps=feature_maps, **options)
-    return {
+    kept = {
         layer.name: _highest(scores[layer.name], ratios[layer.name], groups=layer.conv.groups, multiple=multiple)
         if layer in scored
         else torch.arange(layer.filters)
         for layer in layers
     }
+    return followed(kept, layers, ratios)
+
+
+def followed(kept: Mapping[str, Tensor], layers: Sequence[PrunableLayer], ratios: Mapping[str, float]) -> dict[str, Tensor]:
+    """`kept` with the filters that depthwise convolutions keep because of those that they read, but where all stay."""
+    kept = dict(kept)
+    for layer in layers:  # in the network's order, so that one may follow another
+        if layer.follows in kept and ratios[layer.name] < 1:
+            kept[layer.name] = kept[layer.follows]
+    return kept
 
 
 def score_filters(

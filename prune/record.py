@@ -1,10 +1,11 @@
 """What a pruning run writes down: the accuracy before and after the choice, its checkpoints, and the proof at its end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from models.channel_flow import output_channels
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, describe_network, load_network
 from prune.compact import compact, relative_difference
@@ -114,6 +115,25 @@ def finish(
     run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / written}")
 
 
+def whole_layers_table(kept: Mapping[str, Sequence[int]], small: NarrowNetwork) -> str:
+    """What the small network could not save, as text: pruned layers that it has whole, and channels that it puts back.
+
+    Empty where there is nothing of the kind. `kept` are the channels that stay of each pruned layer.
+    """
+    layers = dict(small.named_modules())
+    uncut = [name for name, channels in kept.items() if name in layers and len(channels) < (output_channels(layers[name]) or 0)]
+    rows = [(name, "evened up with others of its groups, called twice, or sharing its tensors") for name in uncut]
+    rows += [(_few(restored.layers), f"all channels are read by {restored.operation}") for restored in small.restored]
+    if not rows:
+        return ""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["layers that stay whole, or are made whole again:", *(f"  {name:<{width}}  {why}" for name, why in rows)])
+
+
+def _few(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
 def save_compact(
     run: Run,
     best: NetworkFile,
@@ -135,6 +155,8 @@ def save_compact(
     run.log(comparison_table(comparison))
     run.log(f"FLOPs of the convolutions, as papers count them: {comparison['papers_flops_drop_percent']:.1f} % less")
     run.log(f"steps between layers that store different channels: {small.relayout_count}")
+    if table := whole_layers_table(best.kept, small):
+        run.log(table)
     run.log(f"top1 of the dense network {accuracy['dense']:.2f}, of the compact {accuracy['compact']:.2f}")
     run.log(f"largest difference of their logits, relative to the largest logit: {difference:.1e}")
     return {"top1": accuracy, "relative_difference": difference, "relayouts": small.relayout_count, **comparison}

@@ -9,9 +9,16 @@ wants the full width back, so a plan never changes the function, it only stops s
 `models.narrow` builds modules from a plan, `prune.compact` uses one to find out which channels are zero.
 """
 
-from models.channel_flow.channels import Channels, LayerCut, Plan, Step
+from models.channel_flow.channels import Channels, LayerCut, Plan, Step, members_of_layer
 from models.channel_flow.concrete import attribute
-from models.channel_flow.plan import LiveOutputs, missing_carriers, output_channels, plan_channels
+from models.channel_flow.plan import (
+    LiveOutputs,
+    Restored,
+    missing_carriers,
+    output_channels,
+    plan_channels,
+    restored_channels,
+)
 from models.channel_flow.tracing import Trace, is_mode, trace_network
 
 __all__ = [
@@ -19,12 +26,15 @@ __all__ = [
     "LayerCut",
     "LiveOutputs",
     "Plan",
+    "Restored",
     "Step",
     "Trace",
     "attribute",
     "is_mode",
+    "members_of_layer",
     "missing_carriers",
     "output_channels",
     "plan_channels",
+    "restored_channels",
     "trace_network",
 ]

@@ -132,7 +132,7 @@ def _without_inplace(node: fx.Node) -> bool:
 
 
 def _reason_to_refuse(node: fx.Node, written: fx.Node, shared: "_SharedMemory") -> str | None:
-    what = f"operation `{node.name}`{_place(node)}"
+    what = f"operation `{node.name}`{place_of(node)}"
     if node.target is operator.setitem:
         return f"{what} assigns to a part of a tensor, which is not supported"
     for other in (written, *shared.with_memory_of(written, before=node)):
@@ -143,7 +143,7 @@ def _reason_to_refuse(node: fx.Node, written: fx.Node, shared: "_SharedMemory") 
     return None
 
 
-def _place(node: fx.Node) -> str:
+def place_of(node: fx.Node) -> str:
     path, line = node.meta.get("place", ("", ""))
     return f" ({', '.join(filter(None, (path, line)))})" if path or line else ""
 

@@ -1,6 +1,6 @@
 """Gives every node of a graph its step, by the rule of its operation."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -8,6 +8,7 @@ from models.channel_flow import rules  # noqa: F401  (fills the table that rule_
 from models.channel_flow.call import Call, LiveOutputs, opaque, rule_of
 from models.channel_flow.channels import Channels, Members, Plan, Step, members_of_layer
 from models.channel_flow.concrete import attribute
+from models.channel_flow.in_place import place_of
 from models.channel_flow.tracing import is_mode
 
 
@@ -44,6 +45,35 @@ def _own_members(name: str, layer: nn.Module, full: int) -> Members:
 def _has_hooks(call: Call) -> bool:
     """Whether functions of the user's run with the layer: they may change what it reads or gives."""
     return call.node.op == "call_module" and bool(call.module._forward_hooks or call.module._forward_pre_hooks)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Channels of `layers` that are gone and are put back, as zeros, before `operation` of the network's own code."""
+
+    layers: tuple[str, ...]
+    operation: str
+
+
+def restored_channels(plan: Plan) -> list[Restored]:
+    """Where the plan puts back all channels of a tensor, by the operations that ask for it, in their order."""
+    found = {}
+    for node, step in plan.steps.items():
+        for source, want in step.wants.items():
+            out = plan.steps[source].out
+            if isinstance(out, Channels) and want.complete and not out.complete:
+                layers = dict.fromkeys(member[0] for member in out.members if member is not None)
+                found[Restored(tuple(layers), _operation(node))] = None
+    return list(found)
+
+
+def _operation(node: fx.Node) -> str:
+    if node.op == "output":
+        return "the network's result"
+    if node.op == "call_module":
+        return node.target
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
+    return f"{name}{place_of(node)}"
 
 
 def missing_carriers(plan: Plan) -> frozenset[str]:

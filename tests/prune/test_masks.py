@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models import MODELS, build_model
+from prune.compact import compact
 from prune.masks import PrunableLayer, check_criterion, choose_filters, keep_count, keep_ratios, prunable_layers
+from prune.schedule import HardPruning
 from utils.errors import UserError
 
 
@@ -263,3 +265,49 @@ def test_what_a_layer_retains_does_not_change_the_random_choice_in_the_next():
 def test_weights_that_are_not_finite_are_named():
     with pytest.raises(UserError, match="conv: filter-a gives scores that are not finite"):
         kept_of(conv_layer(1, float("nan")), 0.5)
+
+
+# ---- depthwise convolutions ----------------------------------------------------------------------------------------------
+
+
+class Separable(nn.Module):
+    """A convolution, two depthwise ones behind it, and a depthwise one that reads a sum."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.expand, self.norm = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.first, self.second, self.third = (nn.Conv2d(6, 6, 3, padding=1, groups=6) for _ in range(3))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.second(self.first(self.norm(self.expand(x)).relu()).relu())
+        return self.head(self.third(x + x.flip(3)).mean((2, 3)))
+
+
+def test_a_depthwise_convolution_keeps_what_the_one_before_it_keeps():
+    layers = prunable_layers(Separable())
+    assert {layer.name: layer.follows for layer in layers} == {
+        "expand": None,
+        "first": "expand",
+        "second": "first",
+        "third": None,
+    }
+    kept = choose_filters(layers, keep_ratios(layers, [0.5]), criterion="filter-a")
+    assert len(kept["expand"]) == 3 and kept["first"].equal(kept["expand"]) and kept["second"].equal(kept["expand"])
+    assert kept["third"].tolist() == list(range(6))
+    kept = choose_filters(layers, keep_ratios(layers, [0.5], exclude=["first"]), criterion="filter-a")
+    assert len(kept["expand"]) == 3 and len(kept["first"]) == len(kept["second"]) == 6
+
+
+def test_what_follows_is_cut_and_the_small_network_is_the_same():
+    network, images = Separable().eval(), torch.randn(2, 3, 5, 5)
+    layers = prunable_layers(network)
+    HardPruning(network, choose_filters(layers, keep_ratios(layers, [0.5]), criterion="filter-a"))
+    small = compact(network, images)
+    assert [small.get_submodule(name).groups for name in ("first", "second")] == [3, 3]
+
+
+def test_networks_of_this_repository_have_no_depthwise_convolution():
+    for name in MODELS:
+        assert all(layer.follows is None for layer in prunable_layers(meta_model(name)))

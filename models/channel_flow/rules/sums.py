@@ -4,10 +4,13 @@ import operator
 from dataclasses import replace
 
 import torch
+from torch import fx
 
 from models.channel_flow.call import Call, opaque, rule
-from models.channel_flow.channels import Step
+from models.channel_flow.channels import Channels, Step
+from models.channel_flow.concrete import attribute
 from models.channel_flow.rules.pointwise import PRODUCTS, pointwise
+from models.channel_flow.tracing import is_mode
 
 _DIFFERENCES = (operator.sub, torch.sub, "sub")
 
@@ -30,6 +33,33 @@ def _sum(call: Call) -> Step:
     return step
 
 
+def _scaled(call: Call, source: fx.Node, given: Channels, factor: fx.Node) -> Step:
+    """A product with a parameter that has a number for each channel, as LayerScale (Touvron et al., ICCV 2021): of it, some."""
+    shape = _parameter_shape(call, factor)
+    behind = given.rank - given.axis if given.rank is not None else 1 if given.axis == -1 else None
+    if given.flat or shape is None or behind is None or not 0 < behind <= len(shape):
+        return opaque(call)
+    axis = len(shape) - behind
+    if shape[axis] != given.full or any(size != 1 for other, size in enumerate(shape) if other != axis):
+        return opaque(call)
+    if given.complete or not given.stored:
+        return call.step(given)
+    return call.step(given, wants={source: given, factor: Channels(given.full, given.stored, axis, len(shape))})
+
+
+def _parameter_shape(call: Call, node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of a parameter or buffer, or of one that is brought to another shape."""
+    if node.op == "get_attr" and not is_mode(node):
+        return tuple(attribute(call.model, node.target).shape)
+    if node.op != "call_method" or node.target not in ("view", "reshape") or node.kwargs:
+        return None
+    shape, sizes = _parameter_shape(call, node.args[0]), node.args[1:]
+    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes
+    if shape is None or not all(isinstance(size, int) for size in sizes):
+        return None
+    return tuple(torch.empty(shape, device="meta").reshape(sizes).shape)
+
+
 @rule(*PRODUCTS)
 def _product(call: Call) -> Step:
     """A product stores what both sides store."""
@@ -37,6 +67,8 @@ def _product(call: Call) -> Step:
         return pointwise(call)
     first, second = call.node.args
     left, right = call.channels(first), call.channels(second)
+    if (left is None) != (right is None):
+        return _scaled(call, *((first, left, second) if right is None else (second, right, first)))
     if left is None or not left.fits(right):
         return opaque(call)
     if not left.stored or not right.stored:
