@@ -24,7 +24,9 @@ from models import MODELS, build_model
 from models.cifar_resnet import CifarResNet
 from models.network_file import describe_network
 from models.outputs import Outputs
+from prune.feature_maps import mean_of_maps
 from prune.gradients import mean_gradients
+from prune.map_scores import channel_independence
 from prune.masks import choose_filters, keep_ratios, prunable_layers
 from utils import cli, engine, profile
 from utils.data import Batch, ImageData
@@ -106,16 +108,20 @@ def gradients_of_a_step(world: World) -> dict[str, Tensor]:
 
 
 def scores_and_choices(world: World) -> dict[str, Tensor]:
-    """NGGM's gradients over uneven shares, the filters it keeps, and those that chance keeps."""
+    """Gradients and feature maps over uneven shares, the filters that criteria keep by them, and those that chance keeps."""
     data = numbered_data(world, train_images=23, batch_size=8)
     network = fresh()
     layers = prunable_layers(network)
-    batches = ((batch.images, batch.labels) for batch in data.train_batches("scoring"))
-    gradients = mean_gradients(network, batches, layers=layers, all_reduce=sum_over_processes)
+    batches = [(batch.images, batch.labels) for batch in data.train_batches("scoring")]
+    passed = {"layers": layers, "all_reduce": sum_over_processes}
+    sampled = {
+        "gradients": mean_gradients(network, batches, **passed),
+        "feature_maps": mean_of_maps(network, batches, of_maps=channel_independence, example=data.example, **passed),
+    }
     ratios = keep_ratios(layers, [0.5])
-    found = {f"gradient of {name}": gradient for name, gradient in gradients.items()}
+    found = {f"{kind} of {name}": tensor for kind, tensors in sampled.items() for name, tensor in tensors.items()}
     for criterion in ("filter-nggm", "filter-taylor", "filter-chip", "filter-r"):
-        kept = choose_filters(layers, ratios, criterion=criterion, gradients=gradients, generator=generator(1, "filters"))
+        kept = choose_filters(layers, ratios, criterion=criterion, generator=generator(1, "filters"), **sampled)
         found |= {f"{criterion} keeps of {name}": channels for name, channels in kept.items()}
     return found
 

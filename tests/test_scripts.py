@@ -95,7 +95,7 @@ def test_every_script_is_valid_bash(path):
     [
         ("run_vanilla", {"initial_train.py": 12}),
         ("run_pruning", {"initial_train.py": 3, "pruning.py": 9 * 3 * 4}),
-        ("run_ablation", {"initial_train.py": 1, "pruning.py": 15 * 4}),
+        ("run_ablation", {"initial_train.py": 1, "pruning.py": 17 * 4}),
         ("run_sensitivity", {"initial_train.py": 1, "pruning.py": 19 * 4}),
         ("run_quantization_encode", {"initial_train.py": 3, "pruning.py": 12, "quantize_encode.py": 48}),
     ],
