@@ -60,11 +60,12 @@ class FilterChoice:
         return self.takes_nothing and not self.earlier
 
     def check(self) -> None:
-        """Raises UserError where the network lacks what the criterion reads of it, or the budget does not pay for enough."""
+        """Raises UserError where the network lacks what the criterion reads, and for ratios or a budget that cannot be met."""
         check_criterion(self.layers, self.ratios, criterion=self.criterion, multiple=self.multiple)
-        if self.budget is not None:
+        if self.coupled or self.budget is not None:
             families = self._families({layer.name: torch.ones(layer.filters) for layer in self.layers})
-            check_payable(self.budget, families, cost=partial(self._cost_of, families))
+            if self.budget is not None:
+                check_payable(self.budget, families, cost=partial(self._cost_of, families))
 
     def __call__(self) -> dict[str, Tensor]:
         if self.takes_nothing:

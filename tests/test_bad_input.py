@@ -214,6 +214,11 @@ COMMANDS = [
     (PRUNE, "--s-model resnet20 --budget macs=0.01", ["--budget macs=0.01", "is the least"]),
     (PRUNE, "--s-model resnet20 --budget macs=0.5 --prune-rates 0.6", ["--prune-rates 0.6", "only without --budget"]),
     (PRUNE, "--s-model resnet20 --prune-rates 0.6 --allocation global", ["--allocation global", "only with --budget"]),
+    (
+        PRUNE,
+        f"--s-model resnet20 --couple-channels --prune-rates {' 0.5' * 18} 0.6",
+        ["conv_1_3x3", "the same channels", "one value"],
+    ),
     (PRUNE, "--s-model resnet20 --couple-channels", ["--couple-channels", "where filters are pruned"]),
     (PRUNE, "--s-model resnet20 --prune-mode filter-a", ["--prune-mode filter-a", "only with --prune-rates below 1"]),
     (PRUNE, "--s-model resnet20 --prune-rates 1 1 1 --channel-multiple 8", ["--channel-multiple 8", "--prune-rates below 1"]),

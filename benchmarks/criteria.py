@@ -1,6 +1,6 @@
-"""What `filter-nggm` costs: time and memory of its gradient pass, a batch, beside a plain training step.
+"""What criteria that look at images cost: time and memory of their pass, a batch, beside a plain training step.
 
-python -m benchmarks.nggm --model resnet56
+python -m benchmarks.criteria --model resnet56
 """
 
 import argparse
@@ -14,6 +14,8 @@ import torch
 
 from benchmarks.common import add_common_flags, interleaved_seconds, machine, median_ratio, report, synthetic_batch
 from models import MODELS, build_model
+from prune.criteria import CRITERIA
+from prune.feature_maps import mean_of_maps
 from prune.gradients import mean_gradients
 from prune.masks import prunable_layers
 from utils import cli
@@ -22,45 +24,44 @@ from utils.engine import CrossEntropyObjective, prepare_step, sgd, train_step
 from utils.setup import choose_device, to_device
 
 BATCHES = 2  # of one measured pass, and as many steps
+PASSES = {"NGGM": "filter-nggm", "HRank": "filter-hrank", "CHIP": "filter-chip"}
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(prog="nggm.py", description="Cost of NGGM's gradient pass in units of a plain training step.")
+    parser = cli.Parser(prog="criteria.py", description="Cost of the passes over images that criteria take.")
     parser.add_argument("--model", nargs="+", default=["resnet20", "resnet56"], choices=MODELS, help="the networks")
     parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="images a batch")
-    add_common_flags(parser, name="nggm", rounds=9)
+    add_common_flags(parser, name="criteria", rounds=9)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device, None, World())
     rows = [measure(model, args, device=device) for model in args.model]
-    report("nggm", rows, output=args.output, machine=machine(device), batch_size=args.batch_size, rounds=args.rounds)
+    report("criteria", rows, output=args.output, machine=machine(device), batch_size=args.batch_size, rounds=args.rounds)
 
 
 def measure(model: str, args: argparse.Namespace, *, device: torch.device) -> dict[str, object]:
-    """One row: milliseconds a batch, their ratio, and how far memory rises above what network and batch take."""
-    work = {kind: prepare(kind, model, args.batch_size, device) for kind in ("plain steps", "NGGM pass")}
+    """One row: milliseconds a batch, their ratios, and how far memory rises above what network and batch take."""
+    work = {kind: prepare(kind, model, args.batch_size, device) for kind in ("plain step", *PASSES)}
     seconds = interleaved_seconds(work, device=device, rounds=args.rounds)
-    peaks = {kind: peak_mebibytes(kind, model, args.batch_size, device) for kind in work}
-    plain, scoring = ([value / BATCHES for value in seconds[kind]] for kind in work)
-    return {
-        "model": model,
-        "plain step ms": 1000 * statistics.median(plain),
-        "NGGM ms a batch": 1000 * statistics.median(scoring),
-        "plain steps": median_ratio(scoring, plain),
-        "plain step MiB": peaks["plain steps"],
-        "NGGM MiB": peaks["NGGM pass"],
-    }
+    peaks = {f"{kind} MiB": peak_mebibytes(kind, model, args.batch_size, device) for kind in work}
+    milliseconds = {f"{kind} ms": 1000 * statistics.median(seconds[kind]) / BATCHES for kind in work}
+    in_steps = {f"{kind} in plain steps": median_ratio(seconds[kind], seconds["plain step"]) for kind in PASSES}
+    in_passes = {f"{kind} in NGGM's": median_ratio(seconds[kind], seconds["NGGM"]) for kind in PASSES if kind != "NGGM"}
+    return {"model": model, **milliseconds, **in_steps, **in_passes, **peaks}
 
 
 def prepare(kind: str, model: str, batch_size: int, device: torch.device) -> Callable[[], object]:
     torch.manual_seed(0)
     network = to_device(build_model(model, num_classes=10), device).train()
     batch = synthetic_batch(batch_size, device=device)
-    if kind == "NGGM pass":
-        layers = prunable_layers(network)
-        return lambda: mean_gradients(network, [(batch.images, batch.labels)] * BATCHES, layers=layers)
+    if kind in PASSES:
+        criterion, layers = CRITERIA[PASSES[kind]], prunable_layers(network)
+        batches = [(batch.images, batch.labels)] * BATCHES
+        if criterion.needs_gradient:
+            return lambda: mean_gradients(network, batches, layers=layers)
+        return lambda: mean_of_maps(network, batches, layers=layers, of_maps=criterion.of_maps, example=batch.images)
     objective = CrossEntropyObjective(network)
     step = prepare_step(objective, device=device, world=World(), compiled=False)
     optimizer = sgd(objective.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
