@@ -57,12 +57,14 @@ def single_groups(layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
 
     A grouped convolution loses the same filter of every group. One with one filter a group that follows none is left out.
     """
-    leaders, followers = {}, {}
+    by_name, followers = {layer.name: layer for layer in layers}, {}
     for layer in layers:
-        leaders[layer.name] = leaders.get(layer.follows, layer.name)
-        followers.setdefault(leaders[layer.name], []).append(layer.name)
+        leader = layer
+        while leader.follows in by_name:
+            leader = by_name[leader.follows]
+        followers.setdefault(leader.name, []).append(layer.name)
     families = []
-    for layer in (layer for layer in layers if leaders[layer.name] == layer.name):
+    for layer in (layer for layer in layers if layer.follows not in by_name):
         filters = layer.filters // layer.conv.groups
         starts = range(0, layer.filters, filters)
         if filters > 1 or len(starts) == 1:

@@ -209,11 +209,13 @@ def choose_filters(
 
 def followed(kept: Mapping[str, Tensor], layers: Sequence[PrunableLayer], ratios: Mapping[str, float]) -> dict[str, Tensor]:
     """`kept` with the filters that depthwise convolutions keep because of those that they read, but where all stay."""
-    kept = dict(kept)
-    for layer in layers:  # in the network's order, so that one may follow another
-        if layer.follows in kept and ratios[layer.name] < 1:
-            kept[layer.name] = kept[layer.follows]
-    return kept
+    by_name = {layer.name: layer for layer in layers}
+
+    def keeps(name: str) -> Tensor:
+        follows = by_name[name].follows
+        return keeps(follows) if follows in by_name and ratios[name] < 1 else kept[name]
+
+    return {name: keeps(name) for name in kept}
 
 
 def score_filters(

@@ -6,6 +6,7 @@ from torch import nn
 
 from models import MODELS, build_model
 from prune.compact import compact
+from prune.groups import single_groups
 from prune.masks import PrunableLayer, check_criterion, choose_filters, keep_count, keep_ratios, prunable_layers
 from prune.schedule import HardPruning
 from utils.errors import UserError
@@ -298,6 +299,16 @@ def test_a_depthwise_convolution_keeps_what_the_one_before_it_keeps():
     assert kept["third"].tolist() == list(range(6))
     kept = choose_filters(layers, keep_ratios(layers, [0.5], exclude=["first"]), criterion="filter-a")
     assert len(kept["expand"]) == 3 and len(kept["first"]) == len(kept["second"]) == 6
+
+
+def test_the_order_in_which_layers_are_registered_does_not_matter():
+    layers = prunable_layers(Separable())
+    ratios = keep_ratios(layers, [0.5])
+    kept, reversed_kept = (choose_filters(order, ratios, criterion="filter-a") for order in (layers, layers[::-1]))
+    assert all(channels.equal(reversed_kept[name]) for name, channels in kept.items())
+    for order in (layers, layers[::-1]):
+        [family] = single_groups(order)
+        assert set(family[0].layers) == {"expand", "first", "second"}
 
 
 def test_what_follows_is_cut_and_the_small_network_is_the_same():
