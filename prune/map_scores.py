@@ -35,7 +35,7 @@ def channel_independence(maps: Tensor) -> Tensor:
         -1 / pi * integral over s > 0 of log(sum_k q_ik^2 s^2 / (l_k + s^2)) ds,
 
     q_i the i-th row of the eigenvectors. The integrand is analytic in u = log(s), so the trapezoidal rule there is exact to
-    1e-7 of the largest singular value with a hundred points.
+    2e-7 of the largest singular value with seventy points.
     """
     rows = maps.double().flatten(2)  # (B, F, H * W)
     squares, shares = _spectrum(rows)
