@@ -21,7 +21,7 @@ class NetworkCost:
     def __init__(self, model: nn.Module, image: Tensor):
         self._model = model
         self._graph = trace_network(model, example=image).graph
-        self._positions = _positions(model, image)
+        self._positions = positions_of_layers(model, image)
         profile = profile_network(model, image)
         self.dense = {"macs": profile["macs"], "params": profile["parameters"]}
         cut = self._of_cut_layers({})
@@ -54,7 +54,7 @@ def _weights(layer: nn.Module, cut: LayerCut) -> int:
     return len(cut.rows) * len(cut.columns[0]) * layer.weight[0, 0].numel()
 
 
-def _positions(model: nn.Module, image: Tensor) -> dict[str, int]:
+def positions_of_layers(model: nn.Module, image: Tensor) -> dict[str, int]:
     """How often each convolution and linear layer multiplies its weight with something, for one image."""
     positions: dict[str, int] = {}
 

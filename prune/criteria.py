@@ -58,9 +58,8 @@ class Criterion:
         """Scores (F,) of the filters of `weight` (F, C, kH, kW), on its device, in its dtype but at least float32.
 
         `grad` has the shape of `weight`; `bn_weight`, that of the batch norm which reads the filters, and `feature_maps` are
-        (F,). Raises
-        UserError where one is needed and not given, and unless the scores are F finite numbers: what else a new criterion may
-        return would prune something all the same.
+        (F,). Raises UserError where one is needed and not given, and unless the scores are F finite numbers: what else a new
+        criterion may return would prune something all the same.
         """
         if self.needs_gradient and (grad is None or grad.shape != weight.shape):
             given = "none" if grad is None else f"one of shape {tuple(grad.shape)}"

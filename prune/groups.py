@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.channel_flow import Channels, Plan, plan_channels, trace_network
+from models.channel_flow import Channels, Plan, output_channels, plan_channels, trace_network
 from prune.masks import PrunableLayer
 
 Member = tuple[str, int]  # a layer's name and one of its output channels
@@ -79,8 +79,7 @@ def _plan(graph: torch.fx.Graph, model: nn.Module, *, removed: frozenset[Member]
     def live_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
         if given is not None and not hasattr(layer, "out_channels") and not hasattr(layer, "out_features"):
             return given.stored
-        full = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None) or layer.num_features
-        return [channel for channel in range(full) if (name, channel) not in removed]
+        return [channel for channel in range(output_channels(layer)) if (name, channel) not in removed]
 
     return plan_channels(graph, model, live_outputs=live_outputs, carriers=frozenset())
 

@@ -1,11 +1,9 @@
 """By how much the FLOPs fall as the papers on filter pruning count them, which is not what the small network saves."""
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor, fx, nn
 
 from models.channel_flow import trace_network
+from prune.cost import positions_of_layers
 
 
 def papers_flops_drop(dense: nn.Module, small: nn.Module, image: Tensor) -> float:
@@ -25,21 +23,9 @@ def papers_flops_drop(dense: nn.Module, small: nn.Module, image: Tensor) -> floa
 
 def _macs_of_convolutions(network: nn.Module, image: Tensor) -> dict[str, int]:
     """H * W * kH * kW * C / groups * F of each convolution that is called."""
-    macs: dict[str, int] = {}
-
-    def count(name: str) -> Callable[..., None]:
-        return lambda conv, _, output: macs.update({name: output[0, 0].numel() * conv.weight.numel()})
-
-    hooks = [
-        module.register_forward_hook(count(name)) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)
-    ]
-    try:
-        with torch.no_grad():
-            network(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return macs
+    positions = positions_of_layers(network, image)
+    layers = {name: network.get_submodule(name) for name in positions}
+    return {name: positions[name] * layer.weight.numel() for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
 
 
 def _convolutions_read_directly(network: nn.Module) -> dict[str, str]:
