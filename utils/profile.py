@@ -26,7 +26,7 @@ def profile_network(network: nn.Module, image: Tensor) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     was_training = network.training
     network.eval()
-    with torch.no_grad(), counter:
+    with torch.enable_grad(), counter:  # the counter cannot do without where a module is given a parameter
         network(image)
     network.train(was_training)
     parameters = list(network.parameters())
