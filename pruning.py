@@ -20,7 +20,7 @@ from prune.compact import check_pruned_zeros, compact
 from prune.flags import add_pruning_flags
 from prune.forms import build_schedule, check_compact_form, training_form
 from prune.masks import keep_ratios, prunable_layers
-from prune.record import WHOLE, describe_pruned, finish, log_accuracy, log_pruning
+from prune.record import WHOLE, describe_pruned, finish, log_accuracy, log_pruning, whole_layers_table
 from prune.schedule import SOFT_CRITERIA, HardPruning, PruningSchedule, check_soft_state
 from utils import cli, setup
 from utils.data import ImageData
@@ -224,7 +224,7 @@ def objective_of(
 
 def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageData) -> FilterChoice:
     """What chooses the filters of the student that stay."""
-    layers = prunable_layers(student.network)
+    layers = prunable_layers(student.network, linear=args.prune_linear)
     return FilterChoice(
         student.network,
         layers,
@@ -281,7 +281,8 @@ def dry_run(args: argparse.Namespace, plan: TrainingPlan, student: NetworkFile, 
     lines.append(f"loss: {loss}")
     networks = {"dense": student.network}
     try:
-        networks["pruned"] = compact(pruned, choose.data.example)
+        networks["pruned"] = small = compact(pruned, choose.data.example)
+        lines += filter(None, [whole_layers_table({name: channels.tolist() for name, channels in kept.items()}, small)])
     except UserError as error:
         lines.append(f"no compact network could be written: {error}")
     print_plan(args, plan=plan, data=choose.data, networks=networks, lines=lines)

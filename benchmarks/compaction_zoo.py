@@ -3,9 +3,9 @@
     python -m benchmarks.compaction_zoo             # the networks that the output has not got yet
     python -m benchmarks.compaction_zoo --table     # the tables of the page, from the output
 
-Every classification network of torchvision and small ones of every family of timm, with random weights. Each convolution
-keeps 0.6 of its filters by L1 norm, as `pruning.py --prune-mode filter-a --prune-rates 0.6` chooses; then it is compacted and
-compared with the masked network in evaluation. torch_pruning's MagnitudePruner takes 0.4 of all channels, coupled ones and
+Every classification network of torchvision and small ones of every family of timm, with random weights. Each convolution and
+each hidden linear layer keeps 0.6 of its filters by L1 norm, as `pruning.py --prune-mode filter-a --prune-rates 0.6
+--prune-linear` chooses; then it is compacted and compared with the masked network in evaluation. torch_pruning's MagnitudePruner takes 0.4 of all channels, coupled ones and
 linear layers included, and has no masked network to be compared with: that it works means that it runs and has its outputs.
 
 Networks come one after the other, each in a process of its own with a time limit, and each adds a line to the output, so
@@ -120,7 +120,7 @@ def _send(connection: Connection, function: Callable[[str], dict[str, Any]], nam
 def measure_ours(name: str) -> dict[str, Any]:
     """How much is left of one network and how far off it is."""
     network, images = build(name)
-    layers = prunable_layers(network, example=images)
+    layers = prunable_layers(network, linear=True, example=images)
     kept = choose_filters(layers, {layer.name: KEEP_RATIO for layer in layers}, criterion="filter-a")
     HardPruning(network, kept, example=images)
     small = compact(network, images, tolerance=float("inf"))

@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from distill.base import DISTILLERS, Distiller, full_precision
 from models.batch_norm import UnevenBatchNorm2d
-from models.conv_norm import BATCH_NORMS, conv_norm_pairs
+from models.layer_roles import BATCH_NORMS, conv_norm_pairs
 from models.outputs import Outputs
 from utils.engine import Objective
 from utils.errors import UserError

@@ -25,12 +25,14 @@ from models.channel_flow import (
     Restored,
     Step,
     Trace,
+    counted_channels,
     is_mode,
     missing_carriers,
     output_channels,
     plan_channels,
     restored_channels,
     trace_network,
+    whole_layers,
 )
 from models.graph_function import GraphFunction
 from models.in_place import reuse_memory
@@ -153,6 +155,7 @@ class NarrowNetwork(nn.Module):
             owner=owner,
             relayouts=relayouts.name,
             restored=restored_channels(plans["forward"]),
+            uncut=whole_layers(plans["forward"]),
             functions={method: GraphFunction(graph) for method, graph in graphs.items()},
             trainable=trainable,
         )
@@ -176,6 +179,11 @@ class NarrowNetwork(nn.Module):
     def restored(self) -> list[Restored]:
         """Where the forward pass puts back channels that are gone, for an operation that makes something else of zeros."""
         return self.__parts.restored
+
+    @property
+    def uncut(self) -> dict[str, str]:
+        """The layers that could not be cut at all, by name, with what keeps them from it."""
+        return self.__parts.uncut
 
     @property
     def relayout_count(self) -> int:
@@ -288,6 +296,7 @@ class _Parts:
     owner: nn.Module
     relayouts: str
     restored: list[Restored]
+    uncut: dict[str, str]
     functions: dict[str, GraphFunction]
     trainable: bool
 
@@ -401,6 +410,8 @@ def _cut_layer(layer: nn.Module, cut: LayerCut) -> dict[str, Entries]:
         if taken.shape != value.shape:
             entries[key] = weight_entries if key == "weight" else (rows,)
             setattr(layer, key, nn.Parameter(taken, value.requires_grad) if isinstance(value, nn.Parameter) else taken)
+    if isinstance(layer, nn.GroupNorm):
+        _state(layer, num_groups=layer.num_groups * len(rows) // layer.num_channels, num_channels=len(rows))
     _state(layer, out_channels=len(rows), num_features=len(rows), out_features=len(rows), num_parameters=len(rows))
     return entries
 
@@ -421,7 +432,7 @@ class _GraphWriter:
     def __init__(self, plan: Plan, relayouts: Relayouts):
         self.plan, self.relayouts = plan, relayouts
         self.graph = fx.Graph()
-        self.written: dict[fx.Node, fx.Node] = {}
+        self.written: dict[fx.Node, fx.Node | int] = {}
         self.laid_out: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
         self.training = self.graph.placeholder("training")  # the first input: is the network in training mode?
 
@@ -507,16 +518,32 @@ def _piece(writer: _GraphWriter, step: Step) -> fx.Node:
     return writer.graph.call_method("narrow", (whole, step.out.axis, start, len(step.out.stored)))
 
 
+def _sized(writer: _GraphWriter, step: Step) -> fx.Node:
+    """A view or an expansion, whose sizes count the channels that are stored."""
+    source, *sizes = step.node.args
+    sizes = [*(sizes[0] if isinstance(sizes[0], list | tuple) else sizes)]
+    sizes[step.out.axis] = len(step.out.stored)
+    sizes = [writer.written[size] if isinstance(size, fx.Node) else size for size in sizes]
+    method = step.node.target if isinstance(step.node.target, str) else "reshape"
+    return writer.graph.call_method(method, (writer.given(step, source), *sizes))
+
+
+def _count(writer: _GraphWriter, step: Step) -> int:
+    return counted_channels(writer.plan.steps, step.node)
+
+
 def _nothing(writer: _GraphWriter, step: Step) -> None:
     return None
 
 
-_FORMS: dict[str, Callable[[_GraphWriter, Step], fx.Node | None]] = {
+_FORMS: dict[str, Callable[[_GraphWriter, Step], fx.Node | int | None]] = {
     "copy": _copy,
     "through": _through,
     "sum": _sum,
     "cat": _cat,
     "pad": _pad,
     "piece": _piece,
+    "sized": _sized,
+    "count": _count,
     "nothing": _nothing,
 }

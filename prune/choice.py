@@ -15,7 +15,7 @@ from prune.criteria import CRITERIA
 from prune.feature_maps import mean_of_maps
 from prune.gradients import mean_gradients
 from prune.groups import ChannelGroup, channel_groups, single_groups
-from prune.masks import PrunableLayer, SharedNorm, check_criterion, choose_filters, score_filters, shared_norms
+from prune.masks import PrunableLayer, SharedNorm, check_criterion, choose_filters, prunable_layers, score_filters, shared_norms
 from utils.data import ImageData
 from utils.distributed import sum_over_processes
 from utils.seed import generator
@@ -74,7 +74,7 @@ class FilterChoice:
             kept = self._highest_groups()
         else:
             kept = self._highest()
-        kept |= {name: torch.arange(norm.filters) for name, norm in self._earlier_norms.items() if name not in kept}
+        kept |= {layer.name: torch.arange(layer.filters) for layer in self._layers_of_earlier() if layer.name not in kept}
         earlier = {name: torch.tensor(channels) for name, channels in self.earlier.items()}
         return {name: channels[torch.isin(channels, earlier.get(name, channels))] for name, channels in kept.items()}
 
@@ -127,13 +127,16 @@ class FilterChoice:
     def _cost(self) -> NetworkCost:
         return NetworkCost(self.network, self.data.example[:1])
 
-    @property
-    def _earlier_norms(self) -> dict[str, SharedNorm]:
-        return {norm.name: norm for norm in shared_norms(self.network, self.layers) if norm.name in self.earlier}
+    def _layers_of_earlier(self) -> list[PrunableLayer | SharedNorm]:
+        """What an earlier pruning has taken from, whether or not this one does."""
+        if not self.earlier:
+            return []
+        layers = prunable_layers(self.network, linear=True)
+        return [layer for layer in (*layers, *shared_norms(self.network, layers)) if layer.name in self.earlier]
 
     def cost(self, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """MACs of an image and parameters of the network with the channels `kept`."""
-        norms = {layer.bn_name: kept[layer.name] for layer in self.layers if layer.bn_name is not None}
+        norms = {layer.norm_name: kept[layer.name] for layer in self.layers if layer.norm_name is not None}
         return self._cost({**kept, **norms})
 
     def _sampled(self) -> dict[str, dict[str, Tensor] | None]:

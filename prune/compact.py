@@ -50,12 +50,12 @@ def live_channels(model: nn.Module, example_input: Tensor | None = None) -> dict
 
 
 def _drop_unread(model: nn.Module, plan: Plan, live: dict[str, list[int]]) -> None:
-    """A layer's output that only a batch norm reads is not needed where that batch norm gives zero."""
+    """A layer's output that only a batch or group norm reads is not needed where that norm gives zero."""
     for step in plan.steps.values():
         if step.cut is None or step.node.target not in live:
             continue
         source = step.node.all_input_nodes[0]
-        feeds_norm = isinstance(model.get_submodule(step.node.target), BATCH_NORMS)
+        feeds_norm = isinstance(model.get_submodule(step.node.target), (*BATCH_NORMS, nn.GroupNorm))
         if feeds_norm and len(source.users) == 1 and source.op == "call_module" and source.target in live:
             read = set(live[step.node.target])
             live[source.target] = [channel for channel in live[source.target] if channel in read]
@@ -85,6 +85,15 @@ def _live_entries(norm: nn.Module, given: Channels | None) -> Tensor:
     return norm.bias.ne(0) | (norm.weight.ne(0) & ~unmoved)
 
 
+def _live_groups(norm: nn.GroupNorm, given: Channels | None) -> Tensor:
+    """(C,) bool: channels of the groups that give something else than zero anywhere."""
+    reads = _stored(given, norm.num_channels, norm.weight).view(norm.num_groups, -1).ne(0).any(1, keepdim=True)
+    live = reads.expand(-1, norm.num_channels // norm.num_groups)
+    if norm.weight is not None:
+        live = norm.bias.ne(0).view_as(live) | (norm.weight.ne(0).view_as(live) & live)
+    return live.any(1, keepdim=True).expand_as(live).flatten()
+
+
 def _stored(given: Channels | None, full: int, like: Tensor | None) -> Tensor:
     """(full,) ones and zeros: the channels that the input stores."""
     stored = range(full) if given is None else given.stored
@@ -99,6 +108,7 @@ _LIVE = {
     nn.Conv2d: _live_filters,
     nn.Conv3d: _live_filters,
     nn.Linear: _live_units,
+    nn.GroupNorm: _live_groups,
     **dict.fromkeys(BATCH_NORMS, _live_entries),
 }
 

@@ -17,13 +17,15 @@ READ_BY_CRITERIA = {  # flag: what a criterion asks for
 def add_pruning_flags(parser: cli.Parser) -> None:
     group = parser.add_argument_group("pruning")
     group.add_argument("--prune-rates", type=cli.keep_proportion, nargs="+", default=[1.0], metavar="R",
-                       help="proportion of filters retained, one for all conv layers or one a layer; 1 prunes none")  # fmt: skip
+                       help="proportion of filters retained, one for all layers or one a layer; 1 prunes none")  # fmt: skip
     group.add_argument("--budget", type=cli.checked(parse_budget), metavar="COST=SHARE",
                        help="what may be left of the dense cost, macs=0.5 or params=0.5, in place of --prune-rates")  # fmt: skip
     group.add_argument("--allocation", default="uniform", choices=ALLOCATIONS,
                        help="a budget leaves the same of every layer, or the best scores per cost of all layers")  # fmt: skip
     group.add_argument("--couple-channels", action="store_true",
                        help="channels that meet in sums and the like go together, residual streams as well")  # fmt: skip
+    group.add_argument("--prune-linear", action="store_true",
+                       help="hidden units of MLPs, between two linear layers, are pruned as filters are")  # fmt: skip
     group.add_argument(
         "--prune-mode", default="filter-nggm", choices=CRITERIA, help="which filters go: those that it scores lowest"
     )
@@ -38,7 +40,7 @@ def add_pruning_flags(parser: cli.Parser) -> None:
     group.add_argument("--gamma", type=cli.proportion, default=0.5, help="weight of the distances in filter-nggm")
     group.add_argument("--gm-distance", default="euclidean", choices=GM_DISTANCES, help="distances of filter-gm and filter-nggm")
     group.add_argument("--exclude-layers", nargs="+", default=[], metavar="NAME",
-                       help="conv layers that keep all filters, by name or pattern (layer4.*)")  # fmt: skip
+                       help="layers that keep all filters, by name or pattern (layer4.*)")  # fmt: skip
     group.add_argument("--channel-multiple", type=cli.positive_int, default=1, metavar="M",
                        help="round kept filters to a multiple of M, for speed")  # fmt: skip
     group.add_argument("--train-form", default="auto", choices=TRAIN_FORMS,
@@ -54,7 +56,7 @@ def prunes(args: argparse.Namespace) -> bool:
 
 def _say_what_counts(parser: cli.Parser) -> None:
     below = "--prune-rates below 1 or a --budget, where filters are pruned"
-    where_pruned = ("prune_mode", "soft_prune", "exclude_layers", "channel_multiple", "couple_channels")
+    where_pruned = ("prune_mode", "soft_prune", "exclude_layers", "channel_multiple", "couple_channels", "prune_linear")
     parser.counts_only(*where_pruned, where=prunes, only=f"with {below}")
     parser.counts_only("prune_rates", where=lambda args: args.budget is None, only="without --budget")
     parser.counts_only("allocation", where=lambda args: args.budget is not None, only="with --budget")

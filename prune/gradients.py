@@ -31,7 +31,7 @@ def mean_gradients(
     Among several processes `all_reduce` adds a tensor up over them in place (`torch.distributed.all_reduce`); all of them
     then return the same. Raises UserError for no batch at all, or a gradient that is not finite.
     """
-    weights = [layer.conv.weight for layer in layers]
+    weights = [layer.module.weight for layer in layers]
     sums = [torch.zeros_like(weight) for weight in weights]
     images_seen = 0
     with without_trace(model), torch.enable_grad():

@@ -40,22 +40,24 @@ def channel_groups(
     """The groups of `model` that can go, those of the same convolutions in one list, in the network's order.
 
     Left out is what cannot go without a step that restores it: channels that an operation reads at full width, and those
-    that meet a channel of anything but `layers`. `example` is for networks whose Python asks for sizes, see `trace_network`.
+    that meet a channel of anything but `layers`. Hidden units of linear layers meet none: each is a group. `example` is for
+    networks whose Python asks for sizes, see `trace_network`.
     """
     trace = trace_network(model, example=example)
-    plan = _plan(trace.graph, model, removed=frozenset())
-    groups = _groups(plan, model, layers)
-    while True:
-        blocked = _members_laid_out_anew(_plan(trace.graph, model, removed=_every_second(groups)))
-        if not blocked:
-            return groups
+    convs = [layer for layer in layers if not layer.is_linear]
+    groups = _groups(_plan(trace.graph, model, removed=frozenset()), model, convs)
+    while blocked := _members_laid_out_anew(_plan(trace.graph, model, removed=_every_second(groups))):
         groups = [alike for alike in groups if all(blocked.isdisjoint(group.filters) for group in alike)]
+    order = {layer.name: place for place, layer in enumerate(layers)}
+    groups += single_groups([layer for layer in layers if layer.is_linear])
+    return sorted(groups, key=lambda alike: order[alike[0].layers[0]])
 
 
 def single_groups(layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
     """Every filter by itself, for networks whose channels are not coupled, with the depthwise ones that follow it.
 
     A grouped convolution loses the same filter of every group. One with one filter a group that follows none is left out.
+    Filters that a group norm takes together are one group.
     """
     by_name, followers = {layer.name: layer for layer in layers}, {}
     for layer in layers:
@@ -65,11 +67,12 @@ def single_groups(layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
         followers.setdefault(leader.name, []).append(layer.name)
     families = []
     for layer in (layer for layer in layers if layer.follows not in by_name):
-        filters = layer.filters // layer.conv.groups
+        filters = layer.filters // layer.groups
         starts = range(0, layer.filters, filters)
         if filters > 1 or len(starts) == 1:
-            members = [(name, start) for name in followers[layer.name] for start in starts]
-            families.append([ChannelGroup(tuple((name, start + i) for name, start in members)) for i in range(filters)])
+            members = [(name, start + i) for name in followers[layer.name] for start in starts for i in range(layer.block)]
+            firsts = range(0, filters, layer.block)
+            families.append([ChannelGroup(tuple((name, first + offset) for name, offset in members)) for first in firsts])
     return families
 
 
@@ -93,7 +96,7 @@ def _groups(plan: Plan, model: nn.Module, layers: Sequence[PrunableLayer]) -> li
             for first, second in zip(one, other, strict=True):
                 union.join(first, second)
     filters = {(layer.name, channel) for layer in layers for channel in range(layer.filters)}
-    norms = _entries_of_norms(plan, union, owned={layer.bn_name for layer in layers})
+    norms = _entries_of_norms(plan, union, owned={layer.norm_name for layer in layers})
     order = {layer.name: place for place, layer in enumerate(layers)}
     whole = [sorted(members, key=lambda member: (order[member[0]], member[1])) for members in union.sets() if members <= filters]
     return _by_layers(

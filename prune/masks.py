@@ -1,4 +1,7 @@
-"""Which filters stay: the layers that can be pruned, the proportion that each retains, and the choice by a criterion."""
+"""Which filters stay: the layers that can be pruned, the proportion that each retains, and the choice by a criterion.
+
+A filter is an output of a convolution or, where they are asked for, a hidden unit of an MLP.
+"""
 
 import fnmatch
 import math
@@ -9,75 +12,89 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.conv_norm import BATCH_NORMS, classifying_layers, conv_norm_pairs, depthwise_producers
+from models.layer_roles import BATCH_NORMS, classifying_layers, depthwise_producers, hidden_layers, norm_pairs
 from prune.criteria import CRITERIA
 from utils.errors import UserError, naming
 
 
 @dataclass(frozen=True, eq=False)
 class PrunableLayer:
-    """A convolution and the batch norm that reads it: a pruned filter is cleared in both.
+    """A convolution or linear layer, and the batch or group norm that reads it: a pruned filter is cleared in both.
 
     A depthwise convolution `follows` the one whose channels it reads, if that is a single one: it keeps the same filters.
     """
 
     name: str
-    conv: nn.Conv2d
-    bn_name: str | None = None
-    bn: nn.Module | None = None
+    module: nn.Conv2d | nn.Linear
+    norm_name: str | None = None
+    norm: nn.Module | None = None
     follows: str | None = None
 
     @property
     def filters(self) -> int:
-        return self.conv.out_channels
+        return self.module.out_features if self.is_linear else self.module.out_channels
+
+    @property
+    def is_linear(self) -> bool:
+        return isinstance(self.module, nn.Linear)
+
+    @property
+    def groups(self) -> int:
+        """The groups of a grouped convolution, which lose equally many filters."""
+        return 1 if self.is_linear else self.module.groups
+
+    @property
+    def block(self) -> int:
+        """How many neighbouring filters go together: those that a group norm normalises by one mean and deviation."""
+        return self.norm.num_channels // self.norm.num_groups if isinstance(self.norm, nn.GroupNorm) else 1
 
     @property
     def bn_weight(self) -> Tensor | None:
         """The weight (F,) of the batch norm, where there is one."""
-        return getattr(self.bn, "weight", None)
+        return None if isinstance(self.norm, nn.GroupNorm) else getattr(self.norm, "weight", None)
 
-    def conv_parameters(self) -> dict[str, Tensor]:
+    def own_parameters(self) -> dict[str, Tensor]:
         """Weight and, where there is one, bias, by their keys in the network's state dict."""
-        return _existing(self.name, self.conv, "weight", "bias")
+        return _existing(self.name, self.module, "weight", "bias")
 
     def zeroed(self) -> dict[str, Tensor]:
         """All that is 0 for a filter that gives only zeros, by its key: rows of the convolution and of its batch norm."""
-        return self.conv_parameters() | _zeros_of_norm(self.bn_name, self.bn)
+        return self.own_parameters() | _zeros_of_norm(self.norm_name, self.norm)
 
 
 @dataclass(frozen=True, eq=False)
 class SharedNorm:
-    """A batch norm that reads the filters of several convolutions, or of one among other readers.
+    """A batch or group norm that reads the filters of several convolutions, or of one among other readers.
 
     It has no scores of its own: an entry goes with the filters that it reads (`prune.groups`).
     """
 
     name: str
-    bn: nn.Module
-    bn_name: None = None
+    norm: nn.Module
+    norm_name: None = None
 
     @property
     def filters(self) -> int:
-        return self.bn.num_features
+        return self.norm.num_channels if isinstance(self.norm, nn.GroupNorm) else self.norm.num_features
 
-    def conv_parameters(self) -> dict[str, Tensor]:
+    def own_parameters(self) -> dict[str, Tensor]:
         return {}
 
     def zeroed(self) -> dict[str, Tensor]:
         """All that is 0 for an entry that gives only zeros of a map of zeros, by its key."""
-        return _zeros_of_norm(self.name, self.bn)
+        return _zeros_of_norm(self.name, self.norm)
 
 
 def shared_norms(model: nn.Module, layers: Sequence[PrunableLayer]) -> list[SharedNorm]:
-    """The batch norms of `model` that belong to none of `layers`."""
-    owned = {layer.bn_name for layer in layers}
-    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
+    """The batch and group norms of `model` that belong to none of `layers`."""
+    owned = {layer.norm_name for layer in layers}
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, (*BATCH_NORMS, nn.GroupNorm))]
     return [SharedNorm(name, norm) for name, norm in norms if name not in owned]
 
 
-def _zeros_of_norm(name: str | None, bn: nn.Module | None) -> dict[str, Tensor]:
+def _zeros_of_norm(name: str | None, norm: nn.Module | None) -> dict[str, Tensor]:
     # Without weight and bias it gives `-mean / std` for a map of zeros in evaluation: its mean is 0 as well.
-    return _existing(name, bn, "weight", "bias") or _existing(name, bn, "running_mean")
+    return _existing(name, norm, "weight", "bias") or _existing(name, norm, "running_mean")
 
 
 def _existing(name: str | None, layer: nn.Module | None, *tensors: str) -> dict[str, Tensor]:
@@ -85,24 +102,26 @@ def _existing(name: str | None, layer: nn.Module | None, *tensors: str) -> dict[
     return {key: tensor for key, tensor in found.items() if tensor is not None}
 
 
-def prunable_layers(model: nn.Module, *, example: Tensor | None = None) -> list[PrunableLayer]:
+def prunable_layers(model: nn.Module, *, linear: bool = False, example: Tensor | None = None) -> list[PrunableLayer]:
     """Every `nn.Conv2d` of `model` but one that classifies, in `named_modules()` order: the order of `--prune-rates`.
 
-    A batch norm belongs to a layer if it reads the convolution's output directly, and neither of them is used twice. Pass
-    the bare network, not one wrapped by `torch.compile` or DistributedDataParallel, whose names differ. Raises UserError
-    where torch.fx cannot trace it or it has no convolution. `example` is for networks whose Python asks for sizes.
+    With `linear` also every linear layer whose outputs are hidden units of an MLP. A batch or group norm belongs to a layer if
+    it reads its output directly, and neither of them is used twice. Pass the bare network, not one wrapped by `torch.compile`
+    or DistributedDataParallel, whose names differ. Raises UserError where torch.fx cannot trace it or it has nothing to prune.
+    `example` is for networks whose Python asks for sizes.
     """
-    bn_names = conv_norm_pairs(model, example=example)
+    norm_names = norm_pairs(model, example=example)
     classifiers = classifying_layers(model, example=example)
     producers = depthwise_producers(model, example=example)
+    hidden = hidden_layers(model, example=example) if linear else ()
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and name not in classifiers:
-            bn_name = bn_names.get(name)
-            bn = model.get_submodule(bn_name) if bn_name else None
-            layers.append(PrunableLayer(name, module, bn_name, bn, follows=producers.get(name)))
+        if name in hidden or (isinstance(module, nn.Conv2d) and name not in classifiers):
+            norm_name = norm_names.get(name)
+            norm = model.get_submodule(norm_name) if norm_name else None
+            layers.append(PrunableLayer(name, module, norm_name, norm, follows=producers.get(name)))
     if not layers:
-        raise UserError(f"{type(model).__name__} has no conv layer to prune")
+        raise UserError(f"{type(model).__name__} has no layer to prune")
     return layers
 
 
@@ -118,15 +137,15 @@ def keep_ratios(layers: Sequence[PrunableLayer], rates: Sequence[float], *, excl
     for rate in rates:
         _check_keep_ratio(rate)
     if len(rates) not in (1, len(names)):
-        raise UserError(f"--prune-rates: {len(rates)} values for {len(names)} conv layers: give 1 or {len(names)}")
+        raise UserError(f"--prune-rates: {len(rates)} values for {len(names)} layers: give 1 or {len(names)}")
     unknown = [pattern for pattern in exclude if not fnmatch.filter(names, pattern)]
     if unknown:
-        raise UserError(f"--exclude-layers {' '.join(unknown)}: no such conv layer: choose from {', '.join(names)}")
+        raise UserError(f"--exclude-layers {' '.join(unknown)}: no such layer: choose from {', '.join(names)}")
     excluded = {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
     each = rates if len(rates) == len(names) else [rates[0]] * len(names)
     ratios = {name: 1.0 if name in excluded else ratio for name, ratio in zip(names, each, strict=True)}
     for layer in layers:
-        if ratios[layer.name] < 1 and "weight" not in dict(layer.conv.named_parameters(recurse=False)):
+        if ratios[layer.name] < 1 and "weight" not in dict(layer.module.named_parameters(recurse=False)):
             raise UserError(f"{layer.name}: its weight is computed from other parameters; add it to --exclude-layers")
     return ratios
 
@@ -153,10 +172,7 @@ def keep_count(filters: int, keep_ratio: float, *, multiple: int = 1) -> int:
 def losing_layers(layers: Sequence[PrunableLayer], ratios: Mapping[str, float], *, multiple: int = 1) -> list[PrunableLayer]:
     """Those of `layers` that have to give up filters: not where all are retained, nor a depthwise convolution."""
     return [
-        layer
-        for layer in layers
-        if _kept_a_group(layer.filters, ratios[layer.name], groups=layer.conv.groups, multiple=multiple)
-        < layer.filters // layer.conv.groups
+        layer for layer in layers if _kept_a_group(layer, ratios[layer.name], multiple=multiple) < layer.filters // layer.groups
     ]
 
 
@@ -169,6 +185,8 @@ def check_criterion(layers: Sequence[PrunableLayer], ratios: Mapping[str, float]
                 f"--prune-mode {criterion}: no batch norm with a weight reads {', '.join(without)} alone: "
                 "name what has none in --exclude-layers, or choose another criterion"
             )
+    if CRITERIA[criterion].needs_maps and any(layer.is_linear for layer in layers):
+        raise UserError(f"--prune-linear: not with --prune-mode {criterion}, which scores feature maps: a hidden unit has none")
 
 
 def choose_filters(
@@ -187,7 +205,7 @@ def choose_filters(
 
     The lowest scores go; of equal scores the lower index goes first. A grouped convolution loses the same number in every
     group, or it would be no grouped convolution any more; so a depthwise one, with one filter a group, keeps all that
-    the convolution before it keeps. Raises
+    the convolution before it keeps. Filters that a group norm takes together go together, by the sum of their scores. Raises
     UserError for an unknown criterion, one that lacks its `gradients`, its `feature_maps` or a batch norm, or weights that are
     not finite.
     """
@@ -199,7 +217,7 @@ def choose_filters(
     options = {"gamma": gamma, "gm_distance": gm_distance, "generator": generator}
     scores = score_filters(scored, criterion=criterion, gradients=gradients, feature_maps=feature_maps, **options)
     kept = {
-        layer.name: _highest(scores[layer.name], ratios[layer.name], groups=layer.conv.groups, multiple=multiple)
+        layer.name: _highest(layer, scores[layer.name], ratios[layer.name], multiple=multiple)
         if layer in scored
         else torch.arange(layer.filters)
         for layer in layers
@@ -234,20 +252,20 @@ def score_filters(
     for layer in layers:
         sampled = {"grad": (gradients or {}).get(layer.name), "feature_maps": (feature_maps or {}).get(layer.name)}
         with naming(layer.name):
-            scores[layer.name] = CRITERIA[criterion](layer.conv.weight, bn_weight=layer.bn_weight, **sampled, **options).cpu()
+            scores[layer.name] = CRITERIA[criterion](layer.module.weight, bn_weight=layer.bn_weight, **sampled, **options).cpu()
     return scores
 
 
-def _highest(scores: Tensor, keep_ratio: float, *, groups: int, multiple: int) -> Tensor:
-    """Indices of the highest of `scores` (F,), equally many in each of `groups`, sorted."""
-    scores = scores.view(groups, -1)
-    filters = scores.shape[1]
-    keep = _kept_a_group(scores.numel(), keep_ratio, groups=groups, multiple=multiple)
-    highest = scores.argsort(dim=1, stable=True)[:, filters - keep :]  # (groups, keep)
-    offsets = torch.arange(groups).unsqueeze(1) * filters
-    return (highest + offsets).flatten().sort().values
+def _highest(layer: PrunableLayer, scores: Tensor, keep_ratio: float, *, multiple: int) -> Tensor:
+    """Indices of the highest of `scores` (F,), equally many in each of the layer's groups, in whole blocks, sorted."""
+    filters = torch.arange(layer.filters).view(layer.groups, -1, layer.block)
+    scores = scores.view_as(filters).sum(2)  # (groups, blocks)
+    blocks = _kept_a_group(layer, keep_ratio, multiple=multiple) // layer.block
+    highest = scores.argsort(dim=1, stable=True)[:, scores.shape[1] - blocks :]  # (groups, blocks that stay)
+    return filters.gather(1, highest.unsqueeze(2).expand(-1, -1, layer.block)).flatten().sort().values
 
 
-def _kept_a_group(filters: int, keep_ratio: float, *, groups: int, multiple: int) -> int:
+def _kept_a_group(layer: PrunableLayer, keep_ratio: float, *, multiple: int) -> int:
     # The smallest step a group that makes the whole layer a multiple.
-    return keep_count(filters // groups, keep_ratio, multiple=multiple // math.gcd(multiple, groups))
+    step = math.lcm(multiple // math.gcd(multiple, layer.groups), layer.block)
+    return keep_count(layer.filters // layer.groups, keep_ratio, multiple=step)

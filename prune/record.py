@@ -99,7 +99,8 @@ def finish(
     """
     best = load_network(run.folder / BEST, flag="--save-dir", model=model)
     dense = setup.to_device(best.network, data.device)
-    kept = {layer.name: len(best.kept.get(layer.name, range(layer.filters))) for layer in prunable_layers(dense)}
+    layers = prunable_layers(dense, linear=config["prune_linear"])
+    kept = {layer.name: len(best.kept.get(layer.name, range(layer.filters))) for layer in layers}
     summary = {**head, "model": best.model, **read_json(run.folder / BEFORE_TRAINING), **result, "kept_filters": kept}
     try:
         small = compact(dense, data.example)
@@ -122,7 +123,7 @@ def whole_layers_table(kept: Mapping[str, Sequence[int]], small: NarrowNetwork) 
     """
     layers = dict(small.named_modules())
     uncut = [name for name, channels in kept.items() if name in layers and len(channels) < (output_channels(layers[name]) or 0)]
-    rows = [(name, "evened up with others of its groups, called twice, or sharing its tensors") for name in uncut]
+    rows = [(name, small.uncut.get(name, "its groups are evened up to one size")) for name in uncut]
     rows += [(_few(restored.layers), f"all channels are read by {restored.operation}") for restored in small.restored]
     if not rows:
         return ""

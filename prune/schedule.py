@@ -33,7 +33,7 @@ class PruningSchedule(Hooks):
 
     def __init__(self, model: nn.Module, *, example: Tensor | None = None):
         self.model = model
-        convs = prunable_layers(model, example=example)
+        convs = prunable_layers(model, linear=True, example=example)
         layers = (*convs, *shared_norms(model, convs))
         self.layers: dict[str, PrunableLayer | SharedNorm] = {layer.name: layer for layer in layers}
         self.kept: dict[str, Tensor] = {}
@@ -50,7 +50,7 @@ class PruningSchedule(Hooks):
     def live_channels(self, kept: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """`kept` for each pruned convolution and the batch norm that reads it: what a checkpoint says, and `narrow` takes."""
         pruned = [layer for layer, _ in _losses(self.layers, kept)]
-        names = [(name, layer) for layer in pruned for name in (layer.name, layer.bn_name) if name is not None]
+        names = [(name, layer) for layer in pruned for name in (layer.name, layer.norm_name) if name is not None]
         return {name: kept[layer.name].tolist() for name, layer in names}
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class SoftPruning(PruningSchedule):
         self.kept = self.choose()
         self._just_cleared = True
         for layer, pruned in _losses(self.layers, self.kept):
-            _clear(layer.conv_parameters().values(), pruned)
+            _clear(layer.own_parameters().values(), pruned)
 
     def after_step(self) -> None:
         self._just_cleared = False
@@ -227,7 +227,7 @@ def _checked_kept(layers: Mapping[str, PrunableLayer | SharedNorm], kept: Mappin
     checked = {}
     for name, indices in kept.items():
         if name not in layers:
-            raise UserError(f"kept filters of {name!r}: the network has no such conv layer: choose from {', '.join(layers)}")
+            raise UserError(f"kept filters of {name!r}: the network has no such layer: choose from {', '.join(layers)}")
         filters = layers[name].filters
         if any(not 0 <= index < filters for index in indices.tolist()):
             raise UserError(f"kept filters of {name!r}: the network has filters 0 to {filters - 1} there, not {indices.tolist()}")

@@ -57,7 +57,7 @@ def test_every_checkpoint_has_its_pruned_filters_at_exact_zero(prune, flags):
             kept = file.kept[layer.name]
             assert len(kept) == keep_count(layer.filters, 0.6)
             gone = sorted(set(range(layer.filters)) - set(kept))
-            for tensor in (layer.conv.weight, layer.bn.weight, layer.bn.bias):
+            for tensor in (layer.module.weight, layer.norm.weight, layer.norm.bias):
                 assert tensor[gone].count_nonzero() == 0
 
 

@@ -148,9 +148,9 @@ def pruned_copy(network: CifarResNet) -> CifarResNet:
     """The network with the filters of lowest norm cleared, before any fine-tuning: the student of the first step."""
     network = copy.deepcopy(network)
     for layer in prunable_layers(network):
-        scores = CRITERIA["filter-l2"](layer.conv.weight)
+        scores = CRITERIA["filter-l2"](layer.module.weight)
         cut = scores.argsort()[: layer.filters - keep_count(layer.filters, KEEP_RATIO)]
-        for parameter in (layer.conv.weight, layer.bn.weight, layer.bn.bias):
+        for parameter in (layer.module.weight, layer.norm.weight, layer.norm.bias):
             parameter[cut] = 0
     return network
 

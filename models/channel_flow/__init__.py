@@ -18,7 +18,9 @@ from models.channel_flow.plan import (
     output_channels,
     plan_channels,
     restored_channels,
+    whole_layers,
 )
+from models.channel_flow.rules.sizes import counted_channels
 from models.channel_flow.tracing import Trace, is_mode, trace_network
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Step",
     "Trace",
     "attribute",
+    "counted_channels",
     "is_mode",
     "members_of_layer",
     "missing_carriers",
@@ -37,4 +40,5 @@ __all__ = [
     "plan_channels",
     "restored_channels",
     "trace_network",
+    "whole_layers",
 ]

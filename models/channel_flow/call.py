@@ -1,7 +1,8 @@
 """What a rule is given and how it is registered: the contract of the files in `rules`."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -125,6 +126,11 @@ def outside(call: Call) -> Step:
     return opaque(call) if call.node.op == "output" else call.step(None)
 
 
+def picks_one(node: fx.Node) -> bool:
+    """Whether the node is one entry, by its number, of what another gives."""
+    return node.target is operator.getitem and isinstance(node.args[1], int)
+
+
 def numbered(*names: str) -> Iterator[type[nn.Module]]:
     return (getattr(nn, f"{name}{dims}d") for name in names for dims in (1, 2, 3))
 
@@ -133,6 +139,8 @@ def unshared(rule: Rule) -> Rule:
     """A rule for layers with parameters of their own: one that is called twice or shares parameters is left alone."""
 
     def guarded(call: Call) -> Step:
-        return opaque(call) if call.node.target in call.shared else rule(call)
+        if call.node.target in call.shared:
+            return replace(opaque(call), why_whole="it is called twice, or shares its tensors with another layer")
+        return rule(call)
 
     return guarded

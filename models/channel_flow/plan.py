@@ -14,7 +14,7 @@ from models.channel_flow.tracing import is_mode
 
 def output_channels(layer: nn.Module) -> int | None:
     """The number of output channels of a layer that can be narrowed, None for any other module."""
-    names = ("out_channels", "num_features", "out_features")
+    names = ("out_channels", "num_features", "out_features", "num_channels")
     sizes = [getattr(layer, name) for name in names if isinstance(getattr(layer, name, None), int)]
     return sizes[0] if sizes else None
 
@@ -30,7 +30,7 @@ def plan_channels(graph: fx.Graph, model: nn.Module, *, live_outputs: LiveOutput
     shared = _shared_layers(graph, model)
     for node in graph.nodes:
         call = Call(node, steps, model, live_outputs, carriers, shared)
-        step = (opaque if _has_hooks(call) else rule_of(call))(call)
+        step = rule_of(call)(call) if not _has_hooks(call) else replace(opaque(call), why_whole="hooks run with it")
         if isinstance(step.out, Channels) and not step.out.members:  # a layer, whose own channels these are
             step.out = replace(step.out, members=_own_members(node.target, call.module, step.out.full))
         steps[node] = step
@@ -65,6 +65,15 @@ def restored_channels(plan: Plan) -> list[Restored]:
                 layers = dict.fromkeys(member[0] for member in out.members if member is not None)
                 found[Restored(tuple(layers), _operation(node))] = None
     return list(found)
+
+
+def whole_layers(plan: Plan) -> dict[str, str]:
+    """The layers that the plan cannot cut at all, by name, with what keeps it from that."""
+    return {
+        node.target: step.why_whole or "its own operation is not known, or reads channels in another order than it is given"
+        for node, step in plan.steps.items()
+        if node.op == "call_module" and step.cut is None and step.exists
+    }
 
 
 def _operation(node: fx.Node) -> str:

@@ -87,7 +87,7 @@ def test_networks_with_it_are_traced_and_cut_as_with_any_batch_norm():
     network = nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 4, 3), nn.BatchNorm2d(4))
     network.append(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))
     quicken_batch_norms(network)
-    assert [layer.bn_name for layer in prunable_layers(network)] == ["1", "4"]
+    assert [layer.norm_name for layer in prunable_layers(network)] == ["1", "4"]
     HardPruning(network, {"0": torch.arange(6)})
     small = compact(network, torch.randn(2, 3, 8, 8))
     assert small.get_submodule("0").out_channels == small.get_submodule("1").num_features == 6

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.conv_norm import conv_norm_pairs
+from models.layer_roles import conv_norm_pairs
 from models.narrow import narrow
 from utils.errors import UserError
 

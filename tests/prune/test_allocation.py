@@ -150,7 +150,7 @@ def test_groups_with_the_lowest_mean_of_normalised_norms_go():
     network = build_model("resnet20", num_classes=10).eval()
     example, layers = torch.randn(2, 3, 32, 32), prunable_layers(network)
     stream = channel_groups(network, layers, example=example)[0]
-    norms = {layer.name: layer.conv.weight.detach().double().abs().sum((1, 2, 3)) for layer in layers}
+    norms = {layer.name: layer.module.weight.detach().double().abs().sum((1, 2, 3)) for layer in layers}
     score = [sum(float(norms[name][i] / norms[name].mean()) for name, i in group.filters) for group in stream]
     highest = sorted(sorted(range(16), key=score.__getitem__)[6:])
     assert chosen(network, example, coupled=True, keep_ratio=0.6)()["conv_1_3x3"].tolist() == highest

@@ -271,3 +271,46 @@ def test_random_networks_stay_the_same_function(operations, hidden, seed, dead_s
     assert sum(p.numel() for p in small.parameters()) <= sum(p.numel() for p in model.parameters())
     with torch.no_grad():  # torch has no gradients for some of what is overwritten
         torch.testing.assert_close(small.train()(x), model.train()(x), rtol=1e-6, atol=1e-6)
+
+
+class SqueezeExcitation(nn.Module):
+    """Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, its gates by linear layers and brought to the map's axes."""
+
+    def __init__(self, squeeze, excite):
+        super().__init__()
+        self.squeeze, self.excite = squeeze, excite
+        self.gates = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.excite(self.gates(self.squeeze(F.adaptive_avg_pool2d(x, 1), x)), x)
+
+
+EXCITATIONS = {
+    "views and expand_as": (
+        lambda pooled, x: pooled.view(x.size(0), x.size(1)),
+        lambda gates, x: gates.view(x.size(0), x.size(1), 1, 1).expand_as(x),
+    ),
+    "shapes and expand": (
+        lambda pooled, x: pooled.reshape(x.shape[0], x.shape[1]),
+        lambda gates, x: gates.view(x.shape[0], -1, 1, 1).expand(x.shape[0], x.shape[1], x.shape[2], x.shape[3]),
+    ),
+    "None as an index": (lambda pooled, x: pooled.flatten(1), lambda gates, x: gates[:, :, None, None]),
+    "unsqueeze": (lambda pooled, x: pooled.view(x.size(0), -1), lambda gates, x: gates.unsqueeze(-1).unsqueeze(2)),
+}
+
+
+@pytest.mark.parametrize("name", EXCITATIONS)
+def test_gates_of_linear_layers_read_and_scale_what_is_left(name):
+    small = compacted(Chain(SqueezeExcitation(*EXCITATIONS[name])))
+    assert small.get_submodule("operation.gates.0").weight.shape == (4, 5) and small.reader.weight.shape[1] == 5
+    assert not small.restored
+
+
+def test_a_group_norm_loses_whole_groups():
+    model = Chain(nn.GroupNorm(4, 8))
+    with torch.no_grad():
+        for tensor in (model.conv.weight, model.conv.bias, model.operation.weight, model.operation.bias):
+            tensor[[0, 1, 2]] = 0  # channel 3 is normalised together with channel 2
+    small = compacted(model)
+    assert (small.operation.num_groups, small.operation.num_channels) == (3, 6)
+    assert small.reader.weight.shape[1] == 6 and small.conv.weight.shape[0] == 4  # 5 is dead as well

@@ -89,7 +89,7 @@ def test_a_scale_of_a_filter_is_seen_in_evaluation_alone():
     slopes = {}
     for training in (True, False):
         products = {
-            layer.name: (layer.conv.weight * gradient).detach().flatten(1)
+            layer.name: (layer.module.weight * gradient).detach().flatten(1)
             for layer, gradient in zip(
                 layers, mean_gradients(model, batches, layers=layers, training=training).values(), strict=True
             )

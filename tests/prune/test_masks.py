@@ -6,9 +6,9 @@ from torch import nn
 
 from models import MODELS, build_model
 from prune.compact import compact
-from prune.groups import single_groups
+from prune.groups import channel_groups, single_groups
 from prune.masks import PrunableLayer, check_criterion, choose_filters, keep_count, keep_ratios, prunable_layers
-from prune.schedule import HardPruning
+from prune.schedule import HardPruning, PhysicalPruning
 from utils.errors import UserError
 
 
@@ -34,10 +34,10 @@ def test_every_conv_of_every_network_is_found_with_its_batch_norm(name):
     layers = prunable_layers(model)
     assert [layer.name for layer in layers] == [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     for layer in layers:
-        assert layer.conv is model.get_submodule(layer.name)
-        assert layer.bn is model.get_submodule(layer.bn_name)
-        assert layer.bn.num_features == layer.filters
-    assert len({layer.bn_name for layer in layers}) == len(layers)
+        assert layer.module is model.get_submodule(layer.name)
+        assert layer.norm is model.get_submodule(layer.norm_name)
+        assert layer.norm.num_features == layer.filters
+    assert len({layer.norm_name for layer in layers}) == len(layers)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_every_conv_of_every_network_is_found_with_its_batch_norm(name):
     ],
 )
 def test_pairs_by_name(model, pairs):
-    found = {layer.name: layer.bn_name for layer in prunable_layers(meta_model(model))}
+    found = {layer.name: layer.norm_name for layer in prunable_layers(meta_model(model))}
     assert found | pairs == found
 
 
@@ -71,7 +71,7 @@ class OddNetwork(nn.Module):
 def test_a_batch_norm_that_is_not_the_convs_alone_is_left_out():
     layers = prunable_layers(OddNetwork())
     assert [layer.name for layer in layers] == ["plain", "left", "right", "split", "twice", "unused"]
-    assert [layer.bn for layer in layers] == [None] * 6
+    assert [layer.norm for layer in layers] == [None] * 6
 
 
 def test_a_convolution_that_classifies_keeps_its_outputs():
@@ -81,7 +81,7 @@ def test_a_convolution_that_classifies_keeps_its_outputs():
 
 def test_sync_batch_norm_counts_as_batch_norm():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(build_model("resnet20", num_classes=2))
-    assert all(isinstance(layer.bn, nn.SyncBatchNorm) for layer in prunable_layers(model))
+    assert all(isinstance(layer.norm, nn.SyncBatchNorm) for layer in prunable_layers(model))
 
 
 def test_a_network_that_cannot_be_traced_is_named():
@@ -94,7 +94,7 @@ def test_a_network_that_cannot_be_traced_is_named():
 
 
 def test_a_network_without_convolutions_is_named():
-    with pytest.raises(UserError, match="Linear has no conv layer"):
+    with pytest.raises(UserError, match="Linear has no layer"):
         prunable_layers(nn.Linear(2, 2))
 
 
@@ -105,7 +105,7 @@ def test_keep_count_of_resnet56_at_0_6(filters, kept):
 
 def test_resnet56_at_0_6_leaves_the_known_number_of_weights():
     layers = prunable_layers(meta_model("resnet56"))
-    weights = [layer.conv.weight for layer in layers]
+    weights = [layer.module.weight for layer in layers]
     assert sum(weight.numel() for weight in weights) == 848_304
     assert sum(keep_count(len(weight), 0.6) * weight[0].numel() for weight in weights) == 504_990
 
@@ -168,10 +168,10 @@ def test_excluded_layers_keep_everything_and_still_count(three_layers):
 @pytest.mark.parametrize(
     ("rates", "exclude", "message"),
     [
-        ([0.6, 0.6], [], "--prune-rates: 2 values for 3 conv layers: give 1 or 3"),
+        ([0.6, 0.6], [], "--prune-rates: 2 values for 3 layers: give 1 or 3"),
         ([], [], "--prune-rates: 0 values"),
         ([0.6, 0.0, 0.5], [], "--prune-rates 0.0"),
-        ([0.6], ["b", "conv9"], "--exclude-layers conv9: no such conv layer: choose from a, b, c"),
+        ([0.6], ["b", "conv9"], "--exclude-layers conv9: no such layer: choose from a, b, c"),
     ],
 )
 def test_bad_rates_and_names_are_named(three_layers, rates, exclude, message):
@@ -231,7 +231,7 @@ def test_bad_criterion_and_missing_gradients_are_named():
 def with_norm(name, *weight, affine=True):
     layer = PrunableLayer(name, nn.Conv2d(1, len(weight), 1), f"{name}_bn", nn.BatchNorm2d(len(weight), affine=affine))
     if affine:
-        layer.bn.weight = nn.Parameter(torch.tensor(weight))
+        layer.norm.weight = nn.Parameter(torch.tensor(weight))
     return layer
 
 
@@ -322,3 +322,48 @@ def test_what_follows_is_cut_and_the_small_network_is_the_same():
 def test_networks_of_this_repository_have_no_depthwise_convolution():
     for name in MODELS:
         assert all(layer.follows is None for layer in prunable_layers(meta_model(name)))
+
+
+class Mlp(nn.Module):
+    """A convolution with a group norm, and an MLP with a residual sum on what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8)
+        self.first, self.second, self.classifier = nn.Linear(8, 10), nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu().mean((2, 3))
+        return self.classifier(x + self.second(nn.functional.gelu(self.first(x))))
+
+
+def test_hidden_units_are_the_outputs_that_the_next_layer_alone_reads():
+    model = Mlp()
+    assert [layer.name for layer in prunable_layers(model)] == ["conv"]
+    assert [layer.name for layer in prunable_layers(model, linear=True)] == ["conv", "first"]
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_hidden_units_and_groups_of_a_norm_are_gone_from_the_small_network(coupled):
+    torch.manual_seed(0)
+    model, images = Mlp(), torch.randn(4, 3, 6, 6)
+    layers = prunable_layers(model, linear=True)
+    if coupled:
+        families = channel_groups(model, layers)
+        assert [alike[0].layers for alike in families] == [("first",)]  # the sum reads what the group norm gives
+        families = single_groups(layers)
+        assert [len(alike) for alike in families] == [4, 10] and len(families[0][0].filters) == 2
+    kept = choose_filters(layers, keep_ratios(layers, [0.5]), criterion="filter-a")
+    norms = layers[0].module.weight.detach().abs().flatten(1).sum(1).view(4, 2).sum(1)
+    assert kept["conv"].view(2, 2)[:, 0].div(2, rounding_mode="floor").tolist() == norms.argsort()[2:].sort().values.tolist()
+    PhysicalPruning(model, kept).prove(images)
+    HardPruning(model, kept)
+    small = compact(model, images)
+    assert (small.norm.num_groups, small.conv.out_channels) == (2, 4)
+    assert (small.first.out_features, small.second.in_features) == (5, 5)
+
+
+def test_criteria_of_maps_refuse_hidden_units():
+    layers = prunable_layers(Mlp(), linear=True)
+    with pytest.raises(UserError, match="--prune-linear: not with --prune-mode filter-hrank"):
+        check_criterion(layers, keep_ratios(layers, [0.5]), criterion="filter-hrank")

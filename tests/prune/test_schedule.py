@@ -50,7 +50,12 @@ def pruned_parts(model, kept, *, parts=("weight", "bias", "bn_weight", "bn_bias"
     rows = []
     for layer in prunable_layers(model):
         gone = [i for i in range(layer.filters) if i not in kept[layer.name].tolist()]
-        tensors = {"weight": layer.conv.weight, "bias": layer.conv.bias, "bn_weight": layer.bn.weight, "bn_bias": layer.bn.bias}
+        tensors = {
+            "weight": layer.module.weight,
+            "bias": layer.module.bias,
+            "bn_weight": layer.norm.weight,
+            "bn_bias": layer.norm.bias,
+        }
         rows += [tensors[part].detach()[gone] for part in parts if tensors[part] is not None]
     return rows
 
@@ -72,7 +77,7 @@ def test_hard_pruned_filters_are_exactly_zero_after_every_step(build):
     model = build()
     with torch.no_grad():  # batch norms as after training, so that there is something to clear
         for layer in prunable_layers(model):
-            nn.init.uniform_(layer.bn.bias, -1, 1)
+            nn.init.uniform_(layer.norm.bias, -1, 1)
     kept = lowest_norm(model)
     schedule = HardPruning(model, kept)
     assert all(is_positive_zero(part) for part in pruned_parts(model, kept))
@@ -103,8 +108,8 @@ def test_hard_pruning_changes_nothing_else():
     schedule.after_epoch(0)
     for layer in prunable_layers(model):
         stays = kept[layer.name]
-        assert torch.equal(layer.conv.weight[stays], state[f"{layer.name}.weight"][stays])
-        assert torch.equal(layer.bn.weight[stays], state[f"{layer.bn_name}.weight"][stays])
+        assert torch.equal(layer.module.weight[stays], state[f"{layer.name}.weight"][stays])
+        assert torch.equal(layer.norm.weight[stays], state[f"{layer.norm_name}.weight"][stays])
     assert torch.equal(model.classifier.weight, state["classifier.weight"])
     with schedule.shipped() as shipped:
         assert shipped == kept
@@ -117,8 +122,8 @@ def test_a_hard_pruned_network_does_not_see_what_stood_in_its_filters():
     with torch.no_grad():
         for part, layer in enumerate(prunable_layers(other)):
             gone = [i for i in range(layer.filters) if i not in kept[layer.name].tolist()]
-            layer.conv.weight[gone] += part + 1.0
-            layer.bn.bias[gone] = 3.0
+            layer.module.weight[gone] += part + 1.0
+            layer.norm.bias[gone] = 3.0
     HardPruning(model, kept), HardPruning(other, kept)
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(model(images), other(images))
@@ -147,7 +152,7 @@ def with_bn_biases(model):
     """Batch norms as after training: where every bias is 0 there is nothing to see of whether it is left alone."""
     with torch.no_grad():
         for layer in prunable_layers(model):
-            layer.bn.bias.fill_(0.5)
+            layer.norm.bias.fill_(0.5)
     return model
 
 
@@ -309,7 +314,7 @@ def test_without_pruning_nothing_happens():
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
-        ({"conv9": torch.tensor([0])}, "kept filters of 'conv9': the network has no such conv layer"),
+        ({"conv9": torch.tensor([0])}, "kept filters of 'conv9': the network has no such layer"),
         ({"conv_1_3x3": torch.tensor([3, 16])}, r"filters 0 to 15 there, not \[3, 16\]"),
         ({"conv_1_3x3": torch.tensor([-1])}, "filters 0 to 15"),
     ],

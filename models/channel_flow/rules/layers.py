@@ -1,4 +1,4 @@
-"""Layers with parameters of their own: convolutions, linear layers, batch norms, PReLU."""
+"""Layers with parameters of their own: convolutions, linear layers, batch and group norms, PReLU."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -115,6 +115,23 @@ def batch_norm(call: Call) -> Step:
         return call.step(replace(given, stored=(), vanished=call.vanishing(given)))
     out = given.storing(rows)
     return call.step(out, wants={call.source: out}, cut=LayerCut(rows))
+
+
+@rule(nn.GroupNorm)
+@unshared
+def group_norm(call: Call) -> Step:
+    """Wu and He, "Group Normalization", ECCV 2018: a group goes where all of its channels do, as its mean is one of all."""
+    norm, given = call.module, call.channels(call.source)
+    if given is None or given.flat or (given.axis, given.full) != (1, norm.num_channels):
+        return opaque(call)
+    size = norm.num_channels // norm.num_groups
+    live = {channel // size for channel in call.outputs_of_layer(given, norm.num_channels)}
+    rows = tuple(channel for channel in range(norm.num_channels) if channel // size in live)
+    meets = [(given.members[::size], given.members[offset::size]) for offset in range(1, size)]
+    if not rows:
+        return call.step(replace(given, stored=(), vanished=call.vanishing(given)), meets=meets)
+    out = given.storing(rows)
+    return call.step(out, wants={call.source: out}, cut=LayerCut(rows), meets=meets)
 
 
 @rule(nn.PReLU)

@@ -3,14 +3,16 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torchvision.models.shufflenetv2 import channel_shuffle
 
-from models.channel_flow.call import Call, opaque, rule
+from models.channel_flow.call import Call, opaque, picks_one, rule
 from models.channel_flow.channels import Channels, Step
+from models.channel_flow.rules.sizes import counted_channels
 
 
 @rule(torch.cat, torch.concat)
@@ -69,28 +71,28 @@ def _piece(given: Channels, start: int, size: int, *, stored: Sequence[int]) -> 
     return replace(given, full=len(members), stored=stored, members=members)
 
 
-def picks_one(node: fx.Node) -> bool:
-    return node.target is operator.getitem and isinstance(node.args[1], int)
-
-
 @rule(operator.getitem)
 def _getitem(call: Call) -> Step:
-    """A piece of a chunk, a size, or a tensor subsampled along axes other than the channels'."""
+    """A piece of a chunk, a size, or a tensor subsampled along axes other than the channels', or given new ones by None."""
     out, index = call.steps[call.source].out if call.node.all_input_nodes else None, call.node.args[1]
     if isinstance(out, tuple) and isinstance(index, int):
         piece = out[index]
         return call.step(piece, form="piece")
     if not isinstance(out, Channels):
-        return call.step(None)
+        return call.step(form="copy" if counted_channels(call.steps, call.node) is None else "count")
     index = index if isinstance(index, tuple) else (index,)
-    kept_axes = all(isinstance(entry, slice) and not _holds_node(entry) for entry in index)
-    if out.rank is None or not kept_axes or (len(index) > out.axis and index[out.axis] != slice(None)):
+    if out.rank is None or not all(_keeps_axis(entry) or entry is None for entry in index):
         return opaque(call)
-    return call.step(out)
+    old_axes = [place for place, entry in enumerate(index) if entry is not None]
+    if len(old_axes) > out.axis and index[old_axes[out.axis]] != slice(None):
+        return opaque(call)
+    before = old_axes[out.axis] - out.axis if len(old_axes) > out.axis else len(index) - len(old_axes)
+    return call.step(replace(out, axis=out.axis + before, rank=out.rank + len(index) - len(old_axes)))
 
 
-def _holds_node(entry: slice) -> bool:
-    return any(isinstance(bound, fx.Node) for bound in (entry.start, entry.stop, entry.step))
+def _keeps_axis(entry: Any) -> bool:
+    bounds = (entry.start, entry.stop, entry.step) if isinstance(entry, slice) else (entry,)
+    return isinstance(entry, slice) and not any(isinstance(bound, fx.Node) for bound in bounds)
 
 
 @rule(nn.ChannelShuffle, channel_shuffle, torch.channel_shuffle, F.channel_shuffle)

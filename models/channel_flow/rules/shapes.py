@@ -1,14 +1,15 @@
-"""What changes the shape of a tensor, or reads it."""
+"""What changes the shape of a tensor."""
 
-import operator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from models.channel_flow.call import Call, opaque, rule
 from models.channel_flow.channels import Step
-from models.channel_flow.rules.pieces import picks_one
+from models.channel_flow.rules.pointwise import PRODUCTS
+from models.channel_flow.rules.sizes import count_of, is_batch_size
 
 
 @rule(nn.Flatten, torch.flatten, "flatten")
@@ -23,11 +24,17 @@ def _flatten(call: Call) -> Step:
 
 @rule("view", "reshape", torch.reshape)
 def _view(call: Call) -> Step:
-    """`x.view(x.size(0), -1)` is a flatten."""
-    given, sizes = call.channels(call.source), call.node.args[1:]
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes
-    batch_first = len(sizes) == 2 and sizes[1] == -1 and isinstance(sizes[0], fx.Node) and _is_batch_size(sizes[0])
-    return _flattened(call) if given is not None and given.axis == 1 and batch_first else opaque(call)
+    """`x.view(x.size(0), -1)` is a flatten; `x.view(batch, channels, 1, 1)` adds or drops axes of size 1 behind the channels."""
+    given, sizes = call.channels(call.source), _sizes_of(call.node)
+    if given is None or given.axis != 1 or len(sizes) < 2 or not is_batch_size(sizes[0]):
+        return opaque(call)
+    if len(sizes) == 2 and sizes[1] == -1:
+        return _flattened(call)
+    is_plain = given.rank is not None and not given.flat and all(size == 1 for size in sizes[2:])
+    # An explicit count says that the axes behind the channels have the size 1; -1 could take in their pixels.
+    if is_plain and (count_of(call, sizes[1]) == given.full or (sizes[1] == -1 and given.rank == 2)):
+        return call.step(replace(given, rank=len(sizes)), form="sized")
+    return opaque(call)
 
 
 def _flattened(call: Call) -> Step:
@@ -35,39 +42,47 @@ def _flattened(call: Call) -> Step:
     return call.step(replace(given, rank=2, flat=given.flat or given.rank != 2)) if given.rank else opaque(call)
 
 
-def _is_batch_size(node: fx.Node) -> bool:
-    if node.op == "call_method" and node.target == "size":
-        return node.args[1:] == (0,)
-    return node.target is operator.getitem and node.args[1] == 0 and _reads_size(node.args[0])
-
-
-def _reads_size(node: fx.Node) -> bool:
-    return (node.op == "call_method" and node.target == "size" and len(node.args) == 1) or (
-        node.target is getattr and node.args[1] == "shape"
-    )
-
-
-@rule("size")
-def _size(call: Call) -> Step:
-    """Sizes are read at full width unless it is clear that only other axes than the channels' are asked for."""
-    given = call.channels(call.source)
-    if given is None or given.rank is None:
+@rule("expand")
+def _expand(call: Call) -> Step:
+    given, sizes = call.channels(call.source), _sizes_of(call.node)
+    if given is None or given.rank != len(sizes) or given.flat:
         return opaque(call)
-    if _reads_size(call.node):
-        asked = [user.args[1] if picks_one(user) else None for user in call.node.users]
-    else:
-        asked = [call.argument(1, "dim")]
-    other_axes = all(isinstance(dim, int) and dim % given.rank != given.axis for dim in asked)
-    return (
-        call.step(None, wants={call.source: given} if given.stored else {call.source: given.whole()})
-        if other_axes
-        else opaque(call)
-    )
+    kept = sizes[given.axis] == -1 or count_of(call, sizes[given.axis]) == given.full
+    return call.step(given, form="sized") if kept else opaque(call)
 
 
-@rule(getattr)
-def _getattr(call: Call) -> Step:
-    return _size(call) if _reads_size(call.node) else opaque(call)
+@rule("expand_as")
+def _expand_as(call: Call) -> Step:
+    """The other tensor gives its shape alone, and is brought to the channels of what is expanded, a gate that it is scaled by.
+
+    Where nothing but that product reads the result, it needs no channels that the other tensor has lost.
+    """
+    source, other = call.node.args[0], call.argument(1, "other")
+    given, like = call.channels(source), call.channels(other)
+    if given is None or not given.fits(like):
+        return opaque(call)
+    stored = given.stored
+    if all(user.target in PRODUCTS and other in user.all_input_nodes for user in call.node.users):
+        stored = tuple(channel for channel in stored if channel in set(like.stored))
+    if not stored:
+        return opaque(call)
+    out = given.storing(stored)
+    return call.step(out, wants={source: out, other: like.storing(stored)})
+
+
+@rule(torch.unsqueeze, "unsqueeze")
+def _unsqueeze(call: Call) -> Step:
+    given, dim = call.channels(call.source), call.argument(1, "dim")
+    if given is None or given.rank is None or given.flat or not isinstance(dim, int):
+        return opaque(call)
+    before = dim % (given.rank + 1) <= given.axis
+    return call.step(replace(given, axis=given.axis + before, rank=given.rank + 1))
+
+
+def _sizes_of(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes that a view or an expansion is given, one by one or as a list."""
+    sizes = node.args[1:]
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes
 
 
 @rule(torch.permute, "permute")

@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -48,16 +49,22 @@ def _scaled(call: Call, source: fx.Node, given: Channels, factor: fx.Node) -> St
 
 
 def _parameter_shape(call: Call, node: fx.Node) -> tuple[int, ...] | None:
-    """The shape of a parameter or buffer, or of one that is brought to another shape."""
+    """The shape of a parameter or buffer, or of one that is given other axes: by view, unsqueeze, or None as an index."""
     if node.op == "get_attr" and not is_mode(node):
         return tuple(attribute(call.model, node.target).shape)
-    if node.op != "call_method" or node.target not in ("view", "reshape") or node.kwargs:
+    is_view = node.op == "call_method" and node.target in ("view", "reshape", "unsqueeze")
+    if not is_view and not (node.target is operator.getitem and _adds_axes(node.args[1])):
         return None
-    shape, sizes = _parameter_shape(call, node.args[0]), node.args[1:]
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes
-    if shape is None or not all(isinstance(size, int) for size in sizes):
+    shape = _parameter_shape(call, node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    if shape is None or node.kwargs or any(isinstance(source, fx.Node) for source in node.all_input_nodes[1:]):
         return None
-    return tuple(torch.empty(shape, device="meta").reshape(sizes).shape)
+    tensor, *options = torch.empty(shape, device="meta"), *node.args[1:]
+    return tuple((getattr(tensor, node.target)(*options) if is_view else tensor[options[0]]).shape)
+
+
+def _adds_axes(index: Any) -> bool:
+    entries = index if isinstance(index, tuple) else (index,)
+    return all(entry in (None, slice(None), Ellipsis) for entry in entries)
 
 
 @rule(*PRODUCTS)

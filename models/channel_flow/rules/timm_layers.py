@@ -7,7 +7,7 @@ from torch import nn
 
 from models.channel_flow.call import Call, opaque, rule, through, unshared
 from models.channel_flow.channels import Channels, LayerCut, Step
-from models.channel_flow.rules.layers import batch_norm, conv, linear
+from models.channel_flow.rules.layers import batch_norm, conv, group_norm, linear
 from models.channel_flow.rules.pointwise import pointwise
 from models.channel_flow.rules.space import spatial
 
@@ -15,6 +15,7 @@ _ACTIVATIONS = ["Swish", "Mish", "HardSwish", "HardMish", "Sigmoid", "Tanh", "Ha
 
 rule("timm.layers.conv2d_same.Conv2dSame")(conv)
 rule("timm.layers.linear.Linear")(linear)
+rule("timm.layers.norm.GroupNorm")(group_norm)
 rule("timm.layers.pool2d_same.AvgPool2dSame", "timm.layers.pool2d_same.MaxPool2dSame")(spatial)
 rule("timm.layers.drop.DropPath", "timm.layers.drop.DropBlock2d")(through)
 rule(*(f"timm.layers.activations.{name}" for name in _ACTIVATIONS))(pointwise)
@@ -35,7 +36,7 @@ def standardised_conv(call: Call) -> Step:
     if not rows:
         return call.step(replace(out, vanished=call.vanishing(given)))
     if layer.groups > 1 and len(rows) < layer.out_channels:
-        return opaque(call)
+        return replace(opaque(call), why_whole="it standardises its weights in groups")
     wants = {call.source: given.whole()} if given is not None else {}
     reads = tuple(range(layer.in_channels // layer.groups))
     cut = LayerCut(rows, (reads,)) if layer.groups == 1 else None
@@ -46,6 +47,11 @@ def standardised_conv(call: Call) -> Step:
 def batch_norm_with_activation(call: Call) -> Step:
     """A batch norm, then an activation: channels can go where it leaves zero as it is."""
     return batch_norm(call) if _keeps_zero(call.module.act) else opaque(call)
+
+
+@rule("timm.layers.norm_act.GroupNormAct")
+def group_norm_with_activation(call: Call) -> Step:
+    return group_norm(call) if _keeps_zero(call.module.act) else opaque(call)
 
 
 def _keeps_zero(activation: nn.Module) -> bool:
