@@ -21,7 +21,6 @@ from utils.errors import UserError, naming
 from utils.plan import print_plan
 from utils.profile import profile_network
 from utils.run_folder import BEST, SUMMARY
-from utils.run_state import read_state
 from utils.seed import seed_everything
 
 SCRIPT = "initial_train.py"
@@ -54,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     device, world = setup.prepare(args)
     if args.evaluate:
         return score(args, device=device, world=world)
-    state, fallback = read_state(args.resume) if args.resume else (None, None)
+    lease, state, fallback = setup.take_up(args, world)
     given = load_network(args.load_path, flag="--load-path", model=args.model) if args.load_path is not None else None
     said = {f"--load-path {args.load_path}": given.images} if given is not None else {}
     announced = setup.announce(args, given.model if given else args.model, device=device, world=world, state=state)
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
         return print_plan(args, plan=plan, data=data, networks={"network": file.network})
 
     networks = {"--load-path": file.network} if args.load_path is not None else {}
-    run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
+    run = setup.open_run(args, script=SCRIPT, device=device, world=world, lease=lease, state=state, networks=networks)
     setup.log_beginning(run, announced, plan, fallback, data=data)
     network = setup.to_device(file.network, device, sync_bn=args.sync_bn)
     objective = CrossEntropyObjective(network, label_smoothing=args.label_smoothing)

@@ -29,7 +29,6 @@ from utils.engine import TrainingPlan, evaluate
 from utils.errors import UserError, naming
 from utils.plan import print_plan
 from utils.recalibration import check_recalibration
-from utils.run_state import read_state
 from utils.runs import Run
 from utils.seed import seed_everything
 
@@ -72,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     device, world = setup.prepare(args)
     if args.evaluate:
         return score(args, device=device, world=world)
-    state, fallback = read_state(args.resume) if args.resume else (None, None)
+    lease, state, fallback = setup.take_up(args, world)
     if state is not None and args.soft_prune:
         check_soft_state(state["resume"]["hooks"], folder=args.resume)
 
@@ -95,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
     networks = {"--t-path": teacher.network} if teacher is not None else {}
     if args.s_path is not None:
         networks["--s-path"] = student.network
-    run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
+    run = setup.open_run(args, script=SCRIPT, device=device, world=world, lease=lease, state=state, networks=networks)
     setup.log_beginning(run, announced, plan, fallback, data=data)
     before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data)
     schedule = schedule_of(args, student, choose, run=run, state=state)

@@ -28,7 +28,6 @@ from utils.files import is_archive, read_json, save_checkpoint
 from utils.plan import print_plan
 from utils.profile import compare_networks
 from utils.run_folder import ARCHIVE, BEFORE_TRAINING, BEST, COMPACT, SUMMARY
-from utils.run_state import read_state
 from utils.runs import Run
 from utils.seed import seed_everything
 
@@ -82,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     device, world = setup.prepare(args)
     if args.evaluate:
         return score(args, device=device, world=world)
-    state, fallback = read_state(args.resume) if args.resume else (None, None)
+    lease, state, fallback = setup.take_up(args, world)
 
     seed_everything(args.seed)
     file = load_network(args.load_path, flag="--load-path", model=args.model)
@@ -96,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         return print_plan(args, plan=plan, data=data, networks={"network": network}, lines=lines)
 
     networks = {"--load-path": file.network}
-    run = setup.open_run(args, script=SCRIPT, device=device, world=world, state=state, networks=networks)
+    run = setup.open_run(args, script=SCRIPT, device=device, world=world, lease=lease, state=state, networks=networks)
     setup.log_beginning(run, announced, plan, fallback, data=data)
     network = setup.to_device(network, device, sync_bn=args.sync_bn)
     quantize(run, network, bits, data, is_new=state is None)

@@ -5,8 +5,9 @@
 
 Every classification network of torchvision and small ones of every family of timm, with random weights. Each convolution and
 each hidden linear layer keeps 0.6 of its filters by L1 norm, as `pruning.py --prune-mode filter-a --prune-rates 0.6
---prune-linear` chooses; then it is compacted and compared with the masked network in evaluation. torch_pruning's MagnitudePruner takes 0.4 of all channels, coupled ones and
-linear layers included, and has no masked network to be compared with: that it works means that it runs and has its outputs.
+--prune-linear` chooses; then it is compacted and compared with the masked network in evaluation. torch_pruning's
+MagnitudePruner takes 0.4 of all channels, coupled ones and linear layers included, and has no masked network to be compared
+with: that it works means that it runs and has its outputs.
 
 Networks come one after the other, each in a process of its own with a time limit, and each adds a line to the output, so
 that a run which was cut off goes on where it was.

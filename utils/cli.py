@@ -21,7 +21,7 @@ from utils.learning_rate import LR_SCHEDULES
 from utils.memory import keep_freed_memory
 from utils.python_file import names_function
 from utils.recorded_flags import recorded_words
-from utils.run_folder import CONFIG, read_config
+from utils.run_folder import CONFIG, SUMMARY, is_unfinished, read_config
 from utils.run_state import PLACEMENT_FLAGS
 from utils.streams import NAMES, outlive_lost_streams, print_error, take_losses
 
@@ -244,6 +244,9 @@ def add_run_flags(parser: Parser, *, log_name: str) -> None:
     group.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes (CUDA)")
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; needs no other flag")
     group.add_argument(
+        "--auto-resume", action="store_true", help="begin the run of --run-name, go on with it, or leave it alone if complete"
+    )
+    group.add_argument(
         "--checkpoint-interval", type=positive_int, default=1, metavar="EPOCHS", help="epochs between saved states"
     )
     group.add_argument(
@@ -251,7 +254,7 @@ def add_run_flags(parser: Parser, *, log_name: str) -> None:
     )
     group.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     group.add_argument("--evaluate", action="store_true", help="only score the network; writes nothing")
-    counts_in_training(parser, "seed", "run_name", "log_name", "compile", "sync_bn")
+    counts_in_training(parser, "seed", "run_name", "log_name", "compile", "sync_bn", "auto_resume")
     counts_in_training(parser, "checkpoint_interval", "checkpoint_minutes", "dry_run")
     parser.counts_only(
         "sync_bn",
@@ -268,7 +271,9 @@ def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.N
     know the flag. Raises UserError for bad flags, and for a given one that has no effect beside the others.
     """
     args, given = parser.parse_args(argv), given_flags(parser, argv)
-    if getattr(args, "resume", None) is not None:
+    if getattr(args, "auto_resume", False) and not args.evaluate:
+        args = _begun_flags(parser, args, given)
+    elif getattr(args, "resume", None) is not None:
         args = _resumed_flags(parser, args.resume, given)
     defaults = parser.parse_args([])
     for flags in (args, defaults):
@@ -297,6 +302,47 @@ def _resumed_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> arg
             rule = "may only be raised" if may_rise else "leave it out, a resumed run keeps its flags"
             raise UserError(f"{typed(name, value)}: contradicts {_shown(before)} of {folder}; {rule}")
     return argparse.Namespace(**{**vars(saved), **given, "may_download": "data_dir" in given})
+
+
+def _begun_flags(parser: Parser, args: argparse.Namespace, given: Mapping[str, Any]) -> argparse.Namespace:
+    """The flags with which the run of --run-name goes on, or `args` if it has not begun. Ends the process if it is complete.
+
+    All of them are those of the command line. Raises UserError for another run of that name, and for a network in the folder of
+    a run that is not complete.
+    """
+    if args.resume is not None:
+        raise UserError(f"--auto-resume: not with --resume {args.resume}, which names a run that has begun")
+    if args.run_name is None:
+        raise UserError("--auto-resume: needs --run-name, by which a run is known again")
+    folder = Path(args.save_dir) / args.run_name
+    if not (folder / CONFIG).exists():
+        _check_sources(args)
+        return args
+    saved = _saved_flags(parser, str(folder))
+    resumed = _resumed_flags(parser, str(folder), {name: given[name] for name in given.keys() - {"auto_resume", *_WHERE}})
+    asked, found = (argparse.Namespace(**vars(flags)) for flags in (args, resumed))
+    for flags in (asked, found):
+        _complete(parser, flags)
+    for name, value in vars(asked).items():
+        if name not in PLACEMENT_FLAGS | {"auto_resume", "may_download", "n_epochs", *_WHERE} and value != vars(found)[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"--run-name {args.run_name}: {folder} has {flag} {_shown(vars(found)[name])}, not {_shown(value)}")
+    if (folder / SUMMARY).exists() and resumed.n_epochs == saved.n_epochs:
+        print(f"{folder}: complete")
+        raise SystemExit(0)
+    _check_sources(args)
+    return argparse.Namespace(**{**vars(resumed), "resume": str(folder), "dry_run": args.dry_run})
+
+
+_WHERE = ("save_dir", "run_name")
+
+
+def _check_sources(args: argparse.Namespace) -> None:
+    """Raises UserError for a network in the folder of a run that is not complete: what lies there may yet be replaced."""
+    for name in ("t_path", "s_path", "load_path"):
+        path = getattr(args, name, None)
+        if path is not None and is_unfinished(Path(path).parent):
+            raise UserError(f"{typed(name, path)}: the run that writes it is not complete yet")
 
 
 def _check_code(saved: Mapping[str, Any], given: Mapping[str, Any], *, folder: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from utils.errors import UserError, shown
 
 # save_dir and run_name are recorded as well, but a resumed run writes into its folder wherever that lies by now
-UNTAKEN_FLAGS = frozenset(("help", "resume", "dry_run", "evaluate", "inspect", "decode", "output", "force"))
+UNTAKEN_FLAGS = frozenset(("help", "resume", "auto_resume", "dry_run", "evaluate", "inspect", "decode", "output", "force"))
 
 
 def recorded_words(parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from utils.files import TEMPORARY_PREFIX, current_umask, read_json, write_json
 BEST, LAST, PREVIOUS, COMPACT = "model_best.pt", "model_last.pt", "model_previous.pt", "model_compact.pt"
 AVERAGE, TRAINED = "model_average.pt", "model_trained.pt"  # with --ema, the one that is not shipped
 CONFIG, METRICS, SUMMARY, LOCK, TENSORBOARD = "config.json", "metrics.jsonl", "summary.json", "lock", "log"
+LEASE_PREFIX = "lease-"
 KEPT_FILTERS, BEFORE_TRAINING, ARCHIVE = "kept_filters.json", "before_training.json", "model.huff"
 FILES = (BEST, LAST, PREVIOUS, COMPACT, AVERAGE, TRAINED, ARCHIVE, CONFIG, METRICS, SUMMARY, KEPT_FILTERS, BEFORE_TRAINING, LOCK)
 UNNAMED_PREFIX, DEAD_AFTER_SECONDS = f"{TEMPORARY_PREFIX}run-", 3600
@@ -39,6 +40,11 @@ def read_config(folder: str | os.PathLike, *, script: str) -> dict[str, Any]:
     return config
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether this is the folder of a run that has begun and has not come to its end."""
+    return (folder / CONFIG).exists() and not (folder / SUMMARY).exists()
+
+
 def check_entries(folder: Path) -> None:
     """Raises UserError where a link, a pipe or a device stands in the place of what runs write; opens nothing.
 
@@ -48,6 +54,9 @@ def check_entries(folder: Path) -> None:
         kind, expected = _kind(folder / name), "a folder" if name == TENSORBOARD else "a file"
         if kind not in (None, expected):
             raise UserError(f"--resume {folder}: {name} is {kind}, expected {expected}; a run writes into its own folder only")
+    for lease in folder.glob(f"{LEASE_PREFIX}*"):
+        if (kind := _kind(lease)) not in (None, "a file"):
+            raise UserError(f"--resume {folder}: {printable(lease.name)} is {kind}, expected a file")
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
         if _kind(leftover) == "a folder":
             raise UserError(f"--resume {folder}: {printable(leftover.name)} is a folder, no run makes one of that name")

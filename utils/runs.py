@@ -3,8 +3,6 @@
 Only the main process of a distributed run writes; the others hold a `Run` that stays silent.
 """
 
-import errno
-import fcntl
 import itertools
 import json
 import os
@@ -14,22 +12,22 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from utils.distributed import World, same_everywhere
 from utils.environment import describe_environment
-from utils.errors import UserError
 from utils.files import TEMPORARY_PREFIX, append_line, remove_partial_files, save_checkpoint, write_atomic, write_json
+from utils.lease import Lease
 from utils.metrics_file import known_metrics, read_metrics
 from utils.python_file import names_function
-from utils.run_folder import LAST, LOCK, METRICS, PREVIOUS, STAMP, TENSORBOARD, check_entries, log_path, new_folder
+from utils.run_folder import LAST, METRICS, PREVIOUS, STAMP, TENSORBOARD, check_entries, log_path, new_folder
 from utils.run_state import is_state
 from utils.streams import print_error, take_losses
 from utils.tensorboard import ScalarWriter
 
 
 class Run:
-    """The folder of one run, locked while this process lives.
+    """The folder of one run, which no other process works on while this one lives (`utils.lease`).
 
     `Run.create` makes a new folder, `Run.reopen` goes on with an old one after its metrics were cut back to the epochs
     that its state knows.
@@ -37,7 +35,7 @@ class Run:
 
     def __init__(self, folder: Path, *, log_path: Path, world: World):
         self.folder, self.log_path, self.world = folder, log_path, world
-        self._lock: BinaryIO | None = None
+        self._lease: Lease | None = None
         self._writer: ScalarWriter | None = None
         self._last_is_whole = False
 
@@ -51,35 +49,29 @@ class Run:
         """
         folder = new_folder(Path(save_dir), name, {**config, **describe_environment()}) if world.is_main else None
         run = cls(Path(same_everywhere([folder])[0]), log_path=Path(save_dir) / log_name, world=world)
-        run._open(epochs=0)
+        run._open(Lease.take(run.folder) if world.is_main else None, epochs=0)
         return run
 
     @classmethod
-    def reopen(cls, folder: str | os.PathLike, *, log_name: str, world: World, epochs: int) -> "Run":
-        """Goes on with a run of which `epochs` epochs are done. Raises UserError if another process still runs it."""
+    def reopen(cls, folder: str | os.PathLike, *, log_name: str, world: World, epochs: int, lease: Lease | None = None) -> "Run":
+        """Goes on with a run of which `epochs` epochs are done.
+
+        What says so was read under the `lease` of the main process; without one it is taken here. Raises UserError if another
+        process still runs it.
+        """
         run = cls(Path(folder), log_path=log_path(Path(folder), log_name), world=world)
         if world.is_main:
             check_entries(run.folder)
-            known_metrics(run.folder, epochs=epochs)  # before anything is written, and again once it is locked
-        run._open(epochs=epochs)
+            known_metrics(run.folder, epochs=epochs)  # before anything is written
+            lease = lease or Lease.take(run.folder)
+        run._open(lease, epochs=epochs)
         return run
 
-    def _open(self, *, epochs: int) -> None:
-        if self.world.is_main:
-            self._acquire_lock()
+    def _open(self, lease: Lease | None, *, epochs: int) -> None:
+        self._lease = lease
+        if lease is not None:
             remove_partial_files(self.folder)
             self._rewind(epochs)
-
-    def _acquire_lock(self) -> None:
-        """The lock is this process's alone: it ends with it, even where its DataLoader workers live on for a while."""
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # not through a link, and without emptying anything
-            self._lock = os.fdopen(os.open(self.folder / LOCK, flags, 0o666), "r+b")
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN) and self._lock is not None:
-                raise UserError(f"--resume {self.folder}: this run is still alive in another process") from error
-            raise UserError(f"cannot lock {self.folder / LOCK}: {error.strerror}") from error
 
     def _rewind(self, epochs: int) -> None:
         """Drops what was recorded after the saved state, then writes TensorBoard's files anew from what is left."""
@@ -112,7 +104,8 @@ class Run:
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl and its numbers to TensorBoard; `line` has `epoch` and `split`."""
-        if self.world.is_main:
+        if self._lease is not None:
+            self._lease.check()
             append_line(self.folder / METRICS, json.dumps(line), durable=True)
             self._plot(line)
 
@@ -122,7 +115,8 @@ class Run:
 
     def save(self, name: str, checkpoint: Mapping[str, Any]) -> None:
         """Writes a checkpoint into the run's folder; the last one is kept beside its successor."""
-        if self.world.is_main:
+        if self._lease is not None:
+            self._lease.check()
             if name == LAST:
                 self._keep_previous()
             save_checkpoint(self.folder / name, checkpoint)
@@ -146,7 +140,8 @@ class Run:
             write_atomic(previous, last.read_bytes())
 
     def save_json(self, name: str, value: Any) -> None:
-        if self.world.is_main:
+        if self._lease is not None:
+            self._lease.check()
             write_json(self.folder / name, value)
 
     def resume_command(self) -> str:
@@ -161,8 +156,8 @@ class Run:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        if self._lock is not None:
-            self._lock.close()
+        if self._lease is not None:
+            self._lease.release()
 
 
 def _code_flags(words: Sequence[str]) -> list[str]:

@@ -19,12 +19,13 @@ from utils.files import digest, read_json
 from utils.image_choice import Origins, agreed_normalisation, check_class_names, flagged_normalisation, image_remarks
 from utils.image_spec import read_image_spec
 from utils.learning_rate import LearningRate
+from utils.lease import Lease
 from utils.profile import training_flops
-from utils.run_folder import CONFIG, check_save_dir, check_text_log
-from utils.run_state import check_best, check_state
+from utils.run_folder import CONFIG, check_entries, check_save_dir, check_text_log
+from utils.run_state import check_best, check_state, read_state
 from utils.runs import Run
 
-NO_SETTINGS = frozenset(("resume", "dry_run", "defaults", "may_download"))
+NO_SETTINGS = frozenset(("resume", "auto_resume", "dry_run", "defaults", "may_download"))
 
 
 def prepare(args: argparse.Namespace) -> tuple[torch.device, World]:
@@ -63,6 +64,22 @@ def choose_device(name: str, index: int | None, world: World) -> torch.device:
     return torch.device("cuda", index)
 
 
+def take_up(args: argparse.Namespace, world: World) -> tuple[Lease | None, dict[str, Any] | None, str | None]:
+    """What the run of --resume goes on from: the right to work on it, its state, and a sentence to log if that is not the last.
+
+    The state is read once no other process can write one. A dry run takes nothing, and a new run has none of the three.
+    """
+    if args.resume is None:
+        return None, None, None
+    lease = None
+    if world.is_main and not args.dry_run:
+        check_entries(Path(args.resume))
+        lease = Lease.take(Path(args.resume))
+    if dist.is_initialized():
+        dist.barrier()
+    return lease, *read_state(args.resume)
+
+
 def training_plan(args: argparse.Namespace) -> TrainingPlan:
     learning_rate = LearningRate(
         args.lr,
@@ -88,16 +105,17 @@ def open_run(
     script: str,
     device: torch.device,
     world: World,
+    lease: Lease | None,
     state: dict[str, Any] | None,
     networks: Mapping[str, nn.Module] | None = None,
 ) -> Run:
-    """A new run's folder, or with --resume the old one; `state` is None where nothing was saved yet.
+    """A new run's folder, or with --resume the old one, of which `lease` and `state` are what `take_up` gave.
 
     `networks` holds, by flag, what was read from files: a resumed run must begin with the same ones.
     """
     digests = {flag: digest(network.state_dict()) for flag, network in (networks or {}).items()}
     if args.resume is not None:
-        return _reopen_run(args, world=world, state=state, digests=digests)
+        return _reopen_run(args, world=world, lease=lease, state=state, digests=digests)
     config = {
         "script": script,
         "flags": flags_of(args),
@@ -108,7 +126,9 @@ def open_run(
     return Run.create(args.save_dir, name=args.run_name, log_name=args.log_name, config=config, world=world)
 
 
-def _reopen_run(args: argparse.Namespace, *, world: World, state: dict[str, Any] | None, digests: Mapping[str, str]) -> Run:
+def _reopen_run(
+    args: argparse.Namespace, *, world: World, lease: Lease | None, state: dict[str, Any] | None, digests: Mapping[str, str]
+) -> Run:
     config = read_json(Path(args.resume) / CONFIG)
     processes = config.get("processes", 1)
     if processes != world.size:
@@ -121,7 +141,8 @@ def _reopen_run(args: argparse.Namespace, *, world: World, state: dict[str, Any]
     if state is not None:
         check_state(state, flags_of(args), defaults=args.defaults, folder=args.resume)
         check_best(args.resume, state, flags_of(args), defaults=args.defaults)
-    run = Run.reopen(args.resume, log_name=args.log_name, world=world, epochs=state["resume"]["epoch"] if state else 0)
+    epochs = state["resume"]["epoch"] if state else 0
+    run = Run.reopen(args.resume, log_name=args.log_name, world=world, epochs=epochs, lease=lease)
     run.save_json(CONFIG, {**config, "flags": flags_of(args)})  # a raised --n-epochs holds for the next resumption too
     return run
 

@@ -90,7 +90,7 @@ class TestCreate:
 
     def test_only_the_main_process_writes(self, tmp_path):
         run = Run(tmp_path / "run", log_path=tmp_path / "log.txt", world=World(rank=1, size=2, local_rank=1))
-        run._open(epochs=0)
+        run._open(None, epochs=0)
         run.log("hello")
         run.record(line(0))
         run.save(LAST, checkpoint(1))
