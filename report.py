@@ -23,6 +23,9 @@ def get_args_parser() -> cli.Parser:
     )
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="where the report goes, with --readme its pictures (default: report, or docs/figures)")  # fmt: skip
+    parser.add_argument(
+        "--skip-missing", action="store_true", help="leave out, by name, runs that have not begun, instead of refusing them"
+    )
     parser.add_argument("--title", default="Pruning and distillation: results", help="title of the page")
     parser.add_argument("--pictures", nargs="*", choices=PICTURE_NAMES, metavar="NAME",
                         help=f"which to draw, of {', '.join(PICTURE_NAMES)} (default: all; with --readme "
@@ -43,6 +46,7 @@ def get_args_parser() -> cli.Parser:
                             help=f"the {role} of --attention, where its run names a Python file")  # fmt: skip
     attention_flags = ("images", "data_dir", "t_model", "s_model")
     parser.counts_only(*attention_flags, where=lambda args: args.attention is not None, only="with --attention RUN")
+    parser.counts_only("skip_missing", where=lambda args: bool(args.runs), only="for runs that are named")
     parser.counts_only(
         "pictures", "output", where=lambda args: args.collect is None, only="without --collect, which draws nothing"
     )
@@ -57,7 +61,8 @@ def get_args_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> None:
     default = PICTURE_NAMES if args.readme is None else README_PICTURES
     names = default if args.pictures is None else args.pictures
-    results = gather(args.runs or [COMMITTED_RESULTS if args.readme else Path("saves")])
+    runs = args.runs or [COMMITTED_RESULTS if args.readme else Path("saves")]
+    results = gather(runs, skip_missing=args.skip_missing)
     for skipped in results.skipped:
         print(f"left out {skipped}")
     if args.readme is not None:

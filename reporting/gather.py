@@ -121,14 +121,17 @@ def statistic(values: Sequence[float]) -> Statistic:
     return Statistic(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def gather(paths: Iterable[str | os.PathLike]) -> Results:
+def gather(paths: Iterable[str | os.PathLike], *, skip_missing: bool = False) -> Results:
     """Reads every run in `paths`, each a run's folder or a folder of runs.
 
-    Folders that are unfinished, damaged, or no run are skipped by name. Raises UserError for a path that does not exist
-    and if no finished run is found at all.
+    Folders that are unfinished, damaged, or no run are skipped by name, with `skip_missing` also those that are not there. Raises
+    UserError for a path that does not exist otherwise, and if no finished run is found at all.
     """
-    paths = [Path(path) for path in paths]
-    reader, records, skipped = _Reader(), [], []
+    paths, skipped = [Path(path) for path in paths], []
+    if skip_missing:
+        skipped = [Skipped(path, "has not begun") for path in paths if not os.path.lexists(path)]
+        paths = [path for path in paths if os.path.lexists(path)]
+    reader, records = _Reader(), []
     for folder in dict.fromkeys(folder for path in paths for folder in _run_folders(path)):
         try:
             records.append(reader.record(folder))
@@ -136,7 +139,7 @@ def gather(paths: Iterable[str | os.PathLike]) -> Results:
             skipped.append(Skipped(folder, str(error)))
     if not records:
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in skipped[:3]) or "there is no folder in it"
-        raise UserError(f"{' '.join(map(str, paths))}: no finished run found ({reasons}); train one first")
+        raise UserError(f"{' '.join(map(str, paths)) or 'runs'}: no finished run found ({reasons}); train one first")
     groups, repeated = _group(records)
     return Results(_with_dense_sizes(groups), skipped + repeated)
 

@@ -15,7 +15,7 @@ start_script() {
   [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS: must be a whole number of 1 or more"
   check_gpus
   [[ $DRY =~ ^[01]$ ]] || fail "DRY=$DRY: must be 1, to print the commands only, or 0"
-  FOLDERS=() ENTRY_SCRIPTS=() COMMANDS=() NEEDED=() FAILED=() SLOTS=() LISTED=0 PRINTED=0
+  FOLDERS=() COMMANDS=() NEEDED=() FAILED=() SLOTS=() LISTED=0 PRINTED=0
   trap 'stop 130' INT
   trap 'stop 143' TERM
   trap 'stop 129' HUP
@@ -53,7 +53,7 @@ take_arguments() {
     if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
     case $1 in
       -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
-      --run-name | --resume | --dry-run | --evaluate)
+      --run-name | --resume | --auto-resume | --dry-run | --evaluate)
         fail "$1: not for a script, which names and resumes its runs itself; DRY=1 prints their commands"
         ;;
       --dataset) DATASETS=${2-} ;;
@@ -115,7 +115,8 @@ distillation() {
 }
 
 # add_run ENTRY_SCRIPT LABEL DATASET SEED NEEDED FLAG...: lists a run that reads the file NEEDED ('' for none); FOLDER becomes
-# its folder. The name ends in a checksum of the flags: another setting is another run, the same one is listed once.
+# its folder. The name ends in a checksum of the flags: another setting is another run, the same one is listed once. Its command
+# begins the run, goes on with it, or does nothing where it is complete, so that it can be given any number of times.
 add_run() {
   local entry_script=$1 label=$2 dataset=$3 seed=$4 needed=$5 data_dir=$DATA_DIR name command checksum
   shift 5
@@ -125,8 +126,8 @@ add_run() {
   if [[ " ${FOLDERS[*]} " == *" $FOLDER "* ]]; then return; fi
   if [[ $dataset == cinic10 || $dataset == imagenet ]]; then data_dir=$DATA_DIR/$dataset; fi # folders of images
   printf -v command '%q ' "$PYTHON" "$entry_script" --dataset "$dataset" --data-dir "$data_dir" "$@" --seed "$seed" \
-    --save-dir "$SAVE_DIR" --run-name "$name"
-  FOLDERS+=("$FOLDER") ENTRY_SCRIPTS+=("$entry_script") COMMANDS+=("${command% }") NEEDED+=("$needed")
+    --save-dir "$SAVE_DIR" --run-name "$name" --auto-resume
+  FOLDERS+=("$FOLDER") COMMANDS+=("${command% }") NEEDED+=("${needed%/*}")
 }
 
 # add_vanilla DATASET SEED FLAG...: lists the training of an unpruned network.
@@ -205,29 +206,15 @@ applicable() {
   done
 }
 
-# resume_command I: the command of run I becomes the one that resumes it. A run does not take the name of a Python file from its
-# config.json, so that is given again.
-resume_command() {
-  local flag=--model code=''
-  if [[ ${ENTRY_SCRIPTS[$1]} == pruning.py ]]; then flag=--t-model; fi
-  if [[ $MODEL == *.py:* ]]; then printf -v code ' %s %q' "$flag" "$MODEL"; fi
-  printf -v "COMMANDS[$1]" '%q %s --resume %q%s' "$PYTHON" "${ENTRY_SCRIPTS[$1]}" "${FOLDERS[$1]}" "$code"
-}
-
-# run_all: runs what add_run has listed since the last run_all, JOBS at a time; DRY=1 prints it instead.
+# run_all: runs what add_run has listed since the last run_all and is not complete, JOBS at a time; DRY=1 prints it instead.
 run_all() {
-  local i status pids=() earlier=$PRINTED
+  local i status pids=() missing=()
   for ((i = LISTED; i < ${#FOLDERS[@]}; i++)); do
     if [[ -f ${FOLDERS[i]}/summary.json ]]; then continue; fi
-    if [[ -f ${FOLDERS[i]}/config.json ]]; then
-      resume_command "$i"
-    fi
     if [[ $DRY == 1 ]]; then
-      if ((earlier && PRINTED == earlier)); then echo "$SCRIPT: the commands above must end before the others start" >&2; fi
-      echo "${COMMANDS[i]}"
-      PRINTED=$((PRINTED + 1))
-    elif [[ -n ${NEEDED[i]} && ! -f ${NEEDED[i]} ]]; then
-      FAILED+=("$(basename "${FOLDERS[i]}"): not run, ${NEEDED[i]} is missing")
+      missing+=("${COMMANDS[i]}")
+    elif [[ " ${FOLDERS[*]} " == *" ${NEEDED[i]} "* && ! -f ${NEEDED[i]}/summary.json ]]; then
+      FAILED+=("$(basename "${FOLDERS[i]}"): not run, ${NEEDED[i]} is not complete")
     else
       take_slot
       echo "run $((i + 1)) of ${#FOLDERS[@]}: ${FOLDERS[i]}"
@@ -240,7 +227,16 @@ run_all() {
     wait "${pids[i]}" || status=$?
     if ((status)); then FAILED+=("$(basename "${FOLDERS[i]}"): exit status $status"); fi
   done
+  print_stage "${missing[@]}"
   LISTED=${#FOLDERS[@]}
+}
+
+# print_stage COMMAND...: prints commands that need nothing of one another, after an empty line where others must end before.
+print_stage() {
+  if ((!$#)); then return; fi
+  if ((PRINTED)); then echo; fi
+  printf '%s\n' "$@"
+  PRINTED=1
 }
 
 # take_slot: waits until fewer than JOBS runs are going on; SLOT becomes the lowest number that none of them has.
@@ -285,16 +281,12 @@ end_runs() {
   for pid in $(jobs -rp); do kill -TERM "$pid" || true; done
 }
 
-# finish: reports on the runs that are complete and names those that failed. Exits with 1 if there are any.
+# finish: reports on the runs that are complete and names those that are not. Exits with 1 if any failed.
 finish() {
-  local folder line complete=()
-  if [[ $DRY == 1 ]]; then exit 0; fi
-  for folder in "${FOLDERS[@]}"; do
-    if [[ -f $folder/summary.json ]]; then complete+=("$folder"); fi
-  done
-  if ((${#complete[@]})); then
-    "$PYTHON" report.py "${complete[@]}" --output "$REPORT_DIR" || FAILED+=("report.py: exit status $?")
-  fi
+  local line report
+  printf -v report '%q ' "$PYTHON" report.py --skip-missing --output "$REPORT_DIR" "${FOLDERS[@]}"
+  if [[ $DRY == 1 ]]; then print_stage "${report% }" && exit; fi
+  eval "$report" || FAILED+=("report.py: exit status $?")
   if ((${#FAILED[@]})); then
     echo "$SCRIPT: ${#FAILED[@]} failed; the same command runs them again:" >&2
     for line in "${FAILED[@]}"; do echo "  $line" >&2; done

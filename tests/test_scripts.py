@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,7 +73,9 @@ def listed(script, *arguments, **variables):
     """The commands that a script would run, each as (entry script, its flags as its own parser reads them)."""
     result = call(script, *arguments, DRY="1", PYTHON="python3", **variables)
     assert result.returncode == 0, result.stderr
-    return [read_command(line) for line in result.stdout.splitlines()]
+    *stages, (report,) = [stage.splitlines() for stage in result.stdout.split("\n\n")]
+    assert report.startswith("python3 report.py ")
+    return [read_command(line) for stage in stages for line in stage]
 
 
 def read_command(line):
@@ -107,18 +110,30 @@ def test_each_command_parses_and_names_a_run_of_its_own(script, counts):
     assert {args.seed for entry, args in commands if entry != "initial_train.py"} <= {8152, 1011, 6162, 2177}
 
 
-def test_networks_of_others_make_plain_names_of_runs_and_a_file_is_named_again_on_resuming(tmp_path):
+def test_networks_of_others_make_plain_names_of_runs(tmp_path):
     nets = tmp_path / "nets.py"
     nets.write_text("def small(num_classes): ...\n")
     setting = {"SEEDS": "1", "DATASETS": "digits", "MODEL": f"{nets}:small", "SAVE_DIR": str(tmp_path), "T_PATH": "teacher.pt"}
-    for script, flag in (("run_vanilla", "--model"), ("run_pruning", "--t-model")):
-        _, args = listed(script, **setting)[0]
-        assert "/" not in args.run_name
-        folder = tmp_path / args.run_name
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        resuming = call(script, DRY="1", PYTHON="python3", **setting).stdout.splitlines()[0]
-        assert shlex.split(resuming)[2:] == ["--resume", str(folder), flag, f"{nets}:small"]
+    for script in ("run_vanilla", "run_pruning"):
+        assert all("/" not in args.run_name for _, args in listed(script, **setting))
+
+
+def test_a_list_has_what_is_missing_in_stages_and_the_report_last(workplace):
+    setting = {"DATASETS": "digits", "SEEDS": "1 2", "BITS": "3 4", **workplace}
+    stages = call("run_quantization_encode", DRY="1", **setting).stdout.split("\n\n")
+    entries = [[line.split()[1] for line in stage.splitlines()] for stage in stages]
+    assert entries == [["initial_train.py"], ["pruning.py"] * 2, ["quantize_encode.py"] * 4, ["report.py"]]
+    lines = [line for stage in stages[:-1] for line in stage.splitlines()]
+    assert all(line.endswith(" --auto-resume") for line in lines)
+    names = [re.search(r"--run-name (\S+)", line)[1] for line in lines]
+    assert stages[-1].split() == [
+        workplace["PYTHON"],
+        *("report.py", "--skip-missing", "--output", workplace["REPORT_DIR"]),
+        *(f"{workplace['SAVE_DIR']}/{name}" for name in names),
+    ]
+    for line in lines[:4]:
+        subprocess.run(line, shell=True, check=True, env=environment(**workplace))
+    assert call("run_quantization_encode", DRY="1", **setting).stdout == "\n".join(lines[4:]) + "\n\n" + stages[-1]
 
 
 def test_the_rows_of_run_pruning():
@@ -231,6 +246,7 @@ def test_given_networks_replace_their_training():
     [
         (["--run-name", "x"], {}, "--run-name"),
         (["--resume", "x"], {}, "--resume"),
+        (["--auto-resume"], {}, "--auto-resume"),
         (["--dry-run"], {}, "DRY=1"),
         (["--dataset"], {}, "--dataset: expected a value"),
         ([], {"JOBS": "0"}, "JOBS=0"),
@@ -248,6 +264,26 @@ def test_bad_arguments_end_in_one_line(arguments, variables, message, tmp_path):
     assert result.returncode == 2
     assert message in result.stderr and result.stderr.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        ([], {}, "name one of the scripts: run_ablation.sh run_pruning.sh"),
+        (["--partition=gpu", "run_nothing.sh"], {}, "name one of the scripts"),
+        (["run_pruning.sh"], {"GRACE": "soon"}, "GRACE=soon: must be a whole number of seconds"),
+        (["run_pruning.sh"], {}, "sbatch: not found"),
+    ],
+)
+def test_bad_arguments_of_slurm_end_in_one_line(arguments, variables, message, tmp_path):
+    tools, bash = tmp_path / "tools", shutil.which("bash")  # a machine without Slurm
+    tools.mkdir()
+    for tool in ("dirname", "basename", "realpath"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    env = environment(SLURM_DIR=str(tmp_path / "slurm"), PATH=str(tools), **variables)
+    result = subprocess.run([bash, str(ROOT / "scripts" / "slurm.sh"), *arguments], env=env, capture_output=True, text=True)
+    assert result.returncode == 2 and not (tmp_path / "slurm").exists()
+    assert result.stderr.startswith("slurm.sh: error: ") and message in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.fixture
@@ -275,17 +311,16 @@ def test_a_failed_run_stops_no_other_and_the_next_call_goes_on(workplace):
     assert re.search(r"1 failed.*\n  fpgm-digits-resnet56-seed1-\w+: exit status 3\n$", first.stderr)
     *runs, report = calls(workplace)
     assert [run.split()[0] for run in runs] == ["initial_train.py"] + ["pruning.py"] * 9
-    assert report.startswith("report.py ") and report.count(workplace["SAVE_DIR"]) == 9 and "fpgm" not in report
+    assert report.startswith("report.py ") and report.count(workplace["SAVE_DIR"]) == 10
 
     second = call("run_pruning", DATASETS="digits", SEEDS="1", **workplace)
     assert second.returncode == 0, second.stderr
     resumed, report = calls(workplace)
-    assert re.fullmatch(rf"pruning\.py --resume {workplace['SAVE_DIR']}/fpgm-digits-resnet56-seed1-\w+", resumed)
+    assert resumed in runs and "fpgm" in resumed and resumed.endswith(" --auto-resume")
     assert report.count(workplace["SAVE_DIR"]) == 10
 
     assert call("run_pruning", DATASETS="digits", SEEDS="1", **workplace).returncode == 0
     assert [arguments.split()[0] for arguments in calls(workplace)] == ["report.py"]
-    assert call("run_pruning", DATASETS="digits", SEEDS="1", DRY="1", **workplace).stdout == ""
 
 
 def test_other_flags_are_other_runs(workplace):
@@ -297,8 +332,8 @@ def test_other_flags_are_other_runs(workplace):
 def test_without_its_teacher_nothing_is_pruned(workplace):
     result = call("run_pruning", DATASETS="digits", SEEDS="1", FAILING="vanilla", **workplace)
     assert result.returncode == 1
-    assert result.stderr.count("not run") == 9
-    assert [arguments.split()[0] for arguments in calls(workplace)] == ["initial_train.py"]
+    assert result.stderr.count("not run, ") == result.stderr.count(" is not complete") == 9
+    assert [arguments.split()[0] for arguments in calls(workplace)] == ["initial_train.py", "report.py"]
 
 
 def test_jobs_run_at_a_time(workplace):

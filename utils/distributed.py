@@ -27,6 +27,11 @@ class World:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
+    def launch_flags(self) -> list[str]:
+        """What torchrun was told of the number of processes."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        return [*([f"--nnodes={self.size // here}"] if here < self.size else []), f"--nproc_per_node={here}"]
+
     def share(self, length: int) -> slice:
         """This process's part of `length` items; the parts of all processes are disjoint and cover everything."""
         return slice(length * self.rank // self.size, length * (self.rank + 1) // self.size)

@@ -146,7 +146,7 @@ class Run:
 
     def resume_command(self) -> str:
         """What goes on with this run, for a shell."""
-        launcher = [_interpreter()] if self.world.size == 1 else ["torchrun", f"--nproc_per_node={self.world.size}"]
+        launcher = [_interpreter()] if self.world.size == 1 else ["torchrun", *self.world.launch_flags()]
         return shlex.join([*launcher, sys.argv[0], "--resume", str(self.folder), *_code_flags(sys.argv)])
 
     def seconds(self) -> float:

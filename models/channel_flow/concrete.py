@@ -8,6 +8,7 @@ the Python was told is remembered, so that it can be said whether the graph depe
 import copy
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class Values:
     def _value(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._known.__getitem__)
         try:
-            with self._running(), self._mode, torch.no_grad():
+            with self._running(), self._mode, torch.no_grad(), _quiet():
                 match node.op:
                     case "placeholder":
                         return next(self._inputs)
@@ -74,6 +75,17 @@ class Values:
                         return node.target(*args, **kwargs)
         except Exception as error:  # whatever the network's own code raises
             raise NoValue(f"`{node.format_node()}`: {str(error).strip().splitlines()[0] if str(error) else error!r}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs what goes wrong with tensors without data, at length; here it is an answer."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def replica(model: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:

@@ -126,6 +126,16 @@ def test_a_quantized_network_is_named_and_measured_after_the_one_before_it(tmp_p
     assert quantized.statistic("archive_codebook_bytes").mean == 3500
 
 
+def test_what_has_not_begun_is_refused_or_named(tmp_path):
+    done, missing = write_pruned(tmp_path / "done", top1=90.0, seed=1), tmp_path / "missing"
+    with pytest.raises(UserError, match="missing: no such folder"):
+        gather([done, missing])
+    results = gather([missing, done], skip_missing=True)
+    assert results.skipped == [(missing, "has not begun")] and len(results.groups) == 1
+    with pytest.raises(UserError, match=r"no finished run found \(.*missing: has not begun\)"):
+        gather([missing], skip_missing=True)
+
+
 def test_unfinished_and_foreign_folders_are_named(tmp_path):
     write_pruned(tmp_path / "whole", top1=90.0)
     (write_pruned(tmp_path / "unfinished", top1=90.0, seed=2) / "summary.json").unlink()

@@ -175,9 +175,7 @@ def test_a_run_that_was_taken_over_writes_nothing_more(finished, tmp_path, monke
         lambda: run.save_json("summary.json", {"by": "the first, late"}),
         lambda: run.record({"epoch": 0, "split": "test"}),
     ):
-        with pytest.raises(
-            UserError, match=taken_over
-        ):
+        with pytest.raises(UserError, match=taken_over):
             write()
     assert not (run.folder / "model_last.pt").exists() and (run.folder / "metrics.jsonl").read_text() == ""
     assert json.loads((run.folder / "summary.json").read_text()) == {"by": "the first"}

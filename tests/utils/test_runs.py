@@ -181,6 +181,8 @@ class TestReopen:
         single, many = (Run(folder, log_path=tmp_path, world=World(size=size)) for size in (1, 4))
         assert single.resume_command() == f"{python} pruning.py --resume '{folder}'"
         assert many.resume_command() == f"torchrun --nproc_per_node=4 pruning.py --resume '{folder}'"
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        assert many.resume_command() == f"torchrun --nnodes=2 --nproc_per_node=2 pruning.py --resume '{folder}'"
 
 
 class TestStates:
