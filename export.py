@@ -3,14 +3,17 @@
 import argparse
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from deploy.onnx import any_batch, to_onnx
+from deploy.runtimes import Runner, median_seconds, onnxruntime_session
 from models import check_model
 from models.narrow import NarrowNetwork, narrow
 from models.network_file import NetworkFile, as_dense, load_network
@@ -21,9 +24,10 @@ from utils.engine import evaluate
 from utils.errors import UserError, naming
 from utils.files import write_atomic
 from utils.image_spec import ImageSpec
-from utils.profile import latency, profile_network
+from utils.profile import LATENCY_BATCH_SIZES, latency, profile_network
 
 SCRIPT = "export.py"
+FORM_ROUNDS = 9  # in which the forms of a network are compared
 
 
 def get_args_parser() -> cli.Parser:
@@ -64,6 +68,8 @@ def main(args: argparse.Namespace) -> None:
     setup.print_remarks(data)
     print(f"largest difference of the logits, relative to the largest: compact {compaction:.1e}, exported {difference:.1e}")
     print(f"top1 on {data.dataset.name}: dense {evaluate(dense, data)['top1']:.2f}, compact {evaluate(small, data)['top1']:.2f}")
+    if export.remark:
+        print(export.remark)
     print(speed_table(dense, small, export.run, data.example[:1], name=export.runtime))
     print(f"{file.model}: {len(export.content):,} bytes -> {args.output}")
 
@@ -92,36 +98,43 @@ def metadata_of(images: ImageSpec) -> dict[str, str]:
 
 
 class Export(NamedTuple):
-    """The bytes of a file for any batch size, the name of what runs it, and a function of images that does."""
+    """The bytes of a file for any batch size, the name of what runs it, a function of images that does, and what to say of it."""
 
     content: bytes
     runtime: str
     run: Callable[[Tensor], Tensor]
+    remark: str = ""
 
 
 def export_onnx(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, metadata: Mapping[str, str]) -> Export:
-    """ONNX, run by onnxruntime, for which layers that end in residual sums stay wide: see docs/compaction.md.
+    """ONNX, run by onnxruntime; `metadata` becomes the model's `metadata_props`.
 
-    `metadata` becomes the model's `metadata_props`.
+    Where sums of different channels need a new layout, there are two forms of the same function (docs/compaction.md): both are
+    measured, and the faster one is written.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401, torch.onnx needs it
-    except ImportError as error:
-        raise UserError("--format onnx: needs more packages, pip install -r requirements-export.txt") from error
-    network = narrow(dense, small.kept, wide_sums=True)
-    program = torch.onnx.export(network.bare(), (images,), dynamic_shapes=(any_batch(),), dynamo=True, verbose=False)
-    model = program.model_proto
-    for name, value in metadata.items():
-        model.metadata_props.add(key=name, value=value)
-    content = model.SerializeToString()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return Export(
-        content, "onnxruntime", lambda batch: torch.from_numpy(session.run(None, {name: batch.contiguous().numpy()})[0])
+    forms = {"as it is": small}
+    if small.relayout_count:
+        forms = {"layouts between layers": small, "plain sums of wide layers": narrow(dense, small.kept, wide_sums=True)}
+    contents = {form: to_onnx(network.eval(), images, metadata=metadata) for form, network in forms.items()}
+    runners = {form: onnxruntime_session(content) for form, content in contents.items()}
+    form, remark = fastest_form(runners, images)
+    return Export(contents[form], "onnxruntime", runners[form], remark)
+
+
+def fastest_form(runners: Mapping[str, Runner], images: Tensor) -> tuple[str, str]:
+    """The form with the lowest product of its times at all batch sizes, and a sentence on what was measured."""
+    if len(runners) == 1:
+        return next(iter(runners)), ""
+    seconds = {
+        size: median_seconds(runners, images[:1].expand(size, -1, -1, -1).contiguous(), rounds=FORM_ROUNDS)
+        for size in LATENCY_BATCH_SIZES
+    }
+    fastest = min(runners, key=lambda form: math.prod(times[form] for times in seconds.values()))
+    measured = "; ".join(
+        f"batch {size}: " + ", ".join(f"{form} {1000 * times[form]:.2f} ms" for form in runners)
+        for size, times in seconds.items()
     )
+    return fastest, f"written with {fastest}, the faster form ({measured})"
 
 
 def export_program(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, metadata: Mapping[str, str]) -> Export:
@@ -130,10 +143,6 @@ def export_program(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, me
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files=dict(metadata))
     return Export(buffer.getvalue(), "exported", program.module())
-
-
-def any_batch() -> dict[int, Any]:
-    return {0: torch.export.Dim("batch", min=1)}
 
 
 EXPORTERS = {"onnx": export_onnx, "pt2": export_program}

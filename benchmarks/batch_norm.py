@@ -13,10 +13,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import add_common_flags, interleaved_seconds, machine, median_ratio, report
+from benchmarks.common import add_common_flags, machine, report
 from models import batch_norm
 from models.batch_norm import UnevenBatchNorm2d
 from utils import cli
+from utils.timing import interleaved_seconds, median_ratio
 
 LAYERS = ((8, 32), (10, 32), (16, 32), (19, 16), (32, 16), (38, 8), (64, 8))  # channels, pixels a side
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import add_common_flags, interleaved_seconds, machine, median_ratio, report, synthetic_batch
+from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from benchmarks.inference import tasks
 from models import build_model, check_model
 from prune.allocation import FLOOR, Budget
@@ -25,6 +25,7 @@ from utils import cli
 from utils.distributed import World
 from utils.profile import profile_network
 from utils.setup import choose_device, to_device
+from utils.timing import interleaved_seconds, median_ratio
 
 FORMS = {"by layer": (False, 1), "coupled": (True, 1), "coupled, by 8": (True, 8)}  # coupled, channel multiple
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from benchmarks.common import add_common_flags, interleaved_seconds, machine, report
+from benchmarks.common import add_common_flags, machine, report
 from models.network_file import load_network
 from quantize.codebook import find_codebook
 from quantize.huffman import decode, encode, entropy_bits
 from utils import cli
+from utils.timing import interleaved_seconds
 
 
 def get_args_parser() -> cli.Parser:

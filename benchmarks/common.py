@@ -1,12 +1,10 @@
-"""What the benchmarks share: fair timings on a noisy machine, and a report of them with the machine that they are from."""
+"""What the benchmarks share: synthetic images, and a report of what they measured with the machine that it is from."""
 
 import json
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,54 +35,6 @@ def synthetic_batch(size: int, *, device: torch.device, num_classes: int = 10, s
     images = torch.randn(size, 3, IMAGE_SIDE_PIXELS, IMAGE_SIDE_PIXELS, generator=stream)
     labels = torch.randint(num_classes, (size,), generator=stream)
     return Batch(images.to(device, memory_format=torch.channels_last), labels.to(device), 1)
-
-
-def interleaved_seconds(
-    functions: Mapping[str, Callable[[], object]], *, device: torch.device, rounds: int, warmups: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each function in each of `rounds` rounds, in which all of them run one after the other.
-
-    Whatever else happens on the machine thus meets all of them alike. Each waits for the device's work.
-    """
-    stopwatches = {name: partial(seconds_of, function, device=device) for name, function in functions.items()}
-    return interleaved(stopwatches, rounds=rounds, warmups=warmups)
-
-
-def interleaved(
-    stopwatches: Mapping[str, Callable[[], float]], *, rounds: int, warmups: int = 2, pause_seconds: float = 0.0
-) -> dict[str, list[float]]:
-    """What `interleaved_seconds` gives, of functions that return the seconds they took.
-
-    With a pause before each of them, for threads of the last one to fall asleep, it runs once more in advance, to wake its own.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in stopwatches}
-    for index in range(-warmups, rounds):
-        for name, stopwatch in stopwatches.items():
-            if pause_seconds:
-                time.sleep(pause_seconds)
-                stopwatch()
-            taken = stopwatch()
-            if index >= 0:
-                seconds[name].append(taken)
-    return seconds
-
-
-def seconds_of(function: Callable[[], object], *, device: torch.device) -> float:
-    synchronise(device)
-    began = time.perf_counter()
-    function()
-    synchronise(device)
-    return time.perf_counter() - began
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def median_ratio(seconds: Sequence[float], unit: Sequence[float]) -> float:
-    """The median over rounds of one time in units of another that was measured in the same round."""
-    return statistics.median(own / other for own, other in zip(seconds, unit, strict=True))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import add_common_flags, interleaved_seconds, machine, median_ratio, report, synthetic_batch
+from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from models import MODELS, build_model
 from prune.criteria import CRITERIA
 from prune.feature_maps import mean_of_maps
@@ -22,6 +22,7 @@ from utils import cli
 from utils.distributed import World
 from utils.engine import CrossEntropyObjective, prepare_step, sgd, train_step
 from utils.setup import choose_device, to_device
+from utils.timing import interleaved_seconds, median_ratio
 
 BATCHES = 2  # of one measured pass, and as many steps
 PASSES = {"NGGM": "filter-nggm", "HRank": "filter-hrank", "CHIP": "filter-chip"}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import add_common_flags, interleaved_seconds, machine, median_ratio, report, synthetic_batch
+from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from benchmarks.step_cost import plain_step
 from models import build_model
 from utils import cli
@@ -25,6 +25,7 @@ from utils.data import ImageData
 from utils.datasets import IMAGENET_MEAN, IMAGENET_STD, Dataset, ImageFiles, SmallImages
 from utils.distributed import World
 from utils.setup import choose_device, to_device
+from utils.timing import interleaved_seconds, median_ratio
 
 SMALL_SET_IMAGES = 50_000
 FILE_SIZE_PIXELS = (500, 375)

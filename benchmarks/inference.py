@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import add_common_flags, interleaved, machine, median_ratio, report, seconds_of, synthetic_batch
+from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from benchmarks.worker import PAUSE_SECONDS, timed_elsewhere
+from deploy.runtimes import run_onnxruntime
 from models import MODELS, build_model
 from models.batch_norm import quicken_batch_norms
 from models.narrow import narrow
@@ -31,6 +32,7 @@ from utils.distributed import World
 from utils.engine import CrossEntropyObjective, sgd, train_step
 from utils.profile import profile_network
 from utils.setup import choose_device, to_device
+from utils.timing import interleaved, median_ratio, seconds_of
 
 PRUNINGS = ((0.6, 1), (0.5, 8))  # keep ratio, channel multiple
 ISA, HALF = "ONEDNN_MAX_CPU_ISA", "AVX2"  # the variable by which oneDNN takes narrower vectors; it reads it once
@@ -141,16 +143,8 @@ def step(network: nn.Module, batch: Batch) -> Callable[[], object]:
 
 
 def onnx_session(network: nn.Module, images: Tensor) -> Callable[[], object]:
-    import onnxruntime
-
-    batch = {0: torch.export.Dim("batch", min=1)}
-    program = torch.onnx.export(network, (images[:1].expand(2, -1, -1, -1),), dynamic_shapes=(batch,), dynamo=True, verbose=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    content = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    inputs = {session.get_inputs()[0].name: images.contiguous().numpy()}
-    return lambda: session.run(None, inputs)
+    run = run_onnxruntime(network, images[:1].expand(2, -1, -1, -1))
+    return lambda: run(images)
 
 
 if __name__ == "__main__":

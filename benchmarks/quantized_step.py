@@ -9,13 +9,14 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.common import add_common_flags, interleaved_seconds, machine, median_ratio, report, synthetic_batch
+from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from models import MODELS, build_model
 from quantize.codebook import layer_bits, share_weights
 from utils import cli
 from utils.distributed import World
 from utils.engine import CrossEntropyObjective, prepare_step, sgd, train_step
 from utils.setup import choose_device, to_device
+from utils.timing import interleaved_seconds, median_ratio
 
 
 def get_args_parser() -> cli.Parser:

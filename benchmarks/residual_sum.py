@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import add_common_flags, interleaved_seconds, machine, report
+from benchmarks.common import add_common_flags, machine, report
 from models.cifar_resnet import STAGE_WIDTHS
 from models.relayout import as_maps, as_rows
 from prune.masks import keep_count
 from utils import cli
 from utils.distributed import World
 from utils.setup import choose_device
+from utils.timing import interleaved_seconds
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 STAGE_SIDES_PIXELS = (32, 16, 8)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import add_common_flags, interleaved_seconds, machine, median_ratio, report, synthetic_batch
+from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from distill import DISTILLERS, build_distiller
 from distill.objective import DistillationObjective, FrozenTeacher, sample_outputs
 from models import MODELS, build_model
@@ -27,6 +27,7 @@ from utils.data import Batch
 from utils.distributed import World
 from utils.engine import CrossEntropyObjective, Hooks, check_acceleration, prepare_step, sgd, train_step
 from utils.setup import choose_device, to_device
+from utils.timing import interleaved_seconds, median_ratio
 
 FORMS = ("dense", "compact", "masked", "soft")
 MODES = {"float32": (False, False), "amp": (True, False), "compile": (False, True), "compile+amp": (True, True)}  # amp, compiled

@@ -9,8 +9,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from benchmarks.common import seconds_of
 from utils.memory import keep_freed_memory
+from utils.timing import seconds_of
 
 Functions = Mapping[str, Callable[[], object]]
 PAUSE_SECONDS = 0.05  # until the threads of one process no longer wait for work in a loop, which would slow the other one

@@ -85,6 +85,43 @@ def test_onnx_runs_with_any_batch_size(form, checkpoints, run_export, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
+FORMS = ("layouts between layers", "plain sums of wide layers")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fastest"),
+    [
+        ({1: (1.0, 2.0), 64: (7.0, 4.0)}, FORMS[0]),  # products of 7 and 8
+        ({1: (1.0, 2.0), 64: (7.0, 3.0)}, FORMS[1]),
+        ({1: (2.0, 1.0), 64: (3.0, 7.0)}, FORMS[0]),
+    ],
+)
+def test_a_form_is_the_faster_one_over_both_batch_sizes(seconds, fastest):
+    def measured(runners, images, *, rounds):
+        return dict(zip(runners, seconds[len(images)], strict=True))
+
+    with mock.patch.object(export, "median_seconds", measured):
+        form, remark = export.fastest_form(dict.fromkeys(FORMS), torch.randn(2, 3, 8, 8))
+    assert form == fastest and remark.startswith(f"written with {fastest}, the faster form (batch 1: {FORMS[0]} ")
+    assert export.fastest_form({"as it is": None}, torch.randn(2, 3, 8, 8)) == ("as it is", "")
+
+
+def test_the_form_that_is_measured_to_be_faster_is_written(checkpoints, run_export, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    sizes = []
+    for fastest in FORMS:
+        with mock.patch.object(
+            export, "median_seconds", lambda forms, *_, first=fastest, **__: {form: float(form != first) for form in forms}
+        ):
+            status, printed, _ = run_export(
+                "--load-path", checkpoints["pruned"], "--output", tmp_path / f"{fastest}.onnx", *FLAGS
+            )
+        assert status == 0 and f"written with {fastest}" in printed
+        sizes.append((tmp_path / f"{fastest}.onnx").stat().st_size)
+    assert sizes[0] < 0.8 * sizes[1]
+
+
 def test_pt2_runs_with_any_batch_size(checkpoints, run_export, tmp_path):
     output = tmp_path / "small.pt2"
     status, printed, _ = run_export("--load-path", checkpoints["compact"], "--format", "pt2", "--output", output, *FLAGS)

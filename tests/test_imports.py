@@ -12,6 +12,7 @@ ALLOWED = {
     "prune": {"models", "utils"},
     "distill": {"models", "utils"},
     "quantize": {"models", "utils"},
+    "deploy": {"models", "utils"},
     "reporting": {"models", "utils", "distill"},
 }
 ENTRY_SCRIPTS = {"initial_train", "pruning", "quantize_encode", "export", "report"}

@@ -1,0 +1,76 @@
+"""What runs a network on this machine: PyTorch, onnxruntime or OpenVINO, by one name and one function of images each."""
+
+import os
+import statistics
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from deploy.onnx import to_onnx
+from utils.errors import UserError
+from utils.timing import interleaved_seconds
+
+Runner = Callable[[Tensor], Tensor]
+ROUNDS = 15
+
+
+def run_torch(network: nn.Module, images: Tensor) -> Runner:
+    def run(batch: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return network(batch)
+
+    return run
+
+
+def run_onnxruntime(network: nn.Module, images: Tensor) -> Runner:
+    return onnxruntime_session(to_onnx(network, images))
+
+
+def run_openvino(network: nn.Module, images: Tensor) -> Runner:
+    return openvino_session(to_onnx(network, images))
+
+
+def onnxruntime_session(content: bytes) -> Runner:
+    """Runs the ONNX file `content` by onnxruntime on as many threads as PyTorch has. Raises UserError where it is missing."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("onnxruntime is not installed, pip install -r requirements-export.txt") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda batch: torch.from_numpy(session.run(None, {name: batch.contiguous().numpy()})[0])
+
+
+def openvino_session(content: bytes) -> Runner:
+    """Runs the ONNX file `content` by OpenVINO on as many threads as PyTorch has. Raises UserError where it is missing."""
+    os.environ.setdefault("OPENVINO_TELEMETRY", "0")
+    try:
+        import openvino
+    except ImportError as error:
+        raise UserError("openvino is not installed, pip install openvino") from error
+    core = openvino.Core()
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(content), "CPU", options)
+    request = compiled.create_infer_request()
+
+    def run(batch: Tensor) -> Tensor:
+        return torch.from_numpy(request.infer([batch.contiguous().numpy()])[compiled.output(0)])
+
+    return run
+
+
+RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Runner]] = {
+    "torch": run_torch,
+    "onnxruntime": run_onnxruntime,
+    "openvino": run_openvino,
+}
+
+
+def median_seconds(runners: Mapping[str, Runner], images: Tensor, *, rounds: int = ROUNDS) -> dict[str, float]:
+    """The median of each runner's time for `images`, in interleaved rounds."""
+    functions = {name: (lambda run=run: run(images)) for name, run in runners.items()}
+    seconds = interleaved_seconds(functions, device=images.device, rounds=rounds)
+    return {name: statistics.median(times) for name, times in seconds.items()}

@@ -1,0 +1,56 @@
+"""Fair timings on a noisy machine: what is compared runs in turn, and ratios are taken within one round."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+
+
+def interleaved_seconds(
+    functions: Mapping[str, Callable[[], object]], *, device: torch.device, rounds: int, warmups: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each function in each of `rounds` rounds, in which all of them run one after the other.
+
+    Whatever else happens on the machine thus meets all of them alike. Each waits for the device's work.
+    """
+    stopwatches = {name: partial(seconds_of, function, device=device) for name, function in functions.items()}
+    return interleaved(stopwatches, rounds=rounds, warmups=warmups)
+
+
+def interleaved(
+    stopwatches: Mapping[str, Callable[[], float]], *, rounds: int, warmups: int = 2, pause_seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """What `interleaved_seconds` gives, of functions that return the seconds they took.
+
+    With a pause before each of them, for threads of the last one to fall asleep, it runs once more in advance, to wake its own.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in stopwatches}
+    for index in range(-warmups, rounds):
+        for name, stopwatch in stopwatches.items():
+            if pause_seconds:
+                time.sleep(pause_seconds)
+                stopwatch()
+            taken = stopwatch()
+            if index >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def seconds_of(function: Callable[[], object], *, device: torch.device) -> float:
+    _synchronise(device)
+    began = time.perf_counter()
+    function()
+    _synchronise(device)
+    return time.perf_counter() - began
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_ratio(seconds: Sequence[float], unit: Sequence[float]) -> float:
+    """The median over rounds of one time in units of another that was measured in the same round."""
+    return statistics.median(own / other for own, other in zip(seconds, unit, strict=True))
