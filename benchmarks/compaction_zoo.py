@@ -235,17 +235,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     ours, other = row["ours"], row["torch_pruning"]
-    short = ours["reason"].replace("|", "/").replace("\n", " ")
+    reason = ours["reason"].replace("|", "/").replace("\n", " ").replace("which is not supported", "").rstrip(", ")
     return {
         "network": row["network"].partition("/")[2],
         "image": ours.get("side"),
-        "works": "yes" if ours["works"] else "WRONG" if ours.get("wrong") else "no",
-        "parameters": ours.get("parameters"),
+        "parameters": ours["parameters"] if ours["works"] else "WRONG" if ours.get("wrong") else "-",
         "MACs": ours.get("macs"),
-        "refused because": short if len(short) <= 160 else f"{short[:157]}...",
-        "torch_pruning": {True: "runs", False: "fails", None: "not measured"}[other["works"]],
-        "its parameters": other.get("parameters"),
+        "torch_pruning: parameters": other.get("parameters", "fails" if other["works"] is False else "not measured"),
         "its MACs": other.get("macs"),
+        "refused because": reason,
     }
 
 
