@@ -10,24 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from deploy.budget import describe, log_chosen, obtain_table
+from deploy.flags import add_latency_flags, is_of_time
+from deploy.latency import LatencyTable
 from distill.flags import add_distillation_flags
 from distill.objective import DistillationObjective, build_objective, check_losses
 from models import NAMES, build_model, check_model
 from models.network_file import NetworkFile, as_dense, load_network
 from prune.allocation import FLOOR, parse_budget
 from prune.choice import FilterChoice
-from prune.compact import check_pruned_zeros, compact
-from prune.flags import add_pruning_flags
+from prune.compact import check_pruned_zeros
+from prune.cost import Widths
+from prune.flags import AUTO, add_pruning_flags
 from prune.forms import build_schedule, check_compact_form, training_form
 from prune.masks import keep_ratios, prunable_layers
-from prune.record import WHOLE, describe_pruned, finish, log_accuracy, log_pruning, whole_layers_table
-from prune.schedule import SOFT_CRITERIA, HardPruning, PruningSchedule, check_soft_state
+from prune.preview import print_pruning
+from prune.record import describe_pruned, finish, log_accuracy, log_pruning
+from prune.schedule import SOFT_CRITERIA, PruningSchedule, check_soft_state
 from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import World, leave
-from utils.engine import TrainingPlan, evaluate
+from utils.engine import evaluate
 from utils.errors import UserError, naming
-from utils.plan import print_plan
 from utils.recalibration import check_recalibration
 from utils.runs import Run
 from utils.seed import seed_everything
@@ -45,6 +49,7 @@ def get_args_parser() -> cli.Parser:
     networks.add_argument("--s-path", metavar="FILE", help="checkpoint of the student (default: new weights)")
     networks.add_argument("--s-copy-t", action="store_true", help="the student starts as a copy of the teacher")
     add_pruning_flags(parser)
+    add_latency_flags(parser)
     add_distillation_flags(parser)
     cli.add_data_flags(parser)
     cli.add_training_flags(parser, lr=0.01, n_epochs=200, schedule=(60, 120, 160), lr_drops=(0.2, 0.2, 0.2))
@@ -81,7 +86,8 @@ def main(args: argparse.Namespace) -> None:
     announced = setup.announce(args, network_names(args, files), device=device, world=world, state=state)
     data = setup.load_data(args, device=device, world=world, files=said, state=state)
     teacher, student = build_networks(args, files, data)
-    choose = filter_choice(args, student, data)
+    table = latency_table(args, student, data)
+    choose = filter_choice(args, student, data, table)
     choose.check()
     loss = objective_of(args, student.network, teacher, data).formula()  # losses that cannot compare the two say so here
     check_recalibration(student.network, args.recalibrate_bn)
@@ -89,7 +95,8 @@ def main(args: argparse.Namespace) -> None:
         check_compact_form(student.network, choose.without_pass()(), data.example)
     plan = replace(setup.training_plan(args), recalibrate_bn_batches=args.recalibrate_bn)
     if args.dry_run:
-        return dry_run(args, plan, student, choose, loss=loss)
+        time = [describe(table, choose.widths(choose.without_pass()()))] if table is not None else []
+        return print_pruning(args, plan, student, choose, lines=[*time, f"loss: {loss}"])
 
     networks = {"--t-path": teacher.network} if teacher is not None else {}
     if args.s_path is not None:
@@ -99,6 +106,8 @@ def main(args: argparse.Namespace) -> None:
     before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data)
     schedule = schedule_of(args, student, choose, run=run, state=state)
     if state is None:
+        if table is not None:
+            log_chosen(run, table, student.network, choose.small_network(schedule.kept or choose.without_pass()()), data)
         log_pruning(
             run, before, schedule=schedule, student=student, data=data, recalibrate_bn_batches=plan.recalibrate_bn_batches
         )
@@ -132,6 +141,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--s-model: name the network to prune, or give --s-path, or --s-copy-t with --t-path")
     if args.soft_prune and args.prune_mode not in SOFT_CRITERIA:
         raise UserError(f"--soft-prune: not with --prune-mode {args.prune_mode}, choose from {', '.join(SOFT_CRITERIA)}")
+    if args.channel_multiple == AUTO and not is_of_time(args):
+        raise UserError("--channel-multiple auto: needs --budget latency=SHARE, whose table of times shows which is best")
     if args.soft_prune and args.ema is not None:
         raise UserError(f"--ema {args.ema:g}: not with --soft-prune, an average of what is cleared now and then is not pruned")
     check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
@@ -221,7 +232,21 @@ def objective_of(
     )
 
 
-def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageData) -> FilterChoice:
+def latency_table(args: argparse.Namespace, student: NetworkFile, data: ImageData) -> LatencyTable | None:
+    """What a budget of time has to know; None for other budgets."""
+
+    def chosen(table: LatencyTable) -> tuple[nn.Module, Widths]:
+        choose = filter_choice(args, student, data, table).without_pass()
+        choose.check()
+        return choose.small_network(choose())
+
+    layers = prunable_layers(student.network, linear=args.prune_linear)
+    multiple = None if args.channel_multiple == AUTO else args.channel_multiple
+    narrowest = min(layer.filters for layer in layers)
+    return obtain_table(args, student.network, data, multiple=multiple, narrowest=narrowest, chosen=chosen)
+
+
+def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageData, table: LatencyTable | None) -> FilterChoice:
     """What chooses the filters of the student that stay."""
     layers = prunable_layers(student.network, linear=args.prune_linear)
     return FilterChoice(
@@ -232,12 +257,13 @@ def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageDat
         data=data,
         seed=args.seed,
         samp_batches=args.samp_batches,
-        multiple=args.channel_multiple,
+        multiple=table.multiple if args.channel_multiple == AUTO else args.channel_multiple,
         options={"gamma": args.gamma, "gm_distance": args.gm_distance},
         coupled=args.couple_channels,
         budget=parse_budget(args.budget) if args.budget else None,
         allocation=args.allocation,
         earlier=student.kept,
+        seconds=table.seconds if table is not None else None,
     )
 
 
@@ -267,24 +293,6 @@ def score(args: argparse.Namespace, *, device: torch.device, world: World) -> No
     setup.check_classes(file.num_classes, data, origin=f"{flag} {path}")
     result = evaluate(setup.to_device(file.network, device), data, amp=args.amp)
     setup.print_score(file.model, data, result)
-
-
-def dry_run(args: argparse.Namespace, plan: TrainingPlan, student: NetworkFile, choose: FilterChoice, *, loss: str) -> None:
-    """Prints what would be pruned and trained. The sizes are exact where the choice needs no pass over images, else L1's."""
-    if choose.is_whole:
-        return print_plan(args, plan=plan, data=choose.data, networks={"network": student.network}, lines=[WHOLE])
-    kept = choose.without_pass()()
-    pruned = copy.deepcopy(student.network)
-    HardPruning(pruned, kept)
-    lines = [f"{layer.name} would keep {len(kept[layer.name])} of {layer.filters}" for layer in choose.layers]
-    lines.append(f"loss: {loss}")
-    networks = {"dense": student.network}
-    try:
-        networks["pruned"] = small = compact(pruned, choose.data.example)
-        lines += filter(None, [whole_layers_table({name: channels.tolist() for name, channels in kept.items()}, small)])
-    except UserError as error:
-        lines.append(f"no compact network could be written: {error}")
-    print_plan(args, plan=plan, data=choose.data, networks=networks, lines=lines)
 
 
 if __name__ == "__main__":

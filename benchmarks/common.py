@@ -12,7 +12,7 @@ import torch
 
 from utils import cli
 from utils.data import Batch
-from utils.environment import git_sha
+from utils.environment import cpu_name, git_sha
 from utils.files import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -40,9 +40,9 @@ def synthetic_batch(size: int, *, device: torch.device, num_classes: int = 10, s
 def machine(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and commit, and how busy the machine was just now."""
     return {
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "device": device.type,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -52,14 +52,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "commit": git_sha(),
         "measured_at": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """The choice of the filters that stay, by the weights of a network as they are at that moment."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from prune.allocation import Budget, Family, check_payable, counts_within, kept_channels, rank, uniform_counts
-from prune.cost import NetworkCost
+from prune.compact import compact
+from prune.cost import NetworkCost, Widths
 from prune.criteria import CRITERIA
 from prune.feature_maps import mean_of_maps
 from prune.gradients import mean_gradients
 from prune.groups import ChannelGroup, channel_groups, single_groups
 from prune.masks import PrunableLayer, SharedNorm, check_criterion, choose_filters, prunable_layers, score_filters, shared_norms
+from prune.schedule import HardPruning
 from utils.data import ImageData
 from utils.distributed import sum_over_processes
 from utils.seed import generator
@@ -31,7 +34,7 @@ class FilterChoice:
     `gm_distance`). What a criterion asks for of gradients or feature maps is taken over the first `samp_batches` training
     batches of `data`, or over all. With `coupled` the filters of several layers that belong together go together
     (`prune.groups`). A `budget` says what the network that is left may cost, and takes the place of the ratios below 1;
-    `allocation` says how it is spent.
+    `allocation` says how it is spent, and `seconds` what a budget of time has to know (`prune.cost`).
     `earlier` holds the channels that an earlier pruning has left, by layer: what it removed stays removed.
     """
 
@@ -48,6 +51,7 @@ class FilterChoice:
     budget: Budget | None = None
     allocation: str = "uniform"
     earlier: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    seconds: Callable[[Widths], float] | None = None
 
     @property
     def takes_nothing(self) -> bool:
@@ -125,7 +129,7 @@ class FilterChoice:
 
     @cached_property
     def _cost(self) -> NetworkCost:
-        return NetworkCost(self.network, self.data.example[:1])
+        return NetworkCost(self.network, self.data.example[:1], seconds=self.seconds)
 
     def _layers_of_earlier(self) -> list[PrunableLayer | SharedNorm]:
         """What an earlier pruning has taken from, whether or not this one does."""
@@ -136,8 +140,22 @@ class FilterChoice:
 
     def cost(self, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """MACs of an image and parameters of the network with the channels `kept`."""
-        norms = {layer.norm_name: kept[layer.name] for layer in self.layers if layer.norm_name is not None}
-        return self._cost({**kept, **norms})
+        return self._cost(self._with_norms(kept))
+
+    def widths(self, kept: Mapping[str, Tensor]) -> Widths:
+        """The channels that each layer reads and gives in the network with the channels `kept`."""
+        return self._cost.widths(
+            self._with_norms({name: [int(channel) for channel in channels] for name, channels in kept.items()})
+        )
+
+    def small_network(self, kept: Mapping[str, Tensor]) -> tuple[nn.Module, Widths]:
+        """What is left of the network with the channels `kept`, and the widths of its layers. Changes nothing."""
+        pruned = copy.deepcopy(self.network)
+        HardPruning(pruned, kept)
+        return compact(pruned, self.data.example), self.widths(kept)
+
+    def _with_norms(self, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+        return {**kept, **{layer.norm_name: kept[layer.name] for layer in self.layers if layer.norm_name is not None}}
 
     def _sampled(self) -> dict[str, dict[str, Tensor] | None]:
         """What the criterion asks for that takes a pass over training images."""

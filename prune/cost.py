@@ -9,42 +9,59 @@ from models.channel_flow import Channels, LayerCut, output_channels, plan_channe
 from models.modes import evaluating
 from utils.profile import profile_network
 
-COSTS = ("macs", "params")
+COSTS = ("macs", "params", "latency")
+Widths = Mapping[str, tuple[int, int]]  # by layer: input and output channels
+NANOSECONDS = 1e9
 
 
 class NetworkCost:
     """Multiply-accumulates and parameters of `model` with only some channels, as `utils.profile` counts them when it is built.
 
-    `image` (1, C, H, W) says at how many positions each layer works; it goes through the network once, in evaluation.
+    `image` (1, C, H, W) says at how many positions each layer works; it goes through the network once, in evaluation. With
+    `seconds`, which knows the time of a network by the widths of its layers, also its `latency` in nanoseconds.
     """
 
-    def __init__(self, model: nn.Module, image: Tensor):
-        self._model = model
+    def __init__(self, model: nn.Module, image: Tensor, *, seconds: Callable[[Widths], float] | None = None):
+        self._model, self._seconds = model, seconds
         self._graph = trace_network(model, example=image).graph
         self._positions = positions_of_layers(model, image)
         profile = profile_network(model, image)
         self.dense = {"macs": profile["macs"], "params": profile["parameters"]}
-        cut = self._of_cut_layers({})
-        self._others = {kind: self.dense[kind] - cut[kind] for kind in COSTS}  # of what cannot be cut
+        cut = self._of_cut_layers(self._cuts({}))
+        self._others = {kind: self.dense[kind] - cut[kind] for kind in cut}  # of what cannot be cut
 
     def __call__(self, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """`macs` of an image and `params` of what `models.narrow.narrow(model, kept)` would return."""
-        cut = self._of_cut_layers(kept)
-        return {kind: self._others[kind] + cut[kind] for kind in COSTS}
+        """`macs` of an image, `params` and `latency` of what `models.narrow.narrow(model, kept)` would return."""
+        cuts = self._cuts(kept)
+        costs = {kind: self._others[kind] + cost for kind, cost in self._of_cut_layers(cuts).items()}
+        if self._seconds is not None:
+            costs["latency"] = round(NANOSECONDS * self._seconds(_widths(cuts)))
+        return costs
 
-    def _of_cut_layers(self, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    def widths(self, kept: Mapping[str, Sequence[int]]) -> Widths:
+        """The channels that each convolution and linear layer reads and gives in that network."""
+        return _widths(self._cuts(kept))
+
+    def _cuts(self, kept: Mapping[str, Sequence[int]]) -> dict[str, LayerCut]:
         def live_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
             return kept[name] if name in kept else range(output_channels(layer))
 
-        plan = plan_channels(self._graph, self._model, live_outputs=live_outputs, carriers=frozenset())
+        return plan_channels(self._graph, self._model, live_outputs=live_outputs, carriers=frozenset()).cuts()
+
+    def _of_cut_layers(self, cuts: Mapping[str, LayerCut]) -> dict[str, int]:
         macs = params = 0
-        for name, cut in plan.cuts().items():
+        for name, cut in cuts.items():
             layer = self._model.get_submodule(name)
             weights = _weights(layer, cut)
             macs += self._positions.get(name, 0) * weights
             vectors = [value for key, value in layer.named_parameters(recurse=False) if key != "weight" or cut.columns is None]
             params += weights + sum(len(cut.rows) for value in vectors if value.dim())
         return {"macs": macs, "params": params}
+
+
+def _widths(cuts: Mapping[str, LayerCut]) -> Widths:
+    layers = {name: cut for name, cut in cuts.items() if cut.columns is not None}
+    return {name: (sum(map(len, cut.columns)), len(cut.rows)) for name, cut in layers.items()}
 
 
 def _weights(layer: nn.Module, cut: LayerCut) -> int:

@@ -7,6 +7,7 @@ from prune.criteria import CRITERIA, GM_DISTANCES, criteria_with
 from prune.forms import TRAIN_FORMS
 from utils import cli
 
+AUTO = "auto"
 READ_BY_CRITERIA = {  # flag: what a criterion asks for
     "samp_batches": ("grad", "feature_maps"),
     "gamma": ("gamma",),
@@ -19,7 +20,8 @@ def add_pruning_flags(parser: cli.Parser) -> None:
     group.add_argument("--prune-rates", type=cli.keep_proportion, nargs="+", default=[1.0], metavar="R",
                        help="proportion of filters retained, one for all layers or one a layer; 1 prunes none")  # fmt: skip
     group.add_argument("--budget", type=cli.checked(parse_budget), metavar="COST=SHARE",
-                       help="what may be left of the dense cost, macs=0.5 or params=0.5, in place of --prune-rates")  # fmt: skip
+                       help="what may be left of the dense cost, macs=0.5, params=0.5 or latency=0.5, in place of "
+                            "--prune-rates")  # fmt: skip
     group.add_argument("--allocation", default="uniform", choices=ALLOCATIONS,
                        help="a budget leaves the same of every layer, or the best scores per cost of all layers")  # fmt: skip
     group.add_argument("--couple-channels", action="store_true",
@@ -41,12 +43,17 @@ def add_pruning_flags(parser: cli.Parser) -> None:
     group.add_argument("--gm-distance", default="euclidean", choices=GM_DISTANCES, help="distances of filter-gm and filter-nggm")
     group.add_argument("--exclude-layers", nargs="+", default=[], metavar="NAME",
                        help="layers that keep all filters, by name or pattern (layer4.*)")  # fmt: skip
-    group.add_argument("--channel-multiple", type=cli.positive_int, default=1, metavar="M",
-                       help="round kept filters to a multiple of M, for speed")  # fmt: skip
+    group.add_argument("--channel-multiple", type=channel_multiple, default=1, metavar="M",
+                       help="round kept filters to a multiple of M, for speed; auto: the one that is measured to be best, "
+                            "with --budget latency=SHARE")  # fmt: skip
     group.add_argument("--train-form", default="auto", choices=TRAIN_FORMS,
                        help="hard pruning trains the small network or the large one with zeros; auto: the faster")  # fmt: skip
     cli.counts_in_training(parser, *cli.names_of(group))
     _say_what_counts(parser)
+
+
+def channel_multiple(text: str) -> int | str:
+    return text if text == AUTO else cli.positive_int(text)
 
 
 def prunes(args: argparse.Namespace) -> bool:

@@ -24,7 +24,8 @@ until [[ ${1-} == *run_*.sh && -f scripts/$(basename "$1") ]]; do
 done
 STUDY=$(basename "$1" .sh)
 shift
-GRACE=${GRACE:-120} SLURM_DIR=$(realpath -m "${SLURM_DIR:-./slurm}")
+GRACE=${GRACE:-120} SLURM_DIR=${SLURM_DIR:-./slurm}
+SLURM_DIR=$(realpath -m "$SLURM_DIR")
 [[ $GRACE =~ ^[1-9][0-9]*$ ]] || fail "GRACE=$GRACE: must be a whole number of seconds"
 for command in sbatch squeue scontrol; do
   command -v "$command" >/dev/null || fail "$command: not found here; call this where the commands of Slurm are"

@@ -61,6 +61,30 @@ def test_every_checkpoint_has_its_pruned_filters_at_exact_zero(prune, flags):
                 assert tensor[gone].count_nonzero() == 0
 
 
+def test_a_budget_of_time_is_measured_once_and_its_table_makes_the_same_choice_elsewhere(prune, tmp_path, run_script):
+    options = ["--budget", "latency=0.7", "--couple-channels", "--prune-mode", "filter-a"]
+    first = prune(*options, "--channel-multiple", "auto", "--budget-batch-size", "32", "--budget-threads", "1", rates=())
+    table = json.loads((first / "latency_table.json").read_text())
+    assert (table["runtime"], table["batch_size"], table["threads"]) == ("torch", 32, 1)
+    assert table["measured"].keys() == {"predicted", "measured"} and table["measured"]["predicted"] <= 0.7
+    assert table["multiple"] in (1, 2, 4, 8) and len(table["layers"]) == 20
+    kept = {name: layer["kept"] for name, layer in json.loads((first / "kept_filters.json").read_text()).items()}
+    assert len({len(channels) for name, channels in kept.items() if "stage_1" in name}) <= 2 and len(kept["conv_1_3x3"]) < 16
+
+    multiple = ["--channel-multiple", str(table["multiple"])]
+    other = prune(*options, *multiple, "--budget-table", str(first / "latency_table.json"), rates=(), name="other")
+    assert {name: layer["kept"] for name, layer in json.loads((other / "kept_filters.json").read_text()).items()} == kept
+    resumed = run_script("pruning", "--resume", str(first), "--n-epochs", "3")
+    assert resumed.status == 0 and "latency by" not in resumed.output
+    assert json.loads((first / "latency_table.json").read_text()) == table
+
+    quicker = {**table, "slope": table["slope"] / 1.5}
+    (tmp_path / "quicker.json").write_text(json.dumps(quicker))
+    less = prune(*options, *multiple, "--budget-table", str(tmp_path / "quicker.json"), rates=(), name="less")
+    fewer = json.loads((less / "kept_filters.json").read_text())
+    assert sum(len(layer["kept"]) for layer in fewer.values()) < sum(map(len, kept.values()))
+
+
 def test_the_small_network_is_small_and_the_same(prune):
     folder = prune("--prune-mode", "filter-a")
     dense, small = (load_network(folder / name, flag="--s-path") for name in ("model_best.pt", "model_compact.pt"))

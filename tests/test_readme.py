@@ -83,7 +83,8 @@ def test_every_file_that_it_names_is_there():
 
 
 def test_variables_of_the_environment_are_those_of_the_scripts():
-    explained = set(re.findall(r"`([A-Z_]+)`", "".join(re.findall(r"^\| (`[A-Z_`, ]+) \|", README, re.MULTILINE))))
+    tables = README + (ROOT / "docs" / "clusters.md").read_text()
+    explained = set(re.findall(r"`([A-Z_]+)`", "".join(re.findall(r"^\| (`[A-Z_`, ]+) \|", tables, re.MULTILINE))))
     code = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.sh"))
     assert explained == set(re.findall(r"\b([A-Z_]+)=\$\{\1:-", code)) | {"PYTHON"}
 
@@ -111,7 +112,7 @@ assert loss(outputs, outputs).item() == 1.0
 
 
 def test_the_examples_of_a_criterion_and_a_loss_work_as_they_stand(tmp_path):
-    for package in ("models", "prune", "distill", "utils"):
+    for package in ("models", "prune", "distill", "deploy", "utils"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pruning.py", tmp_path)
     criterion, loss = (block for language, block in BLOCKS if language == "python")

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ def interleaved_seconds(
 
 
 def interleaved(
-    stopwatches: Mapping[str, Callable[[], float]], *, rounds: int, warmups: int = 2, pause_seconds: float = 0.0
+    stopwatches: Mapping[Any, Callable[[], float]], *, rounds: int, warmups: int = 2, pause_seconds: float = 0.0
 ) -> dict[str, list[float]]:
     """What `interleaved_seconds` gives, of functions that return the seconds they took.
 
@@ -54,3 +55,24 @@ def _synchronise(device: torch.device) -> None:
 def median_ratio(seconds: Sequence[float], unit: Sequence[float]) -> float:
     """The median over rounds of one time in units of another that was measured in the same round."""
     return statistics.median(own / other for own, other in zip(seconds, unit, strict=True))
+
+
+def timed_in_turn(
+    functions: Mapping[Any, Callable[[], object]], *, device: torch.device, rounds: int, least_seconds: float = 5e-4
+) -> dict[Any, list[float]]:
+    """As `interleaved_seconds`, of functions that may take microseconds: short ones run several times in a measurement."""
+    stopwatches = {}
+    for name, function in functions.items():
+        function()
+        taken = seconds_of(function, device=device)
+        repeats = min(100, max(1, round(least_seconds / max(taken, 1e-9))))
+        stopwatches[name] = partial(_mean_seconds, function, repeats, device=device)
+    return interleaved(stopwatches, rounds=rounds, warmups=0)
+
+
+def _mean_seconds(function: Callable[[], object], repeats: int, *, device: torch.device) -> float:
+    def all_of_them() -> None:
+        for _ in range(repeats):
+            function()
+
+    return seconds_of(all_of_them, device=device) / repeats
