@@ -1,10 +1,10 @@
 """Prunes the filters of a network and fine-tunes it, with distillation from its unpruned self or from another teacher."""
 
 import argparse
-import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,24 +15,27 @@ from deploy.flags import add_latency_flags, is_of_time
 from deploy.latency import LatencyTable
 from distill.flags import add_distillation_flags
 from distill.objective import DistillationObjective, build_objective, check_losses
-from models import NAMES, build_model, check_model
-from models.network_file import NetworkFile, as_dense, load_network
+from models import NAMES, check_model
+from models.network_file import NetworkFile
 from prune.allocation import FLOOR, parse_budget
 from prune.choice import FilterChoice
-from prune.compact import check_pruned_zeros
 from prune.cost import Widths
-from prune.flags import AUTO, add_pruning_flags
+from prune.flags import AUTO, add_pruning_flags, rates_file
 from prune.forms import build_schedule, check_compact_form, training_form
-from prune.masks import keep_ratios, prunable_layers
+from prune.masks import PrunableLayer, keep_ratios, prunable_layers
+from prune.networks import build_networks, network_names, path_of, read_checked, read_files
 from prune.preview import print_pruning
 from prune.record import describe_pruned, finish, log_accuracy, log_pruning
 from prune.schedule import SOFT_CRITERIA, PruningSchedule, check_soft_state
+from prune.sensitivity import check_file, measure_sensitivity, read_rates
 from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import World, leave
 from utils.engine import evaluate
-from utils.errors import UserError, naming
+from utils.errors import UserError
+from utils.files import read_json, write_atomic
 from utils.recalibration import check_recalibration
+from utils.run_folder import SENSITIVITY
 from utils.runs import Run
 from utils.seed import seed_everything
 
@@ -91,6 +94,8 @@ def main(args: argparse.Namespace) -> None:
     choose.check()
     loss = objective_of(args, student.network, teacher, data).formula()  # losses that cannot compare the two say so here
     check_recalibration(student.network, args.recalibrate_bn)
+    if args.sensitivity is not None:
+        return sensitivity(args, student, choose)
     if args.train_form == "compact" and state is None:
         check_compact_form(student.network, choose.without_pass()(), data.example)
     plan = replace(setup.training_plan(args), recalibrate_bn_batches=args.recalibrate_bn)
@@ -102,6 +107,8 @@ def main(args: argparse.Namespace) -> None:
     if args.s_path is not None:
         networks["--s-path"] = student.network
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, lease=lease, state=state, networks=networks)
+    if rates_file(args) is not None and state is None:
+        run.save_json(SENSITIVITY, read_json(rates_file(args)))
     setup.log_beginning(run, announced, plan, fallback, data=data)
     before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data)
     schedule = schedule_of(args, student, choose, run=run, state=state)
@@ -143,6 +150,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--soft-prune: not with --prune-mode {args.prune_mode}, choose from {', '.join(SOFT_CRITERIA)}")
     if args.channel_multiple == AUTO and not is_of_time(args):
         raise UserError("--channel-multiple auto: needs --budget latency=SHARE, whose table of times shows which is best")
+    if args.sensitivity is not None:
+        check_file(Path(args.sensitivity))
+    if rates_file(args) is not None and len(args.prune_rates) > 1:
+        raise UserError(f"--prune-rates {rates_file(args)}: a file stands alone, without proportions beside it")
     if args.soft_prune and args.ema is not None:
         raise UserError(f"--ema {args.ema:g}: not with --soft-prune, an average of what is cleared now and then is not pruned")
     check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
@@ -155,63 +166,6 @@ def check_copy(args: argparse.Namespace) -> None:
         raise UserError(f"--s-path {args.s_path}: not with --s-copy-t, the student has one origin only")
     if args.s_model not in (None, args.t_model):
         raise UserError(f"--s-copy-t: --s-model {args.s_model} is not --t-model {args.t_model}, a copy has the same architecture")
-
-
-def read_files(args: argparse.Namespace) -> dict[str, NetworkFile]:
-    """The networks of --t-path and --s-path, by flag, their pruned filters truly at zero."""
-    files = {}
-    for flag, model in (("--t-path", args.t_model), ("--s-path", args.s_model)):
-        if path_of(args, flag) is not None:
-            files[flag] = read_checked(flag, path_of(args, flag), model)
-    return files
-
-
-def path_of(args: argparse.Namespace, flag: str) -> str | None:
-    return args.t_path if flag == "--t-path" else args.s_path
-
-
-def read_checked(flag: str, path: str, model: str | None) -> NetworkFile:
-    file = load_network(path, flag=flag, model=model, model_flag=flag.replace("path", "model"))
-    if not file.compact:
-        with naming(f"{flag} {path}"):
-            check_pruned_zeros(file.network.state_dict(), file.kept)
-    return file
-
-
-def student_file(args: argparse.Namespace, files: Mapping[str, NetworkFile]) -> NetworkFile | None:
-    """What the student starts from, unless it is new."""
-    return files.get("--t-path" if args.s_copy_t else "--s-path")
-
-
-def student_name(args: argparse.Namespace, files: Mapping[str, NetworkFile]) -> str:
-    file = student_file(args, files)
-    return file.model if file is not None else args.s_model or args.t_model
-
-
-def network_names(args: argparse.Namespace, files: Mapping[str, NetworkFile]) -> str:
-    """The student, and its teacher where there is one."""
-    teacher = files.get("--t-path")
-    return student_name(args, files) + (f", teacher {teacher.model}" if teacher is not None else "")
-
-
-def build_networks(
-    args: argparse.Namespace, files: Mapping[str, NetworkFile], data: ImageData
-) -> tuple[NetworkFile | None, NetworkFile]:
-    """Teacher, if there is one, and student, on the device, fit for the dataset."""
-    for flag, file in files.items():
-        setup.check_classes(file.num_classes, data, origin=f"{flag} {path_of(args, flag)}")
-    teacher = files.get("--t-path")
-    student = student_file(args, files)
-    if student is None:
-        name, num_classes = student_name(args, files), len(data.dataset.classes)
-        student = NetworkFile(build_model(name, num_classes=num_classes), name, num_classes)
-    elif student is teacher:
-        student = replace(teacher, network=copy.deepcopy(teacher.network))
-    student = replace(as_dense(student), images=data.dataset.images)
-    for file in filter(None, (teacher, student)):
-        setup.to_device(file.network, data.device)
-        setup.check_images(file.network, data, origin=f"the {file.model}")
-    return teacher, student
 
 
 def objective_of(
@@ -246,13 +200,37 @@ def latency_table(args: argparse.Namespace, student: NetworkFile, data: ImageDat
     return obtain_table(args, student.network, data, multiple=multiple, narrowest=narrowest, chosen=chosen)
 
 
+def rates_of(args: argparse.Namespace, layers: Sequence[PrunableLayer]) -> Sequence[float]:
+    """The proportions that are retained; under a budget, or measured one by one, the least of each layer."""
+    if args.budget is not None or args.sensitivity is not None:
+        return [FLOOR]
+    file = rates_file(args)
+    if file is None:
+        return args.prune_rates
+    recorded = Path(args.resume or "") / SENSITIVITY
+    return read_rates(recorded if args.resume and recorded.exists() else file, layers, drop=args.sensitivity_drop)
+
+
+def sensitivity(args: argparse.Namespace, student: NetworkFile, choose: FilterChoice) -> None:
+    """Measures what each layer loses alone, without training; leaves a file and a picture."""
+    from reporting.layer_sensitivity import draw_sensitivity  # which nothing else here needs, and takes a second
+
+    data, path = choose.data.alone(), Path(args.sensitivity)
+    setting = {"network": student.model, "dataset": data.dataset.name, "images": len(data.dataset.test.labels)}
+    setting |= {name: getattr(args, name) for name in ("prune_mode", "couple_channels", "seed", "limit_batches", "samp_batches")}
+    document = measure_sensitivity(choose, path, setting=setting, top1_of=lambda net: evaluate(net, data, amp=args.amp)["top1"])
+    picture = path.with_suffix(".png")
+    write_atomic(picture, draw_sensitivity(document))
+    print(f"{len(document['families'])} layers or groups -> {path}, {picture}")
+
+
 def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageData, table: LatencyTable | None) -> FilterChoice:
     """What chooses the filters of the student that stay."""
     layers = prunable_layers(student.network, linear=args.prune_linear)
     return FilterChoice(
         student.network,
         layers,
-        keep_ratios(layers, [FLOOR] if args.budget else args.prune_rates, exclude=args.exclude_layers),
+        keep_ratios(layers, rates_of(args, layers), exclude=args.exclude_layers),
         criterion=args.prune_mode,
         data=data,
         seed=args.seed,

@@ -94,20 +94,35 @@ class FilterChoice:
         )
 
     def _highest_groups(self) -> dict[str, Tensor]:
-        scores = score_filters(
-            self.layers,
-            criterion=self.criterion,
-            **self._sampled(),
-            generator=generator(self.seed, "filters"),
-            **self.options,
-        )
-        families = self._families(scores)
+        families = self._families(self._scores())
         if self.budget is None:
             counts = uniform_counts(families)
         else:
             cost = partial(self._cost_of, families)
             counts = counts_within(self.budget, families, cost=cost, allocation=self.allocation)
         return {name: torch.tensor(channels) for name, channels in self._kept(families, counts).items()}
+
+    def one_by_one(self, proportions: Sequence[float]) -> Iterator[tuple[list[str], int, list[dict[str, Tensor]]]]:
+        """Families of layers that lose the same channels, each alone: layers, filters, and what is kept at each proportion."""
+        families = self._families(self._scores())
+        whole = [len(family.groups) for family in families]
+        for place, family in enumerate(families):
+            if family.is_fixed:
+                continue
+            counts = [[*whole[:place], family.count(proportion), *whole[place + 1 :]] for proportion in proportions]
+            kept = [self._kept(families, each) for each in counts]
+            layers = list(family.groups[0].layers)
+            filters = next(layer.filters for layer in self.layers if layer.name == layers[0])
+            yield layers, filters, [{name: torch.tensor(channels) for name, channels in each.items()} for each in kept]
+
+    def _scores(self) -> dict[str, Tensor]:
+        return score_filters(
+            self.layers,
+            criterion=self.criterion,
+            **self._sampled(),
+            generator=generator(self.seed, "filters"),
+            **self.options,
+        )
 
     def _families(self, scores: Mapping[str, Tensor]) -> list[Family]:
         return rank(self._groups, scores, ratios=self.ratios, multiple=self.multiple)

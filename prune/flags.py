@@ -5,6 +5,7 @@ import argparse
 from prune.allocation import ALLOCATIONS, parse_budget
 from prune.criteria import CRITERIA, GM_DISTANCES, criteria_with
 from prune.forms import TRAIN_FORMS
+from prune.sensitivity import SUFFIX
 from utils import cli
 
 AUTO = "auto"
@@ -17,8 +18,13 @@ READ_BY_CRITERIA = {  # flag: what a criterion asks for
 
 def add_pruning_flags(parser: cli.Parser) -> None:
     group = parser.add_argument_group("pruning")
-    group.add_argument("--prune-rates", type=cli.keep_proportion, nargs="+", default=[1.0], metavar="R",
-                       help="proportion of filters retained, one for all layers or one a layer; 1 prunes none")  # fmt: skip
+    group.add_argument("--prune-rates", type=rate_or_file, nargs="+", default=[1.0], metavar="R",
+                       help="proportion of filters retained, one for all layers or one a layer; 1 prunes none; or the file "
+                            "that --sensitivity wrote")  # fmt: skip
+    group.add_argument("--sensitivity", metavar="FILE.json",
+                       help="only measure what each layer loses alone, without training, and write it there")  # fmt: skip
+    group.add_argument("--sensitivity-drop", type=cli.non_negative_float, default=1.0, metavar="POINTS",
+                       help="with such a file, each layer keeps the least proportion at which it lost no more")  # fmt: skip
     group.add_argument("--budget", type=cli.checked(parse_budget), metavar="COST=SHARE",
                        help="what may be left of the dense cost, macs=0.5, params=0.5 or latency=0.5, in place of "
                             "--prune-rates")  # fmt: skip
@@ -52,13 +58,22 @@ def add_pruning_flags(parser: cli.Parser) -> None:
     _say_what_counts(parser)
 
 
+def rate_or_file(text: str) -> float | str:
+    return text if text.endswith(SUFFIX) else cli.keep_proportion(text)
+
+
+def rates_file(args: argparse.Namespace) -> str | None:
+    """The file that --prune-rates names in place of proportions."""
+    return next((rate for rate in args.prune_rates if isinstance(rate, str)), None)
+
+
 def channel_multiple(text: str) -> int | str:
     return text if text == AUTO else cli.positive_int(text)
 
 
 def prunes(args: argparse.Namespace) -> bool:
     """Whether any layer is to lose filters."""
-    return args.budget is not None or min(args.prune_rates) < 1
+    return args.budget is not None or args.sensitivity is not None or rates_file(args) is not None or min(args.prune_rates) < 1
 
 
 def _say_what_counts(parser: cli.Parser) -> None:
@@ -66,6 +81,14 @@ def _say_what_counts(parser: cli.Parser) -> None:
     where_pruned = ("prune_mode", "soft_prune", "exclude_layers", "channel_multiple", "couple_channels", "prune_linear")
     parser.counts_only(*where_pruned, where=prunes, only=f"with {below}")
     parser.counts_only("prune_rates", where=lambda args: args.budget is None, only="without --budget")
+    alone = ["soft_prune", "budget", "train_form", "prune_rates", "distill", "alpha", "betas", "n_epochs", "lr", "lr_schedule"]
+    alone += ["schedule", "lr_drops", "run_name", "log_name", "resume", "auto_resume", "dry_run"]
+    parser.counts_only(*alone, where=lambda args: args.sensitivity is None, only="without --sensitivity, which trains nothing")
+    parser.counts_only(
+        "sensitivity_drop",
+        where=lambda args: rates_file(args) is not None,
+        only="with the file of --sensitivity in --prune-rates",
+    )
     parser.counts_only("allocation", where=lambda args: args.budget is not None, only="with --budget")
     for flag, read in READ_BY_CRITERIA.items():
         users = criteria_with(*read)

@@ -85,6 +85,30 @@ def test_a_budget_of_time_is_measured_once_and_its_table_makes_the_same_choice_e
     assert sum(len(layer["kept"]) for layer in fewer.values()) < sum(map(len, kept.values()))
 
 
+def test_proportions_follow_from_what_each_layer_loses_alone(prune, trained_run, tmp_path, run_script):
+    file = tmp_path / "layers.json"
+    options = ["--t-path", str(trained_run / "model_best.pt"), "--s-copy-t", "--prune-mode", "filter-l2"]
+    measured = run_script("pruning", *options, *SCORING, "--sensitivity", str(file))
+    assert measured.status == 0, measured.errors
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["layers.json", "layers.png"]
+    document = json.loads(file.read_text())
+    assert len(document["families"]) == 19 and (document["network"], document["images"]) == ("resnet20", 360)
+    for row in document["families"][::2]:  # as if these could not lose anything
+        row["top1"] = [0.0] * 9
+    for row in document["families"][1::2]:
+        row["top1"] = [document["top1"] - 1.5 * (proportion < 0.5) for proportion in document["proportions"]]
+    file.write_text(json.dumps(document))
+
+    soft = ["--prune-mode", "filter-l2", "--soft-prune"]
+    folder = prune(*soft, rates=["--prune-rates", str(file)])
+    kept = json.loads((folder / "kept_filters.json").read_text()).values()
+    expected = [layer["filters"] if i % 2 == 0 else layer["filters"] // 2 for i, layer in enumerate(kept)]
+    assert [len(layer["kept"]) for layer in kept] == expected
+    file.unlink()  # the run has its own copy
+    assert run_script("pruning", "--resume", str(folder), "--n-epochs", "3").status == 0
+    assert json.loads((folder / "sensitivity.json").read_text()) == document
+
+
 def test_the_small_network_is_small_and_the_same(prune):
     folder = prune("--prune-mode", "filter-a")
     dense, small = (load_network(folder / name, flag="--s-path") for name in ("model_best.pt", "model_compact.pt"))
