@@ -1,9 +1,11 @@
-"""What half of the multiply-accumulates are worth in time: channels by layer, coupled, and coupled in multiples of 8.
+"""What half of a network is worth in time: half of its multiply-accumulates, or half of its time, by layer and coupled.
 
     python -m benchmarks.budgets --model resnet56 resnet18 --onnx
+    python -m benchmarks.budgets --model torchvision/mobilenet_v2 --image-side 96 --onnx --torch-pruning
 
-Filters go by L1 norm, as `pruning.py --prune-mode filter-a --budget macs=0.5` chooses them. All times are of one run, the forms
-in turn, in units of the dense network's.
+Filters go by L1 norm, as `pruning.py --prune-mode filter-a --budget macs=0.5` chooses them, or `latency=0.5` in PyTorch with the
+largest batch size. torch_pruning (`pip install torch-pruning`) takes the ratio of channels that leaves about as many
+multiply-accumulates; "-" stands where it fails. All times are of one run, the forms in turn, in units of the dense network's.
 """
 
 import argparse
@@ -12,11 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.common import add_common_flags, machine, report, synthetic_batch
+from benchmarks.common import add_common_flags, machine, report
 from benchmarks.inference import tasks
+from deploy.latency import LatencyTable, calibrate, measure_table
 from models import build_model, check_model
+from models.narrow import NarrowNetwork
 from prune.allocation import FLOOR, Budget
 from prune.choice import FilterChoice
 from prune.masks import keep_ratios, prunable_layers
@@ -27,18 +31,28 @@ from utils.profile import profile_network
 from utils.setup import choose_device, to_device
 from utils.timing import interleaved_seconds, median_ratio
 
-FORMS = {"by layer": (False, 1), "coupled": (True, 1), "coupled, by 8": (True, 8)}  # coupled, channel multiple
+FORMS = {  # budget, coupled, channel multiple
+    "MACs, by layer": ("macs", False, 1),
+    "MACs, coupled": ("macs", True, 1),
+    "MACs, coupled, by 8": ("macs", True, 8),
+    "time, by layer": ("latency", False, 1),
+    "time, coupled": ("latency", True, 1),
+}
+OTHER = "torch_pruning"
+BISECTIONS = 12
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(prog="budgets.py", description="Time of networks with half of their multiply-accumulates.")
+    parser = cli.Parser(prog="budgets.py", description="Time of networks with half of their multiply-accumulates, or time.")
     parser.add_argument(
         "--model", nargs="+", default=["resnet56", "resnet18"], type=cli.checked(check_model), help="the networks"
     )
-    parser.add_argument("--budget", type=cli.keep_proportion, default=0.5, help="share of the MACs that is left")
+    parser.add_argument("--budget", type=cli.keep_proportion, default=0.5, help="share of the MACs or the time that is left")
+    parser.add_argument("--image-side", type=cli.positive_int, default=32, help="pixels")
     parser.add_argument("--batch-sizes", type=cli.positive_int, nargs="+", default=[1, 64], help="images a forward pass")
     parser.add_argument("--train-batch-size", type=cli.positive_int, default=64, help="images a training step")
     parser.add_argument("--onnx", action="store_true", help="time onnxruntime too (CPU)")
+    parser.add_argument("--torch-pruning", action="store_true", help="time what torch_pruning leaves, too")
     add_common_flags(parser, name="budgets", rounds=15)
     return parser
 
@@ -46,26 +60,33 @@ def get_args_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device, None, World())
     rows = [row for model in args.model for row in measure(model, args, device=device)]
-    report("budgets", rows, output=args.output, machine=machine(device), rounds=args.rounds)
+    report("budgets", rows, output=args.output, machine=machine(device), rounds=args.rounds, image_side=args.image_side)
 
 
 def measure(model: str, args: argparse.Namespace, *, device: torch.device) -> list[dict[str, Any]]:
-    image = synthetic_batch(1, device=device).images
-    networks = {"dense": build(model), **{form: pruned(model, args, form) for form in FORMS}}
+    example = torch.randn(2, 3, args.image_side, args.image_side, generator=torch.Generator().manual_seed(0))
+    networks = {"dense": build(model), **{form: pruned(model, args, form, example) for form in FORMS}}
+    macs = {form: profile_network(network, example[:1])["macs"] for form, network in networks.items()}
+    if args.torch_pruning:
+        try:
+            networks[OTHER] = pruned_by_another(model, example, macs=args.budget * macs["dense"])
+            macs[OTHER] = profile_network(networks[OTHER], example[:1])["macs"]
+        except Exception as error:  # of whatever kind
+            print(f"{model}: {OTHER} fails: {type(error).__name__}: {error}", flush=True)
     networks = {form: to_device(network, device) for form, network in networks.items()}
-    macs = {form: profile_network(network, image)["macs"] for form, network in networks.items()}
     rows = []
-    for task, functions in tasks(args, networks, device=device, onnx=args.onnx).items():
+    for task, functions in tasks(args, networks, device=device, onnx=args.onnx, image_side=args.image_side).items():
         seconds = interleaved_seconds(functions, device=device, rounds=args.rounds)
-        for form in FORMS:
+        for form in (*FORMS, *([OTHER] if args.torch_pruning else [])):
+            network = networks.get(form)
             rows.append(
                 {
                     "network": model,
                     "task": task,
-                    "channels": form,
-                    "relayouts": networks[form].relayout_count,
-                    "MACs": macs[form] / macs["dense"],
-                    "time": median_ratio(seconds[form], seconds["dense"]),
+                    "budget": form,
+                    "relayouts": network.relayout_count if isinstance(network, NarrowNetwork) else 0,
+                    "MACs": macs[form] / macs["dense"] if network is not None else None,
+                    "time": median_ratio(seconds[form], seconds["dense"]) if network is not None else None,
                 }
             )
     return rows
@@ -73,25 +94,50 @@ def measure(model: str, args: argparse.Namespace, *, device: torch.device) -> li
 
 def build(model: str) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(model, num_classes=10)
+    return build_model(model, num_classes=10).eval()
 
 
-def pruned(model: str, args: argparse.Namespace, form: str) -> nn.Module:
-    coupled, multiple = FORMS[form]
-    network, example = build(model), synthetic_batch(2, device=torch.device("cpu")).images
+def pruned(model: str, args: argparse.Namespace, form: str, example: Tensor) -> nn.Module:
+    kind, coupled, multiple = FORMS[form]
+    network, budget = build(model), Budget(kind, args.budget)
     layers = prunable_layers(network, example=example)
-    choose = FilterChoice(
-        network,
-        layers,
-        keep_ratios(layers, [FLOOR]),
-        criterion="filter-a",
-        data=SimpleNamespace(example=example),
-        seed=0,
-        multiple=multiple,
-        coupled=coupled,
-        budget=Budget("macs", args.budget),
-    )
-    return copy.deepcopy(PhysicalPruning(network, choose(), example=example).trained_network())
+
+    def choice(table: LatencyTable | None) -> FilterChoice:
+        seconds = table.seconds if table is not None else None
+        setting = {"criterion": "filter-a", "data": SimpleNamespace(example=example), "seed": 0, "multiple": multiple}
+        return FilterChoice(
+            network, layers, keep_ratios(layers, [FLOOR]), **setting, coupled=coupled, budget=budget, seconds=seconds
+        )
+
+    table = None
+    if kind == "latency":
+        setting = {"runtime": "torch", "batch_size": args.batch_sizes[-1], "threads": None, "multiple": multiple, "narrowest": 1}
+        table = measure_table(network, example, **setting)
+        calibrate(table, args.budget, network, lambda: choice(table).small_network(choice(table)()), example)
+    return copy.deepcopy(PhysicalPruning(network, choice(table)(), example=example).trained_network())
+
+
+def pruned_by_another(model: str, example: Tensor, *, macs: float) -> nn.Module:
+    """What torch_pruning leaves with as many multiply-accumulates, or a little fewer."""
+    import torch_pruning
+
+    def remaining(ratio: float) -> nn.Module:
+        network = build(model)
+        last = [layer for layer in network.modules() if getattr(layer, "out_features", None) == 10]
+        importance = torch_pruning.importance.MagnitudeImportance(p=1)
+        torch_pruning.pruner.MagnitudePruner(
+            network, example, importance=importance, pruning_ratio=ratio, ignored_layers=last
+        ).step()
+        return network
+
+    low, high = 0.0, 0.9
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if profile_network(remaining(middle), example[:1])["macs"] > macs:
+            low = middle
+        else:
+            high = middle
+    return remaining(high)
 
 
 if __name__ == "__main__":

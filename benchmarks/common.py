@@ -29,10 +29,12 @@ def add_common_flags(parser: cli.Parser, *, name: str, rounds: int, cpu_only: bo
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="where the JSON goes")
 
 
-def synthetic_batch(size: int, *, device: torch.device, num_classes: int = 10, seed: int = 0) -> Batch:
-    """Normal noise (size, 3, 32, 32) in the layout of the data pipeline: what a step costs does not depend on its images."""
+def synthetic_batch(
+    size: int, *, device: torch.device, num_classes: int = 10, seed: int = 0, image_side: int = IMAGE_SIDE_PIXELS
+) -> Batch:
+    """Normal noise (size, 3, image_side, image_side) in the layout of the data pipeline: no step's cost depends on its images."""
     stream = torch.Generator().manual_seed(seed)
-    images = torch.randn(size, 3, IMAGE_SIDE_PIXELS, IMAGE_SIDE_PIXELS, generator=stream)
+    images = torch.randn(size, 3, image_side, image_side, generator=stream)
     labels = torch.randint(num_classes, (size,), generator=stream)
     return Batch(images.to(device, memory_format=torch.channels_last), labels.to(device), 1)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import add_common_flags, machine, report, synthetic_batch
+from benchmarks.common import IMAGE_SIDE_PIXELS, add_common_flags, machine, report, synthetic_batch
 from benchmarks.worker import PAUSE_SECONDS, timed_elsewhere
 from deploy.runtimes import run_onnxruntime
 from models import MODELS, build_model
@@ -113,17 +113,22 @@ def build_forms(name: str, keep_ratio: float, multiple: int, *, device: torch.de
 
 
 def tasks(
-    args: argparse.Namespace, networks: Mapping[str, nn.Module], *, device: torch.device, onnx: bool
+    args: argparse.Namespace,
+    networks: Mapping[str, nn.Module],
+    *,
+    device: torch.device,
+    onnx: bool,
+    image_side: int = IMAGE_SIDE_PIXELS,
 ) -> dict[str, dict[str, Callable[[], object]]]:
     """What is timed, and for each of it one function a form."""
     evaluated = {form: copy.deepcopy(network).eval() for form, network in networks.items()}
     result = {}
     for size in args.batch_sizes:
-        images = synthetic_batch(size, device=device).images
+        images = synthetic_batch(size, device=device, image_side=image_side).images
         result[f"forward, batch {size}"] = {form: forward(network, images) for form, network in evaluated.items()}
         if onnx and device.type == "cpu":
             result[f"onnxruntime, batch {size}"] = {form: onnx_session(net, images) for form, net in evaluated.items()}
-    batch = synthetic_batch(args.train_batch_size, device=device)
+    batch = synthetic_batch(args.train_batch_size, device=device, image_side=image_side)
     result[f"training step, batch {args.train_batch_size}"] = {form: step(net, batch) for form, net in networks.items()}
     return result
 
