@@ -25,7 +25,7 @@ from prune.forms import build_schedule, check_compact_form, training_form
 from prune.masks import PrunableLayer, keep_ratios, prunable_layers
 from prune.networks import build_networks, network_names, path_of, read_checked, read_files
 from prune.preview import print_pruning
-from prune.record import describe_pruned, finish, log_accuracy, log_pruning
+from prune.record import describe_pruned, finish, log_accuracy, log_pruning, log_step
 from prune.schedule import SOFT_CRITERIA, PruningSchedule, check_soft_state
 from prune.sensitivity import check_file, measure_sensitivity, read_rates
 from utils import cli, setup
@@ -154,6 +154,10 @@ def check_flags(args: argparse.Namespace) -> None:
         check_file(Path(args.sensitivity))
     if rates_file(args) is not None and len(args.prune_rates) > 1:
         raise UserError(f"--prune-rates {rates_file(args)}: a file stands alone, without proportions beside it")
+    if args.prune_steps > args.n_epochs:
+        raise UserError(f"--prune-steps {args.prune_steps}: one an epoch, but --n-epochs {args.n_epochs} are fewer")
+    if args.prune_steps > 1 and args.train_form == "compact":
+        raise UserError(f"--train-form compact: not with --prune-steps {args.prune_steps}, whose network has no one small form")
     if args.soft_prune and args.ema is not None:
         raise UserError(f"--ema {args.ema:g}: not with --soft-prune, an average of what is cleared now and then is not pruned")
     check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
@@ -253,12 +257,14 @@ def schedule_of(
         student.network,
         choose,
         soft_interval=(args.prune_interval or 1) if args.soft_prune else None,
+        steps=args.prune_steps,
         last_epoch=args.n_epochs - 1,
         form="masked"
         if choose.is_whole
         else training_form(args.train_form, choose.data.device, amp=args.amp, compiled=args.compile),
         images=choose.data.example,
         warn=run.warn,
+        on_choice=partial(log_step, run, steps=args.prune_steps),
         state=state,
     )
 

@@ -35,7 +35,8 @@ class FilterChoice:
     batches of `data`, or over all. With `coupled` the filters of several layers that belong together go together
     (`prune.groups`). A `budget` says what the network that is left may cost, and takes the place of the ratios below 1;
     `allocation` says how it is spent, and `seconds` what a budget of time has to know (`prune.cost`).
-    `earlier` holds the channels that an earlier pruning has left, by layer: what it removed stays removed.
+    `earlier` holds the channels that an earlier pruning has left, by layer: what it removed stays removed. If the choice is
+    `nested` that counts among what this one removes.
     """
 
     network: nn.Module
@@ -52,6 +53,7 @@ class FilterChoice:
     allocation: str = "uniform"
     earlier: Mapping[str, Sequence[int]] = field(default_factory=dict)
     seconds: Callable[[Widths], float] | None = None
+    nested: bool = False
 
     @property
     def takes_nothing(self) -> bool:
@@ -74,7 +76,7 @@ class FilterChoice:
     def __call__(self) -> dict[str, Tensor]:
         if self.takes_nothing:
             kept = {layer.name: torch.arange(layer.filters) for layer in self.layers}
-        elif self.coupled or self.budget is not None:
+        elif self.coupled or self.budget is not None or self.nested:
             kept = self._highest_groups()
         else:
             kept = self._highest()
@@ -124,8 +126,31 @@ class FilterChoice:
             **self.options,
         )
 
+    def at_step(self, step: int, steps: int, kept: Mapping[str, Tensor] | None) -> "FilterChoice":
+        """The choice at one of `steps` equal steps, counted from 0, on the way to this one; `kept` is what the last one left."""
+        part = (step + 1) / steps
+        return replace(
+            self,
+            ratios={name: 1 - (1 - ratio) * part for name, ratio in self.ratios.items()},
+            budget=replace(self.budget, share=1 - (1 - self.budget.share) * part) if self.budget is not None else None,
+            earlier={**self.earlier, **{name: channels.tolist() for name, channels in (kept or {}).items()}},
+            nested=kept is not None,
+        )
+
     def _families(self, scores: Mapping[str, Tensor]) -> list[Family]:
-        return rank(self._groups, scores, ratios=self.ratios, multiple=self.multiple)
+        families = rank(self._groups, scores, ratios=self.ratios, multiple=self.multiple)
+        return [self._gone_first(family) for family in families] if self.nested else families
+
+    def _gone_first(self, family: Family) -> Family:
+        """The family with the groups in front that an earlier pruning has removed: they are the first to go."""
+        left = {name: set(channels) for name, channels in self.earlier.items()}
+
+        def is_left(place: int) -> bool:
+            return all(channel in left.get(name, (channel,)) for name, channel in family.groups[place].filters)
+
+        order = sorted(range(len(family.groups)), key=is_left)  # stable
+        groups, scores = (tuple(values[place] for place in order) for values in (family.groups, family.scores))
+        return replace(family, groups=groups, scores=scores)
 
     def _cost_of(self, families: Sequence[Family], counts: Sequence[int]) -> dict[str, int]:
         return self.cost(self._kept(families, counts))

@@ -41,6 +41,8 @@ def add_pruning_flags(parser: cli.Parser) -> None:
     group.add_argument(
         "--prune-interval", type=cli.positive_int, metavar="EPOCHS", help="epochs between soft prunings (default: 1)"
     )
+    group.add_argument("--prune-steps", type=cli.positive_int, default=1, metavar="N",
+                       help="hard pruning takes N equal steps, before the first N epochs")  # fmt: skip
     group.add_argument("--recalibrate-bn", type=cli.positive_int, metavar="N",
                        help="estimate batch norm's statistics over N training batches before each evaluation")  # fmt: skip
     group.add_argument("--samp-batches", type=cli.positive_int, metavar="N",
@@ -81,8 +83,8 @@ def _say_what_counts(parser: cli.Parser) -> None:
     where_pruned = ("prune_mode", "soft_prune", "exclude_layers", "channel_multiple", "couple_channels", "prune_linear")
     parser.counts_only(*where_pruned, where=prunes, only=f"with {below}")
     parser.counts_only("prune_rates", where=lambda args: args.budget is None, only="without --budget")
-    alone = ["soft_prune", "budget", "train_form", "prune_rates", "distill", "alpha", "betas", "n_epochs", "lr", "lr_schedule"]
-    alone += ["schedule", "lr_drops", "run_name", "log_name", "resume", "auto_resume", "dry_run"]
+    alone = ["soft_prune", "prune_steps", "budget", "train_form", "prune_rates", "distill", "alpha", "betas", "n_epochs", "lr"]
+    alone += ["lr_schedule", "schedule", "lr_drops", "run_name", "log_name", "resume", "auto_resume", "dry_run"]
     parser.counts_only(*alone, where=lambda args: args.sensitivity is None, only="without --sensitivity, which trains nothing")
     parser.counts_only(
         "sensitivity_drop",
@@ -97,6 +99,9 @@ def _say_what_counts(parser: cli.Parser) -> None:
             where=lambda args, users=users: prunes(args) and args.prune_mode in users,
             only=f"with --prune-mode {' or '.join(users)} and {below}",
         )
+    parser.counts_only(
+        "prune_steps", where=lambda args: prunes(args) and not args.soft_prune, only=f"with {below}, and without --soft-prune"
+    )
     parser.counts_only("prune_interval", where=lambda args: args.soft_prune, only="with --soft-prune, hard pruning chooses once")
     parser.counts_only(  # without rates below 1 still for what an earlier pruning left in the student's file
         "train_form",

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune.schedule import HardPruning, PhysicalPruning, PruningSchedule, SoftPruning
+from prune.choice import FilterChoice
+from prune.schedule import GradualPruning, HardPruning, PhysicalPruning, PruningSchedule, SoftPruning
 from utils.distributed import any_process
 from utils.errors import UserError
 
@@ -16,24 +17,37 @@ TRAIN_FORMS = ("auto", "compact", "masked")
 
 def build_schedule(
     network: nn.Module,
-    choose: Callable[[], dict[str, Tensor]],
+    choose: FilterChoice,
     *,
     soft_interval: int | None,
+    steps: int = 1,
     last_epoch: int,
     form: str,
     images: Tensor,
     warn: Callable[[str], None],
+    on_choice: Callable[[PruningSchedule, int], None] = lambda schedule, step: None,
     state: Mapping[str, Any] | None = None,
 ) -> PruningSchedule:
     """What keeps `network` pruned; hard pruning makes its one choice here, or takes it from the state of a resumed run.
 
-    `soft_interval` is the number of epochs between soft prunings, None for hard pruning. That one trains the network in
+    `soft_interval` is the number of epochs between soft prunings, None for hard pruning. In several `steps` that goes on over the
+    first epochs, in the masked network, and `on_choice(schedule, step)` hears of the later ones. In one it trains the network in
     `form`, compact or masked, and a resumed run in the one that it began with. With form auto it is the compact one if that
     evaluates and trains as the masked one does on `images`, which is proved before; if not, `warn` is told why, and the masked
     one is trained. Raises UserError where form compact does not pass.
     """
     if soft_interval is not None:
         return SoftPruning(network, choose, interval=soft_interval, last_epoch=last_epoch)
+    if steps > 1:
+        kept = state["resume"]["hooks"]["kept"] if state is not None else None
+        return GradualPruning(
+            network,
+            lambda step, kept: choose.at_step(step, steps, kept)(),
+            steps=steps,
+            on_choice=on_choice,
+            kept=kept,
+            example=images,
+        )
     if state is not None:
         return (PhysicalPruning if _was_trained_small(state) else HardPruning)(
             network, state["resume"]["hooks"]["kept"], example=images

@@ -70,6 +70,14 @@ def log_pruning(
     run.save_json(BEFORE_TRAINING, {**scores, "pruned": pruned})
 
 
+def log_step(run: Run, schedule: PruningSchedule, step: int, *, steps: int) -> None:
+    """Logs a later step of gradual pruning, counted from 0, and keeps its choice."""
+    convs = [schedule.layers[name] for name in schedule.kept if isinstance(schedule.layers[name], PrunableLayer)]
+    left, whole = sum(len(schedule.kept[layer.name]) for layer in convs), sum(layer.filters for layer in convs)
+    run.log(f"step {step + 1} of {steps}: {left} of {whole} filters are left")
+    save_kept(run, schedule, schedule.kept)
+
+
 def save_kept(run: Run, schedule: PruningSchedule, kept: Mapping[str, Tensor]) -> None:
     convs = [schedule.layers[name] for name in kept if isinstance(schedule.layers[name], PrunableLayer)]
     run.save_json(KEPT_FILTERS, {conv.name: {"filters": conv.filters, "kept": kept[conv.name].tolist()} for conv in convs})

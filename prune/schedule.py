@@ -81,6 +81,36 @@ class HardPruning(PruningSchedule):
         self._zeros.restore()
 
 
+class GradualPruning(HardPruning):
+    """Filters go in `steps` steps, the first before training, the others after the first epochs. What is gone stays gone.
+
+    `choose_at(step, kept)` gives what stays at a step, counted from 0, of what has stayed so far (None before the first). It
+    must not change anything. `on_choice(schedule, step)` hears of the later ones. With `kept`, from the state of a resumed run,
+    nothing is chosen here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        choose_at: Callable[[int, Mapping[str, Tensor] | None], dict[str, Tensor]],
+        *,
+        steps: int,
+        on_choice: Callable[["GradualPruning", int], None],
+        kept: Mapping[str, Tensor] | None = None,
+        example: Tensor | None = None,
+    ):
+        self._choose_at, self._steps, self._on_choice = choose_at, steps, on_choice
+        super().__init__(model, choose_at(0, None) if kept is None else kept, example=example)
+
+    def after_epoch(self, epoch: int) -> None:
+        if epoch + 1 < self._steps:
+            self.load_state_dict({"kept": self._choose_at(epoch + 1, self.kept)})
+            self._on_choice(self, epoch + 1)
+
+    def is_final(self, epoch: int) -> bool:
+        return epoch + 2 >= self._steps
+
+
 class PhysicalPruning(PruningSchedule):
     """One choice before training, and the filters are gone from the network that is trained.
 

@@ -109,6 +109,19 @@ def test_proportions_follow_from_what_each_layer_loses_alone(prune, trained_run,
     assert json.loads((folder / "sensitivity.json").read_text()) == document
 
 
+def test_gradual_pruning_ends_where_one_step_does_and_its_best_network_is_as_small(prune):
+    options = ["--prune-mode", "filter-a", "--n-epochs", "4"]
+    folder = prune(*options, "--prune-steps", "3")
+    kept = json.loads((folder / "kept_filters.json").read_text())
+    assert all(len(layer["kept"]) == keep_count(layer["filters"], 0.6) for layer in kept.values())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best"]["epoch"] >= 1 and summary["kept_filters"] == {name: len(layer["kept"]) for name, layer in kept.items()}
+    assert summary["compact"]["compact"]["parameters"] < 0.5 * summary["compact"]["dense"]["parameters"]
+    log = (folder.parent / "pruning.txt").read_text()
+    steps = [line.partition("step ")[2] for line in log.splitlines() if " step " in line and "filters are left" in line]
+    assert [step.partition(":")[0] for step in steps] == ["2 of 3", "3 of 3"]
+
+
 def test_the_small_network_is_small_and_the_same(prune):
     folder = prune("--prune-mode", "filter-a")
     dense, small = (load_network(folder / name, flag="--s-path") for name in ("model_best.pt", "model_compact.pt"))

@@ -30,6 +30,12 @@ RECALIBRATED = Recipe(
     "--t-path {teacher} --s-copy-t --prune-mode filter-l2 --prune-rates 0.6 --soft-prune --prune-interval 2 --recalibrate-bn 1 "
     "--run-name run --n-epochs 2 --limit-batches 2 --batch-size 16 --schedule --lr-drops",
 )
+GRADUAL = Recipe(
+    "gradual",
+    "pruning",
+    "--t-path {teacher} --s-copy-t --prune-mode filter-gm --prune-rates 0.4 --prune-steps 3 --distill hap "
+    "--run-name run --n-epochs 4 --limit-batches 2 --batch-size 16 --schedule --lr-drops",
+)
 FOLDER_FLAGS = (
     "--model resnet20 --dataset folder --run-name run --n-epochs 2 --limit-batches 2 --batch-size 2 --schedule --lr-drops"
 )
@@ -129,6 +135,15 @@ class TestKilled:
         assert differences(untouched(recipe) / RUN, tmp_path / RUN) == []
 
 
+@pytest.mark.parametrize("place", [0.35, 0.55, 0.75])
+def test_gradual_pruning_goes_on_between_its_steps(place, tmp_path, untouched, trained_run):
+    reference = untouched(GRADUAL)
+    fatal = int(place * len(moments_of(reference)))
+    assert begin(GRADUAL, tmp_path, trained_run, fatal=fatal) == -signal.SIGKILL
+    assert finish(GRADUAL, tmp_path, trained_run) == 0, output(tmp_path)
+    assert differences(reference / RUN, tmp_path / RUN) == []
+
+
 def test_another_seed_gives_other_bits(tmp_path, untouched, trained_run):
     words = [*words_of(HARD, trained_run), "--seed", "2"]
     assert wait(start(HARD.script, words, folder=tmp_path)) == 0
@@ -144,8 +159,9 @@ class TestStopped:
             (SOFT, signal.SIGTERM, 143),
             (QUANTIZED, signal.SIGINT, 130),
             (RECALIBRATED, signal.SIGTERM, 143),
+            (GRADUAL, signal.SIGTERM, 143),
         ],
-        ids=["dropout", "hard", "soft", "quantized", "recalibrated"],
+        ids=["dropout", "hard", "soft", "quantized", "recalibrated", "gradual"],
     )
     def test_saves_within_the_epoch_and_says_how_to_go_on(self, recipe, number, status, tmp_path, untouched, trained_run):
         reference = untouched(recipe)

@@ -63,6 +63,10 @@ class Hooks:
     def after_epoch(self, epoch: int) -> None:
         """Called after the last step of `epoch`, counted from 0, before anything is evaluated or saved."""
 
+    def is_final(self, epoch: int) -> bool:
+        """Whether the network that `epoch` ends with has the form in which the training ends."""
+        return True
+
     @contextlib.contextmanager
     def shipped(self) -> Iterator[Mapping[str, Tensor]]:
         """Within it the network is as it is evaluated and saved; gives the channels that live, by layer."""
@@ -310,7 +314,7 @@ class Trainer:
             if not math.isfinite(test["loss"]):
                 raise NonFiniteLoss(f"the test loss is no finite number after epoch {self.epoch + 1}; try a lower --lr")
             self.last = {"epoch": self.epoch, **{name: test[name] for name in ("loss", "top1", "top5")}}
-            is_best = self.best is None or self.last["top1"] > self.best["top1"]
+            is_best = self._has_no_best() or self.last["top1"] > self.best["top1"]
             self.best = self.last if is_best else self.best
             checkpoint = self._checkpoint(kept)
         beside = self._score_other()
@@ -322,6 +326,10 @@ class Trainer:
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.data.device)
         if self.epoch % self.plan.checkpoint_interval == 0 or self.epoch == self.plan.n_epochs:
             self._save_last(checkpoint)
+
+    def _has_no_best(self) -> bool:
+        """Whether the first epoch of its kind has ended: one before the network has its final form is no rival of those after."""
+        return self.best is None or (self.hooks.is_final(self.epoch) and not self.hooks.is_final(self.best["epoch"]))
 
     def _score_other(self) -> dict[str, float]:
         """With an average: scores the network that is not shipped, `average_top1` or `trained_top1`, and saves it beside."""

@@ -1,5 +1,7 @@
 import copy
 from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ from torch import nn
 
 from models.alexnet import AlexNet
 from models.cifar_resnet import CifarResNet
-from prune.masks import choose_filters, keep_ratios, prunable_layers
-from prune.schedule import HardPruning, PruningSchedule, SoftPruning
+from prune.allocation import Budget
+from prune.choice import FilterChoice
+from prune.masks import choose_filters, keep_count, keep_ratios, prunable_layers
+from prune.schedule import GradualPruning, HardPruning, PruningSchedule, SoftPruning
 from utils.engine import Hooks
 from utils.errors import UserError
 
@@ -340,3 +344,69 @@ def test_a_step_does_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(is_positive_zero(part.cpu()) for part in pruned_parts(model, schedule.kept))
+
+
+class TestGradual:
+    def choice(self, model, **options):
+        layers = prunable_layers(model)
+        data = SimpleNamespace(example=torch.randn(2, 3, 32, 32))
+        ratios = keep_ratios(layers, [0.1 if "budget" in options else 0.4])
+        return FilterChoice(model, layers, ratios, **{"criterion": "filter-gm", "data": data, "seed": 0} | options)
+
+    def schedule(self, model, choose, *, steps, heard):
+        return GradualPruning(
+            model,
+            lambda step, kept: choose.at_step(step, steps, kept)(),
+            steps=steps,
+            on_choice=lambda schedule, step: heard.append(step),
+        )
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"coupled": True}, {"budget": Budget("macs", 0.4)}, {"budget": Budget("params", 0.4), "coupled": True}],
+        ids=["rates", "coupled", "budget", "coupled budget"],
+    )
+    def test_ever_fewer_stay_until_it_is_what_was_asked_for(self, options):
+        model, heard, chosen = small_resnet(), [], []
+        choose = self.choice(model, **options)
+        schedule = self.schedule(model, choose, steps=3, heard=heard)
+        optimizer = sgd(model)
+        for epoch in range(4):
+            chosen.append({name: set(channels.tolist()) for name, channels in schedule.kept.items()})
+            train(model, schedule, optimizer, size=32)
+            assert not any(rows.any() for rows in pruned_parts(model, schedule.kept))
+            schedule.after_epoch(epoch)
+            assert not any(rows.any() for rows in pruned_parts(model, schedule.kept))
+        assert heard == [1, 2] and chosen[2] == chosen[3]
+        for before, after in pairwise(chosen):
+            assert all(after[name] <= before[name] for name in before)
+        sizes = [{name: len(channels) for name, channels in each.items()} for each in chosen]
+        one_shot = {name: len(channels) for name, channels in choose().items()}
+        if "budget" in options:
+            dense = choose.cost({layer.name: range(layer.filters) for layer in choose.layers})
+            kind, share = options["budget"].kind, options["budget"].share
+            left = [
+                choose.cost({name: sorted(channels) for name, channels in each.items()})[kind] / dense[kind] for each in chosen
+            ]
+            for cost, part in zip(left, (1 / 3, 2 / 3, 1, 1), strict=True):
+                assert 0.8 * (1 - (1 - share) * part) < cost <= 1 - (1 - share) * part
+        else:
+            assert sizes[2] == one_shot
+            if not choose.coupled:  # the streams of option A shortcuts are rounded part by part
+                assert sizes[0] == {layer.name: keep_count(layer.filters, 0.8) for layer in choose.layers}
+
+    def test_removed_filters_are_the_first_to_go_whatever_their_score(self):
+        """Distances from a median rank a filter of zeros anywhere, were it not gone."""
+        model = small_resnet()
+        choose = self.choice(model)
+        kept = {layer.name: torch.arange(layer.filters // 4, layer.filters) for layer in choose.layers}
+        HardPruning(model, kept)
+        after = choose.at_step(1, 2, kept)()
+        for layer in choose.layers:
+            assert set(after[layer.name].tolist()) <= set(kept[layer.name].tolist())
+            assert len(after[layer.name]) == keep_count(layer.filters, 0.4)
+
+    def test_only_networks_of_the_last_step_are_final(self):
+        model = small_resnet()
+        schedule = self.schedule(model, self.choice(model), steps=4, heard=[])
+        assert [schedule.is_final(epoch) for epoch in range(5)] == [False, False, True, True, True]
