@@ -9,5 +9,5 @@ ensure_environment requirements-dev.txt
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" shellcheck -x scripts/*.sh # lies beside the Python it is installed for
+PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" shellcheck -x scripts/*.sh tests/*.sh # lies beside the Python it is installed for
 exec "$PYTHON" -m pytest --numprocesses auto --dist worksteal "$@" # the tests compute with one thread each
