@@ -79,6 +79,8 @@ def main(args: argparse.Namespace) -> None:
     device, world = setup.prepare(args)
     if args.evaluate:
         return score(args, device=device, world=world)
+    if args.sensitivity is not None and world.size > 1:
+        raise UserError(f"--sensitivity {args.sensitivity}: for one process, start it without torchrun")
     lease, state, fallback = setup.take_up(args, world)
     if state is not None and args.soft_prune:
         check_soft_state(state["resume"]["hooks"], folder=args.resume)
