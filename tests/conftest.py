@@ -57,6 +57,7 @@ def run_script() -> Callable[..., Ended]:
 def _one_thread() -> None:
     """Sums in one order, and nothing that a forked process would wait for."""
     torch.set_num_threads(1)
+    torch.ones(1, requires_grad=True).sum().backward()  # after tensors without data it would start threads
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -38,6 +38,7 @@ class Values:
 
     def __init__(self, network: nn.Module, inputs: Sequence[Tensor], running: Callable[[], Any]):
         self._network, self._running = network, running
+        _start_autograd()
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._inputs = iter([self._mode.from_tensor(each) if isinstance(each, Tensor) else each for each in inputs])
         self._known: dict[fx.Node, Any] = {}
@@ -75,6 +76,16 @@ class Values:
                         return node.target(*args, **kwargs)
         except Exception as error:  # whatever the network's own code raises
             raise NoValue(f"`{node.format_node()}`: {str(error).strip().splitlines()[0] if str(error) else error!r}") from error
+
+
+@functools.cache
+def _start_autograd() -> None:
+    """The first backward pass starts a thread for each device, and tensors without data stand for devices that are not there.
+
+    Were it to come after those, a process would keep idle threads, and what it forks could not train.
+    """
+    with torch.enable_grad():
+        torch.ones(1, requires_grad=True).sum().backward()
 
 
 @contextmanager
