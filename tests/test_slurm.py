@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,7 @@ STUDY = ("run_quantization_encode.sh", "--dataset", "digits", "--n-epochs", "3",
 VARIABLES = {"SEEDS": "1 2 3", "BITS": "3 4 5", "MODEL": "resnet20"}
 RUNS = 1 + 3 + 9  # the teacher, a pruning for each seed, a quantization for each number of bits
 DISTURBANCES, SECONDS_BETWEEN = ["requeued"] * 6 + ["out of time"] * 6 + ["killed"] * 2, 3.0
+MOST_SECONDS = 600.0  # for one submission
 
 pytestmark = [
     pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason="needs Debian's slurm-wlm and munge"),
@@ -32,13 +34,14 @@ pytestmark = [
 
 
 @pytest.fixture
-def cluster(tmp_path):
-    """The environment in which Slurm's commands speak to a cluster of one node."""
-    folder = tmp_path / "slurm"
-    subprocess.run([ROOT / "tests" / "start_slurm.sh", folder], check=True)
-    yield {"SLURM_CONF": str(folder / "slurm.conf")}
-    for daemon in folder.glob("*.pid"):
-        os.kill(int(daemon.read_text()), signal.SIGKILL)
+def cluster():
+    """The environment in which Slurm's commands speak to a cluster of one node. Its sockets take short names only."""
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        subprocess.run([ROOT / "tests" / "start_slurm.sh", folder], check=True)
+        yield {"SLURM_CONF": str(folder / "slurm.conf")}
+        for daemon in folder.glob("*.pid"):
+            os.kill(int(daemon.read_text()), signal.SIGKILL)
 
 
 def environment(tmp_path, **variables):
@@ -93,8 +96,9 @@ def disturb(kind, *, saves, env):
 
 def wait_for_the_queue(pending, *, saves, env):
     """Until no task is left: disturbs one every few seconds, and looks all the time whether a run has two processes."""
-    due = time.monotonic() + SECONDS_BETWEEN
+    due, deadline = time.monotonic() + SECONDS_BETWEEN, time.monotonic() + MOST_SECONDS
     while queued(env=env):
+        assert time.monotonic() < deadline, call("squeue", "--array", env=env)
         twice = [name for name, count in Counter(trainings(saves).values()).items() if count > 1]
         assert not twice
         if pending and time.monotonic() > due:

@@ -40,6 +40,7 @@ class TestSchedule:
         args = cli.parse_flags(parser, ["--schedule", "--lr-drops", "--lr", "3"])
         assert args.defaults == setup.flags_of(cli.parse_flags(parser, [])) | {
             "resume": None,
+            "auto_resume": False,
             "dry_run": False,
             "may_download": True,
         }
