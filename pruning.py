@@ -19,7 +19,6 @@ from models import NAMES, check_model
 from models.network_file import NetworkFile
 from prune.allocation import FLOOR, parse_budget
 from prune.choice import FilterChoice
-from prune.cost import Widths
 from prune.flags import AUTO, add_pruning_flags, rates_file
 from prune.forms import build_schedule, check_compact_form, training_form
 from prune.masks import PrunableLayer, keep_ratios, prunable_layers
@@ -102,8 +101,7 @@ def main(args: argparse.Namespace) -> None:
         check_compact_form(student.network, choose.without_pass()(), data.example)
     plan = replace(setup.training_plan(args), recalibrate_bn_batches=args.recalibrate_bn)
     if args.dry_run:
-        time = [describe(table, choose.widths(choose.without_pass()()))] if table is not None else []
-        return print_pruning(args, plan, student, choose, lines=[*time, f"loss: {loss}"])
+        return print_pruning(args, plan, student, choose, loss=loss, describe=partial(describe, table) if table else None)
 
     networks = {"--t-path": teacher.network} if teacher is not None else {}
     if args.s_path is not None:
@@ -116,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     schedule = schedule_of(args, student, choose, run=run, state=state)
     if state is None:
         if table is not None:
-            log_chosen(run, table, student.network, choose.small_network(schedule.kept or choose.without_pass()()), data)
+            log_chosen(run, table, student.network, choose.small_network(schedule.kept), choose.widths(schedule.kept), data)
         log_pruning(
             run, before, schedule=schedule, student=student, data=data, recalibrate_bn_batches=plan.recalibrate_bn_batches
         )
@@ -194,16 +192,18 @@ def objective_of(
 
 def latency_table(args: argparse.Namespace, student: NetworkFile, data: ImageData) -> LatencyTable | None:
     """What a budget of time has to know; None for other budgets."""
-
-    def chosen(table: LatencyTable) -> tuple[nn.Module, Widths]:
-        choose = filter_choice(args, student, data, table).without_pass()
-        choose.check()
-        return choose.small_network(choose())
-
+    if not is_of_time(args):
+        return None
     layers = prunable_layers(student.network, linear=args.prune_linear)
-    multiple = None if args.channel_multiple == AUTO else args.channel_multiple
-    narrowest = min(layer.filters for layer in layers)
-    return obtain_table(args, student.network, data, multiple=multiple, narrowest=narrowest, chosen=chosen)
+    return obtain_table(
+        args,
+        student.network,
+        data,
+        share=parse_budget(args.budget).share,
+        multiple=None if args.channel_multiple == AUTO else args.channel_multiple,
+        narrowest=min(layer.filters for layer in layers),
+        chosen_by=lambda table: filter_choice(args, student, data, table).without_pass().outcome,
+    )
 
 
 def rates_of(args: argparse.Namespace, layers: Sequence[PrunableLayer]) -> Sequence[float]:

@@ -119,7 +119,7 @@ def pruned(model: str, args: argparse.Namespace, form: str, example: Tensor) -> 
     if kind == "latency":
         setting = {"runtime": "torch", "batch_size": args.batch_sizes[-1], "threads": None, "multiple": multiple, "narrowest": 1}
         table = measure_table(network, example, **setting)
-        calibrate(table, args.budget, network, lambda: choice(table).small_network(choice(table)()), example)
+        calibrate(table, args.budget, network, choice(table).outcome, example)
     return copy.deepcopy(PhysicalPruning(network, choice(table)(), example=example).trained_network())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import IMAGE_SIDE_PIXELS, add_common_flags, machine, report, synthetic_batch
 from benchmarks.worker import PAUSE_SECONDS, timed_elsewhere
-from deploy.runtimes import run_onnxruntime
+from deploy.runtimes import RUNTIMES
 from models import MODELS, build_model
 from models.batch_norm import quicken_batch_norms
 from models.narrow import narrow
@@ -148,7 +148,7 @@ def step(network: nn.Module, batch: Batch) -> Callable[[], object]:
 
 
 def onnx_session(network: nn.Module, images: Tensor) -> Callable[[], object]:
-    run = run_onnxruntime(network, images[:1].expand(2, -1, -1, -1))
+    run = RUNTIMES["onnxruntime"](network, images[:1].expand(2, -1, -1, -1))
     return lambda: run(images)
 
 

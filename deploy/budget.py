@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import nn
 
-from deploy.flags import is_of_time
 from deploy.latency import Comparison, LatencyTable, Widths, calibrate, measure_table, read_table
 from utils.data import ImageData
 from utils.distributed import same_everywhere
@@ -23,17 +22,16 @@ def obtain_table(
     network: nn.Module,
     data: ImageData,
     *,
+    share: float,
     multiple: int | None,
     narrowest: int,
-    chosen: Callable[[LatencyTable], Chosen],
-) -> LatencyTable | None:
-    """The table of the run that is resumed, of --budget-table, or one that the main process measures; None for other budgets.
+    chosen_by: Callable[[LatencyTable], Callable[[], Chosen]],
+) -> LatencyTable:
+    """The table of the run that is resumed, of --budget-table, or one that the main process measures for `share` of the time.
 
-    `multiple` None leaves the channel multiple to the table, for layers of `narrowest` filters at least. `chosen` gives the
-    network that a table leads to.
+    `multiple` None leaves the channel multiple to the table, for layers of `narrowest` filters at least. `chosen_by(table)()`
+    gives the network that a table leads to as it is then.
     """
-    if not is_of_time(args):
-        return None
     recorded = Path(args.resume or "") / LATENCY_TABLE
     if args.resume is not None and recorded.exists():
         return read_table(recorded, flag="--resume", network=network, image=data.example)
@@ -44,8 +42,7 @@ def obtain_table(
         setting = {"runtime": args.budget_runtime, "batch_size": args.budget_batch_size, "threads": args.budget_threads}
         with naming(f"--budget-runtime {args.budget_runtime}"):
             table = measure_table(network, data.example, **setting, multiple=multiple, narrowest=narrowest)
-        share = float(args.budget.partition("=")[2])
-        calibrate(table, share, network, lambda: chosen(table), data.example)
+        calibrate(table, share, network, chosen_by(table), data.example)
     return same_everywhere([table])[0]
 
 
@@ -59,11 +56,10 @@ def describe(table: LatencyTable, widths: Widths) -> str:
     )
 
 
-def log_chosen(run: Run, table: LatencyTable, network: nn.Module, chosen: Chosen, data: ImageData) -> None:
+def log_chosen(run: Run, table: LatencyTable, network: nn.Module, small: nn.Module, widths: Widths, data: ImageData) -> None:
     """Measures the small network beside the dense one, logs both times, and keeps them with the table in the run's folder."""
     if not data.world.is_main:
         return
-    small, widths = chosen
     table.measured = {"predicted": table.seconds(widths) / table.dense_seconds}
     run.log(describe(table, widths))
     try:

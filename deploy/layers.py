@@ -7,7 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from deploy.runtimes import onnxruntime_session, openvino_session
+from deploy.runtimes import SESSIONS
 from models.layer_roles import norm_pairs
 from models.modes import evaluating
 from utils.errors import UserError
@@ -132,7 +132,7 @@ def layer_runner(kind: LayerKind, inputs: int, outputs: int, runtime: str, image
                 return layer(given)
 
         return run
-    session = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}[runtime](_onnx(kind, shape))
+    session = SESSIONS[runtime](_onnx(kind, shape))
     return lambda: session(given)
 
 

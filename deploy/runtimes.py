@@ -3,6 +3,7 @@
 import os
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,6 @@ def run_torch(network: nn.Module, images: Tensor) -> Runner:
             return network(batch)
 
     return run
-
-
-def run_onnxruntime(network: nn.Module, images: Tensor) -> Runner:
-    return onnxruntime_session(to_onnx(network, images))
-
-
-def run_openvino(network: nn.Module, images: Tensor) -> Runner:
-    return openvino_session(to_onnx(network, images))
 
 
 def onnxruntime_session(content: bytes) -> Runner:
@@ -62,10 +55,14 @@ def openvino_session(content: bytes) -> Runner:
     return run
 
 
+def run_session(session: Callable[[bytes], Runner], network: nn.Module, images: Tensor) -> Runner:
+    return session(to_onnx(network, images))
+
+
+SESSIONS: dict[str, Callable[[bytes], Runner]] = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}
 RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Runner]] = {
     "torch": run_torch,
-    "onnxruntime": run_onnxruntime,
-    "openvino": run_openvino,
+    **{name: partial(run_session, session) for name, session in SESSIONS.items()},
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.narrow import NarrowNetwork
 from prune.allocation import Budget, Family, check_payable, counts_within, kept_channels, rank, uniform_counts
 from prune.compact import compact
 from prune.cost import NetworkCost, Widths
@@ -188,11 +189,16 @@ class FilterChoice:
             self._with_norms({name: [int(channel) for channel in channels] for name, channels in kept.items()})
         )
 
-    def small_network(self, kept: Mapping[str, Tensor]) -> tuple[nn.Module, Widths]:
-        """What is left of the network with the channels `kept`, and the widths of its layers. Changes nothing."""
+    def outcome(self) -> tuple[NarrowNetwork, Widths]:
+        """What is left of the network by this choice, and the widths of its layers."""
+        kept = self()
+        return self.small_network(kept), self.widths(kept)
+
+    def small_network(self, kept: Mapping[str, Tensor]) -> NarrowNetwork:
+        """What is left of the network with the channels `kept`; that stays as it is. Raises UserError where there is none."""
         pruned = copy.deepcopy(self.network)
         HardPruning(pruned, kept)
-        return compact(pruned, self.data.example), self.widths(kept)
+        return compact(pruned, self.data.example)
 
     def _with_norms(self, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
         return {**kept, **{layer.norm_name: kept[layer.name] for layer in self.layers if layer.norm_name is not None}}

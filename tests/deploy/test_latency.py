@@ -136,7 +136,7 @@ def test_the_slope_is_set_until_the_network_takes_what_it_may(share, law, monkey
     def small():
         ratios, budget = keep_ratios(prunable, [FLOOR]), Budget("latency", share)
         choose = FilterChoice(network, prunable, ratios, **setting, budget=budget, seconds=times.seconds)
-        return choose.small_network(choose())
+        return choose.outcome()
 
     def share_of(small):
         work = {name: layer.weight.shape[:2].numel() for name, layer in small.named_modules() if name in full}
