@@ -155,6 +155,17 @@ def test_the_slope_is_set_until_the_network_takes_what_it_may(share, law, monkey
     assert times.seconds(left) <= share * times.dense_seconds * (1 + 1e-6)
 
 
+def test_a_table_is_measured_on_this_machine():
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+    network, setting = nn.Sequential(*body).train(), {"batch_size": 2, "threads": 1, "multiple": None, "narrowest": 8}
+    times = latency.measure_table(network, torch.randn(1, 3, 8, 8), runtime="torch", **setting)
+    assert network.training and times.layers.keys() == {"0", "5"} and times.multiple in (1, 2, 4)
+    assert all(value > 0 for _, _, rows in times.grids.values() for row in rows for value in row)
+    assert times.seconds({}) == times.dense_seconds >= times.seconds({"0": (3, 2), "5": (2, 10)})
+    assert times.slope * times.sum_of_layers() == pytest.approx(times.dense_seconds)
+
+
 class TestFiles:
     def write(self, folder, **changes):
         network = build_model("resnet20", num_classes=10)
