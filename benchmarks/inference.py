@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import IMAGE_SIDE_PIXELS, add_common_flags, machine, report, synthetic_batch
-from benchmarks.worker import PAUSE_SECONDS, timed_elsewhere
+from benchmarks.worker import timed_elsewhere
 from deploy.runtimes import RUNTIMES
 from models import MODELS, build_model
 from models.batch_norm import quicken_batch_norms
@@ -32,7 +32,7 @@ from utils.distributed import World
 from utils.engine import CrossEntropyObjective, sgd, train_step
 from utils.profile import profile_network
 from utils.setup import choose_device, to_device
-from utils.timing import interleaved, median_ratio, seconds_of
+from utils.timing import PAUSE_SECONDS, interleaved, median_ratio, seconds_of
 
 PRUNINGS = ((0.6, 1), (0.5, 8))  # keep ratio, channel multiple
 ISA, HALF = "ONEDNN_MAX_CPU_ISA", "AVX2"  # the variable by which oneDNN takes narrower vectors; it reads it once

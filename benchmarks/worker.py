@@ -13,7 +13,6 @@ from utils.memory import keep_freed_memory
 from utils.timing import seconds_of
 
 Functions = Mapping[str, Callable[[], object]]
-PAUSE_SECONDS = 0.05  # until the threads of one process no longer wait for work in a loop, which would slow the other one
 
 
 @contextmanager

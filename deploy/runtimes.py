@@ -4,13 +4,14 @@ import os
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deploy.onnx import to_onnx
 from utils.errors import UserError
-from utils.timing import interleaved_seconds
+from utils.timing import PAUSE_SECONDS, interleaved_seconds
 
 Runner = Callable[[Tensor], Tensor]
 ROUNDS = 15
@@ -67,7 +68,8 @@ RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Runner]] = {
 
 
 def median_seconds(runners: Mapping[str, Runner], images: Tensor, *, rounds: int = ROUNDS) -> dict[str, float]:
-    """The median of each runner's time for `images`, in interleaved rounds."""
+    """The median of each runner's time for `images`, in interleaved rounds, each with its own threads awake and no others."""
     functions = {name: (lambda run=run: run(images)) for name, run in runners.items()}
-    seconds = interleaved_seconds(functions, device=images.device, rounds=rounds)
+    pause = PAUSE_SECONDS if images.device.type == "cpu" else 0.0
+    seconds = interleaved_seconds(functions, device=images.device, rounds=rounds, warmups=1, pause_seconds=pause)
     return {name: statistics.median(times) for name, times in seconds.items()}

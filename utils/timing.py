@@ -8,16 +8,24 @@ from typing import Any
 
 import torch
 
+PAUSE_SECONDS = 0.05  # until the threads of one runtime no longer wait for work in a loop, which would slow the next one
+
 
 def interleaved_seconds(
-    functions: Mapping[str, Callable[[], object]], *, device: torch.device, rounds: int, warmups: int = 2
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device,
+    rounds: int,
+    warmups: int = 2,
+    pause_seconds: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of each function in each of `rounds` rounds, in which all of them run one after the other.
 
-    Whatever else happens on the machine thus meets all of them alike. Each waits for the device's work.
+    Whatever else happens on the machine thus meets all of them alike. Each waits for the device's work. `pause_seconds` is
+    that of `interleaved`.
     """
     stopwatches = {name: partial(seconds_of, function, device=device) for name, function in functions.items()}
-    return interleaved(stopwatches, rounds=rounds, warmups=warmups)
+    return interleaved(stopwatches, rounds=rounds, warmups=warmups, pause_seconds=pause_seconds)
 
 
 def interleaved(
