@@ -11,6 +11,20 @@ from typing import Any
 
 from torch import fx, nn
 
+SCOPES = "scopes"  # in a node's `meta`
+
+Scopes = tuple[tuple[str, str], ...]
+
+
+def scopes_of(node: fx.Node) -> Scopes:
+    """The modules that called the operation, from the outermost to the innermost: the path and the class name of each.
+
+    A path that is called for the second time ends in `@1`. The network itself is not among them, a layer that is called is.
+    """
+    if SCOPES in node.meta:
+        return node.meta[SCOPES]
+    return tuple((call, kind.__name__) for call, (_, kind) in (node.meta.get("nn_module_stack") or {}).items())
+
 
 @dataclass(frozen=True)
 class _Result:
@@ -44,9 +58,13 @@ class GraphFunction:
     def __call__(self, owner: nn.Module, *inputs: Any) -> Any:
         return self._function(owner, *inputs)
 
+    def graph(self) -> fx.Graph:
+        """A copy of the operations; `scopes_of` says of each in which modules it was called."""
+        return _graph(self._operations)
+
     def calls_below(self, name: str) -> int:
         """How many calls of submodules of the module `name` it has."""
-        return sum(op == "call_module" and target.startswith(f"{name}.") for op, _, target, _, _ in self._operations)
+        return sum(op == "call_module" and target.startswith(f"{name}.") for op, _, target, *_ in self._operations)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GraphFunction":
         return self
@@ -60,10 +78,16 @@ def _rebuilt(operations: tuple[tuple[Any, ...], ...]) -> GraphFunction:
 
 
 def _operations(graph: fx.Graph) -> tuple[tuple[Any, ...], ...]:
-    """(op, name, target, args, kwargs) of each node, with places in this list for the nodes among the arguments."""
+    """(op, name, target, args, kwargs, scopes) of each node, with places in this list for the nodes among the arguments."""
     places = {node: place for place, node in enumerate(graph.nodes)}
     return tuple(
-        (node.op, node.name, _named(node.target), *fx.map_arg((node.args, dict(node.kwargs)), lambda arg: _Result(places[arg])))
+        (
+            node.op,
+            node.name,
+            _named(node.target),
+            *fx.map_arg((node.args, dict(node.kwargs)), lambda arg: _Result(places[arg])),
+            scopes_of(node),
+        )
         for node in graph.nodes
     )
 
@@ -82,10 +106,11 @@ def _graph(operations: tuple[tuple[Any, ...], ...]) -> fx.Graph:
     def given(argument: Any) -> Any:
         return nodes[argument.place] if isinstance(argument, _Result) else argument
 
-    for op, name, target, args, kwargs in operations:
+    for op, name, target, args, kwargs, scopes in operations:
         found = target.find() if isinstance(target, _Named) else target
         args, kwargs = fx.node.map_aggregate((args, kwargs), given)
         nodes.append(graph.create_node(op, found, args, kwargs, name=name))
+        nodes[-1].meta[SCOPES] = scopes
     return graph
 
 

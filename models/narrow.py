@@ -34,7 +34,7 @@ from models.channel_flow import (
     trace_network,
     whole_layers,
 )
-from models.graph_function import GraphFunction
+from models.graph_function import SCOPES, GraphFunction, scopes_of
 from models.in_place import reuse_memory
 from models.modes import deviating_modes
 from models.outputs import Outputs, has_outputs
@@ -166,6 +166,11 @@ class NarrowNetwork(nn.Module):
     def kept(self) -> dict[str, list[int]]:
         return self.__parts.kept
 
+    @property
+    def trainable(self) -> bool:
+        """Whether training runs the same operations as evaluation; if not, it can only be evaluated."""
+        return self.__parts.trainable
+
     def forward(self, x: Tensor, *more: Tensor) -> Any:
         return self.__parts.functions["forward"](self.__parts.owner, self.training, x, *more)
 
@@ -189,6 +194,15 @@ class NarrowNetwork(nn.Module):
     def relayout_count(self) -> int:
         """How many steps of the forward pass lay channels out anew between layers that store different ones."""
         return self.__parts.functions["forward"].calls_below(self.__parts.relayouts)
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether it gives its feature maps: `outputs(x)`."""
+        return "outputs" in self.__parts.functions
+
+    def graph(self, method: str = "forward") -> fx.Graph:
+        """The operations of `forward` or `outputs`, for use with the layers of `bare()`; the first input is the mode."""
+        return self.__parts.functions[method].graph()
 
     def bare(self) -> nn.Module:
         """The same layers and `forward` under no names but their own, for torch.export, which looks for layers by attribute."""
@@ -442,7 +456,15 @@ class _GraphWriter:
                 self.written[node] = self.training
             elif step.exists:
                 self.written[node] = _FORMS[step.form](self, step)
+                self._say_where(node)
         return self.graph
+
+    def _say_where(self, node: fx.Node) -> None:
+        """What was written for `node` was called where it was."""
+        for new in reversed(self.graph.nodes):
+            if SCOPES in new.meta:
+                break
+            new.meta[SCOPES] = scopes_of(node)
 
     def given(self, step: Step, source: fx.Node) -> fx.Node:
         """The new node that holds `source` as the step wants it."""

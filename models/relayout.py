@@ -17,7 +17,8 @@ class Relayout(nn.Module):
 
     def __init__(self, source: Channels, target: Channels):
         super().__init__()
-        self.axis, self.flat, self.count, self.width = source.axis, source.flat, len(source.stored), len(target.stored)
+        self.axis, self.rank, self.flat = source.axis, source.rank, source.flat
+        self.count, self.width = len(source.stored), len(target.stored)
         self.selects = set(target.stored) <= set(source.stored)
         self.fills = set(source.stored) <= set(target.stored)
         place = {channel: place for place, channel in enumerate(source.stored)}

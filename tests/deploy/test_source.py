@@ -1,0 +1,221 @@
+"""Python source of a network: the same bits, plain torch, what a person would have written, and nothing that could run."""
+
+import ast
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from deploy.source import Source, network_source
+from models import build_model
+from models.narrow import NarrowNetwork, narrow
+from prune.choice import FilterChoice
+from prune.masks import keep_ratios, prunable_layers
+from utils.errors import UserError
+from utils.image_spec import ImageSpec
+
+IMAGES = ImageSpec(("zebra", 'a "quoted"\nname \\', "日本"), (32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+def narrowed(model: nn.Module, *, side: int = 32, coupled: bool = False) -> NarrowNetwork:
+    """The network without some of its filters, chosen at random, or half of each layer's, the same of all that meet."""
+    example = torch.randn(2, 3, side, side)
+    layers = prunable_layers(model, example=example)
+    if coupled:
+        data = types.SimpleNamespace(example=example)
+        choice = FilterChoice(
+            model, layers, keep_ratios(layers, [0.5]), criterion="filter-a", data=data, seed=0, multiple=1, coupled=True
+        )
+        return choice.small_network(choice())
+    kept, random = {}, torch.Generator().manual_seed(0)
+    for layer in layers:
+        channels = torch.randperm(layer.filters, generator=random)[: max(1, int(0.6 * layer.filters))].sort()[0].tolist()
+        kept |= dict.fromkeys(filter(None, (layer.name, layer.norm_name)), channels)
+    return narrow(model, kept, example=example)
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def source_of(network: NarrowNetwork) -> Source:
+    return network_source(network.eval(), title="A network.", images=IMAGES, weights="small.safetensors")
+
+
+def loaded(source: Source, folder: Path) -> types.ModuleType:
+    """The module as its users import it, and `network`, what its `load` gives."""
+    (folder / "small.py").write_text(source.text)
+    safetensors.torch.save_file(source.tensors, folder / "small.safetensors")
+    module = types.ModuleType("small")
+    module.__file__ = str(folder / "small.py")
+    exec(compile(source.text, module.__file__, "exec"), vars(module))
+    module.network = module.load()
+    return module
+
+
+NETWORKS = [
+    ("resnet20", 32, False),
+    ("resnet20", 32, True),
+    ("alexnet", 32, False),
+    ("resnet18", 64, False),
+    ("torchvision/mobilenet_v3_small", 64, False),
+    ("torchvision/mobilenet_v2", 64, True),
+    ("torchvision/squeezenet1_1", 64, False),
+    ("torchvision/shufflenet_v2_x0_5", 64, True),
+    ("torchvision/densenet121", 32, True),
+    ("torchvision/efficientnet_b0", 32, False),
+    ("timm/resnet10t", 64, False),
+    ("timm/mobilenetv3_small_050", 64, False),
+]
+
+
+@pytest.mark.parametrize(("name", "side", "coupled"), NETWORKS)
+def test_the_source_computes_the_same_bits_in_evaluation_and_in_training(name, side, coupled, tmp_path):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    small = narrowed(built(name), side=side, coupled=coupled)
+    network = loaded(source_of(small), tmp_path).network
+    images = torch.randn(3, 3, side, side)
+    with torch.no_grad():
+        assert torch.equal(network(images), small.eval()(images))
+    results = []
+    for own in (network, small):
+        torch.manual_seed(1)
+        logits = own.train()(images)
+        logits.square().sum().backward()
+        gradients = sorted(float(parameter.grad.norm()) for parameter in own.parameters() if parameter.grad is not None)
+        results.append((logits, torch.tensor(gradients)))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-2)
+
+
+BLOCK = """
+class BasicBlock(nn.Module):
+    def __init__(self, conv_a_in, conv_a_out):
+        super().__init__()
+        self.conv_a = nn.Conv2d(conv_a_in, conv_a_out, 3, padding=1, bias=False)
+        self.bn_a = nn.BatchNorm2d(conv_a_out)
+        self.conv_b = nn.Conv2d(conv_a_out, conv_a_in, 3, padding=1, bias=False)
+        self.bn_b = nn.BatchNorm2d(conv_a_in)
+
+    def forward(self, x):
+        return F.relu(x + self.bn_b(self.conv_b(F.relu(self.bn_a(self.conv_a(x))))))
+"""
+
+
+def coupled_resnet() -> NarrowNetwork:
+    """ResNet-20 with 12, 20 and 40 channels in its streams, which share their first ones, and 8, 16 and 24 within its blocks."""
+    model, kept = built("resnet20"), {}
+    first = [*range(12)]
+    streams = (first, [*first, *range(16, 24)], [*first, *range(16, 24), *range(32, 52)])
+    for name, layer in model.named_modules():
+        stage = int(name.partition("stage_")[2][:1] or 1) - 1
+        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+            kept[name] = list(range((8, 16, 24)[stage])) if name.endswith("_a") else streams[stage]
+    return narrow(model, kept)
+
+
+def test_coupled_channels_come_out_as_one_would_write_them():
+    text = source_of(coupled_resnet()).text
+    assert BLOCK in text
+    assert "        self.stage_1 = nn.Sequential(BasicBlock(12, 8), BasicBlock(12, 8), BasicBlock(12, 8))\n" in text
+    assert "nn.Sequential(BasicBlock2(), BasicBlock(20, 16), BasicBlock(20, 16))\n" in text
+    assert "        return F.relu(y + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 8)))\n" in text
+    assert "        self.classifier = nn.Linear(40, 3)\n" in text
+    assert "        return self.classifier(x.mean((2, 3)))\n" in text
+    assert "register_buffer" not in text and "index" not in text
+
+
+def test_other_channels_are_picked_by_short_lines():
+    text = source_of(narrowed(built("resnet20"))).text
+    assert "            places" in text or "        places = [" in text
+    assert ".index_add(1, self.places, " in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_the_constants_are_those_of_the_images_and_preprocessing_normalises(tmp_path):
+    module = loaded(source_of(coupled_resnet()), tmp_path)
+    assert tuple(module.CLASS_NAMES) == IMAGES.class_names
+    assert (IMAGES.image_size, IMAGES.mean, IMAGES.std) == (module.IMAGE_SIZE, module.MEAN, module.STD)
+    grey = module.normalise(torch.full((1, 3, 2, 2), 0.5))
+    assert grey[0, :, 0, 0].tolist() == pytest.approx([0.0, 0.4, 0.2 / 0.3])
+
+
+def test_it_needs_torch_and_safetensors_alone_and_passes_a_linter(tmp_path):
+    for small in (coupled_resnet(), narrowed(built("resnet20"))):
+        text = source_of(small).text
+        imported = {
+            (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).partition(".")[0]
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        }
+        assert imported == {"pathlib", "torch", "safetensors"}
+        (tmp_path / "small.py").write_text(text)
+        words = ("check", "--isolated", "--select", "E4,E7,E9,F,I,B,W", str(tmp_path / "small.py"))
+        ended = subprocess.run([sys.executable, "-m", "ruff", *words], capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stdout
+
+
+def test_it_compiles_and_exports(tmp_path):
+    network = loaded(source_of(narrowed(built("resnet20"))), tmp_path).network
+    images = torch.randn(2, 3, 32, 32)
+    expected = network(images)
+    torch._dynamo.reset()
+    assert torch.allclose(torch.compile(network, backend="eager", fullgraph=True)(images), expected, atol=1e-5)
+    assert torch.allclose(torch.export.export(network, (images,)).module()(images), expected, atol=1e-5)
+
+
+class Other(nn.Module):
+    def forward(self, x):
+        return x.sinh() if x.sum() > 0 else x  # torch.fx cannot look into it
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [(Other(), "is a Other, none of torch.nn's"), (nn.MultiheadAttention(3, 1), "does not say its")],
+)
+def test_a_layer_that_is_not_torchs_is_named(layer, message):
+    from deploy.expressions import layer_arguments
+
+    with pytest.raises(UserError, match=message):
+        layer_arguments(layer, "odd")
+
+
+def test_stochastic_depth_draws_as_torchvisions(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.depth = nn.Conv2d(3, 4, 1), StochasticDepth(0.4, "row")
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.depth(self.conv(x)).mean((2, 3)))
+
+    small = narrow(Net(), {"conv": [0, 2]})
+    network = loaded(source_of(small), tmp_path).network.train()
+    images, results = torch.randn(16, 3, 4, 4), []
+    for own in (network, small.train()):
+        torch.manual_seed(3)
+        results.append(own(images))
+    assert torch.equal(*results)
+    assert results[0].unique(dim=0).shape[0] < 16  # some branches were left out
+
+
+def test_a_title_cannot_leave_the_docstring():
+    title = 'x"""\nimport os\n"""\\'
+    text = network_source(coupled_resnet().eval(), title=title, images=IMAGES, weights='a"b.safetensors').text
+    assert not [node for node in ast.parse(text).body if isinstance(node, ast.Import) and node.names[0].name == "os"]
