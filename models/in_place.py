@@ -14,8 +14,6 @@ from torch import Tensor, fx, nn
 from models.relayout import AddInto, Relayout, may_overwrite
 
 LAYERS = (nn.Conv2d, nn.BatchNorm2d, AddInto, Relayout)  # their result never shares memory with what they read
-SUMS = (operator.add, torch.add)
-RELUS = (F.relu, torch.relu)
 
 
 def relu_over(x: Tensor) -> Tensor:
@@ -27,6 +25,10 @@ def add_over(x: Tensor, y: Tensor) -> Tensor:
     """`x + y`, which may replace `x`."""
     fits = may_overwrite() and x.shape == y.shape and x.dtype == y.dtype
     return x.add_(y) if fits else x + y
+
+
+SUMS = (operator.add, torch.add, add_over)
+RELUS = (F.relu, torch.relu, relu_over)
 
 
 def reuse_memory(graph: fx.Graph, network: nn.Module) -> None:
@@ -46,15 +48,15 @@ def reuse_memory(graph: fx.Graph, network: nn.Module) -> None:
         if type(_layer(node, network)) is AddInto:
             if node.args[0] in free:
                 node.kwargs = {"over": True}
-        elif _is_relu(node, network) and free:
+        elif is_relu(node, network) and free:
             node.op, node.target, node.args, node.kwargs = "call_function", relu_over, (free[0],), {}
-        elif _is_sum(node) and free:
+        elif is_sum(node) and free:
             x, y = node.args
             node.target, node.args = add_over, (x, y) if x in free else (y, x)
 
 
 def _gives_fresh_memory(node: fx.Node, network: nn.Module) -> bool:
-    return type(_layer(node, network)) in LAYERS or _is_relu(node, network) or _is_sum(node)
+    return type(_layer(node, network)) in LAYERS or is_relu(node, network) or is_sum(node)
 
 
 def _is_read_last(source: fx.Node, *, by: fx.Node, fresh: set[fx.Node], order: dict[fx.Node, int]) -> bool:
@@ -68,13 +70,14 @@ def _layer(node: fx.Node, network: nn.Module) -> nn.Module | None:
     return None if altered else layer
 
 
-def _is_relu(node: fx.Node, network: nn.Module) -> bool:
+def is_relu(node: fx.Node, network: nn.Module) -> bool:
+    """Whether the node is a ReLU; its layers are those of `network`."""
     if node.op == "call_method":
         return node.target == "relu"
     return type(_layer(node, network)) is nn.ReLU or (node.op == "call_function" and node.target in RELUS)
 
 
-def _is_sum(node: fx.Node) -> bool:
+def is_sum(node: fx.Node) -> bool:
     """Whether the node adds two tensors, and nothing else."""
     operands = len(node.args) == 2 and all(isinstance(operand, fx.Node) for operand in node.args)
     return node.op == "call_function" and node.target in SUMS and operands and not node.kwargs
