@@ -1,20 +1,21 @@
-"""Writes the small network of a checkpoint as ONNX or as a torch.export program, checked on real images and timed."""
+"""Writes the small network of a checkpoint as ONNX, in float or int8, as a torch.export program, or as Python source."""
 
 import argparse
-import io
-import json
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deploy.onnx import any_batch, to_onnx
-from deploy.runtimes import Runner, median_seconds, onnxruntime_session
+from deploy.comparison import measure_files, table
+from deploy.exporters import EXPORTERS, Export, Origin, fastest_form, forms_of, output_paths
+from deploy.int8 import to_int8_onnx
+from deploy.onnx import to_onnx, with_metadata
+from deploy.runtimes import onnxruntime_session
 from models import check_model
+from models.int8 import Int8Network
 from models.narrow import NarrowNetwork, narrow
 from models.network_file import NetworkFile, as_dense, load_network
 from prune.compact import TOLERANCE, check_pruned_zeros, compact, relative_difference
@@ -23,11 +24,10 @@ from utils.data import ImageData
 from utils.engine import evaluate
 from utils.errors import UserError, naming
 from utils.files import write_atomic
-from utils.image_spec import ImageSpec
-from utils.profile import LATENCY_BATCH_SIZES, latency, profile_network
+from utils.profile import latency, profile_network
+from utils.run_folder import CONFIG
 
 SCRIPT = "export.py"
-FORM_ROUNDS = 9  # in which the forms of a network are compared
 
 
 def get_args_parser() -> cli.Parser:
@@ -37,50 +37,65 @@ def get_args_parser() -> cli.Parser:
                         help="its network (default: the one that its file names, unless that is FILE.py:FUNCTION)")  # fmt: skip
     parser.add_argument("--format", default="onnx", choices=EXPORTERS, help="what to write")
     parser.add_argument("--output", metavar="FILE", help="the file to write")
-    parser.add_argument("--force", action="store_true", help="replace an existing --output")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+    int8 = parser.add_argument_group("eight bits")
+    int8.add_argument("--int8", action="store_true", help="ONNX that computes in int8")
+    int8.add_argument("--calibration-images", type=cli.positive_int, default=512, metavar="N",
+                      help="training images that show between which bounds activations lie")  # fmt: skip
+    int8.add_argument("--int8-tolerance", type=cli.non_negative_float, default=0.5, metavar="POINTS",
+                      help="top-1 accuracy that int8 may cost")  # fmt: skip
     cli.add_data_flags(parser)
-    parser.set_defaults(seed=0, dry_run=False, evaluate=True)
+    parser.counts_only("int8", where=lambda args: args.format == "onnx", only="with --format onnx")
+    parser.counts_only("calibration_images", "int8_tolerance", where=lambda args: args.int8, only="with --int8")
+    parser.set_defaults(seed=0, dry_run=False)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     cli.require(args, "load_path", "output")
-    check_output(Path(args.output), force=args.force)
+    check_outputs(args)
+    args.evaluate = not args.int8  # which needs training images
     device = torch.device("cpu")  # where the file is traced; it runs anywhere
-    origin = f"--load-path {args.load_path}"
+    named = f"--load-path {args.load_path}"
     file = load_network(args.load_path, flag="--load-path", model=args.model)
-    data = setup.load_data(args, device=device, world=setup.World(), files={origin: file.images})
-    setup.check_classes(file.num_classes, data, origin=origin)
-    setup.check_images(file.network, data, origin=origin)
+    data = setup.load_data(args, device=device, world=setup.World(), files={named: file.images})
+    setup.check_classes(file.num_classes, data, origin=named)
+    setup.check_images(file.network, data, origin=named)
     dense, small = dense_and_small(file, data, path=args.load_path)
-
-    export = EXPORTERS[args.format](dense, small, data.example, metadata=metadata_of(data.dataset.images))
-    compaction = relative_difference(dense, small, (batch.images for batch in data.test_batches()))
-    difference = exported_difference(small, export.run, data)
-    for step, found in (("compact", compaction), ("exported", difference)):
-        if not found <= TOLERANCE:
-            raise UserError(
-                f"--load-path {args.load_path}: the {step} network differs from the one before it by {found:.1e} of the "
-                f"largest logit, {TOLERANCE} is allowed; nothing was written"
-            )
-    write_atomic(args.output, export.content)
-
+    scores = {"dense": evaluate(dense, data)["top1"], "compact": evaluate(small, data)["top1"]}
+    check_difference(args, "compact", relative_difference(dense, small, (batch.images for batch in data.test_batches())))
+    path = Path(args.load_path).resolve()
+    run = path.parent.name if (path.parent / CONFIG).exists() else path.name
+    origin = Origin(file.model, data.dataset.images, run, data.dataset.name, scores["compact"])
     setup.print_remarks(data)
-    print(f"largest difference of the logits, relative to the largest: compact {compaction:.1e}, exported {difference:.1e}")
-    print(f"top1 on {data.dataset.name}: dense {evaluate(dense, data)['top1']:.2f}, compact {evaluate(small, data)['top1']:.2f}")
+    print(f"top1 on {data.dataset.name}: " + ", ".join(f"{role} {top1:.2f}" for role, top1 in scores.items()))
+
+    if args.int8:
+        export = int8(args, file, dense, small, data, origin)
+    else:
+        export = EXPORTERS[args.format](dense, small, data.example, origin=origin, output=Path(args.output))
+        difference = exported_difference(small, export.run, data)
+        check_difference(args, "exported", difference, tolerance=0.0 if export.exact else TOLERANCE)
+        print(f"largest difference of the logits, relative to the largest: exported {difference:.1e}")
+        print(speed_table(dense, small, export.run, data.example[:1], name=export.runtime))
     if export.remark:
         print(export.remark)
-    print(speed_table(dense, small, export.run, data.example[:1], name=export.runtime))
-    print(f"{file.model}: {len(export.content):,} bytes -> {args.output}")
+    for path, content in export.named(args.output).items():
+        write_atomic(path, content)
+        print(f"{file.model}: {len(content):,} bytes -> {path}")
 
 
-def check_output(output: Path, *, force: bool) -> None:
-    if output.exists() and not force:
-        raise UserError(f"--output {output}: exists, choose another name or give --force")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output}: cannot be written, name a file in a folder that you may write to")
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises UserError for files that exist, and where none can be written."""
+    if args.format == "python" and Path(args.output).suffix != ".py":
+        raise UserError(f"--output {args.output}: Python source needs a name that ends in .py")
+    for output in output_paths(args.format, args.output):
+        if output.exists() and not args.force:
+            raise UserError(f"--output {output}: exists, choose another name or give --force")
+        if not output.parent.is_dir():
+            raise UserError(f"--output {output}: there is no folder {output.parent}")
+        if output.is_dir() or not os.access(output.parent, os.W_OK):
+            raise UserError(f"--output {output}: cannot be written, name a file in a folder that you may write to")
 
 
 def dense_and_small(file: NetworkFile, data: ImageData, *, path: str) -> tuple[nn.Module, NarrowNetwork]:
@@ -92,69 +107,91 @@ def dense_and_small(file: NetworkFile, data: ImageData, *, path: str) -> tuple[n
     return as_dense(file).network, file.network
 
 
-def metadata_of(images: ImageSpec) -> dict[str, str]:
-    """What a user of the file must know, as JSON by name: class names, image size, mean and standard deviation."""
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in images.as_fields().items()}
+def check_difference(args: argparse.Namespace, step: str, found: float, *, tolerance: float = TOLERANCE) -> None:
+    if not found <= tolerance:
+        raise UserError(
+            f"--load-path {args.load_path}: the {step} network differs from the one before it by {found:.1e} of the "
+            f"largest logit, {tolerance} is allowed; nothing was written"
+        )
 
 
-class Export(NamedTuple):
-    """The bytes of a file for any batch size, the name of what runs it, a function of images that does, and what to say of it."""
+def int8(
+    args: argparse.Namespace, file: NetworkFile, dense: nn.Module, small: NarrowNetwork, data: ImageData, origin: Origin
+) -> Export:
+    """The small network in eight bits; prints it beside the float one and the dense ones, in each runtime.
 
-    content: bytes
-    runtime: str
-    run: Callable[[Tensor], Tensor]
-    remark: str = ""
-
-
-def export_onnx(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, metadata: Mapping[str, str]) -> Export:
-    """ONNX, run by onnxruntime; `metadata` becomes the model's `metadata_props`.
-
-    Where sums of different channels need a new layout, there are two forms of the same function (docs/compaction.md): both are
-    measured, and the faster one is written.
+    Raises UserError where it costs more accuracy than --int8-tolerance.
     """
-    forms = {"as it is": small}
-    if small.relayout_count:
-        forms = {"layouts between layers": small, "plain sums of wide layers": narrow(dense, small.kept, wide_sums=True)}
-    contents = {form: to_onnx(network.eval(), images, metadata=metadata) for form, network in forms.items()}
-    runners = {form: onnxruntime_session(content) for form, content in contents.items()}
-    form, remark = fastest_form(runners, images)
-    return Export(contents[form], "onnxruntime", runners[form], remark)
-
-
-def fastest_form(runners: Mapping[str, Runner], images: Tensor) -> tuple[str, str]:
-    """The form with the lowest product of its times at all batch sizes, and a sentence on what was measured."""
-    if len(runners) == 1:
-        return next(iter(runners)), ""
-    seconds = {
-        size: median_seconds(runners, images[:1].expand(size, -1, -1, -1).contiguous(), rounds=FORM_ROUNDS)
-        for size in LATENCY_BATCH_SIZES
+    wide = narrow(dense, {}, example=data.example)
+    simulated = simulation_of(file, small, path=args.load_path)
+    images = calibration_images(data, args.calibration_images)
+    if simulated is not None:
+        contents, remark = to_int8_onnx(simulated, data.example, images), ""
+    else:
+        forms = {name: to_int8_onnx(network, data.example, images) for name, network in forms_of(dense, small).items()}
+        form, remark = fastest_form({name: onnxruntime_session(content) for name, content in forms.items()}, data.example)
+        contents = forms[form]
+    files = {
+        "dense, float": to_onnx(wide, data.example),
+        SMALL_FLOAT: to_onnx(small, data.example),
+        "dense, int8": to_int8_onnx(wide, data.example, images),
+        SMALL_INT8: contents,
     }
-    fastest = min(runners, key=lambda form: math.prod(times[form] for times in seconds.values()))
-    measured = "; ".join(
-        f"batch {size}: " + ", ".join(f"{form} {1000 * times[form]:.2f} ms" for form in runners)
-        for size, times in seconds.items()
-    )
-    return fastest, f"written with {fastest}, the faster form ({measured})"
+    rows, predictions = measure_files(files, data)
+    print(table(rows))
+    print(f"int8 takes {len(contents) / len(files[SMALL_FLOAT]):.3f} of the bytes of float")
+    scores = {(row.runtime, row.name): row.top1 for row in rows}
+    for runtime in dict.fromkeys(row.runtime for row in rows):
+        cost = scores[runtime, SMALL_FLOAT] - scores[runtime, SMALL_INT8]
+        if cost > args.int8_tolerance:
+            raise UserError(
+                f"--int8-tolerance {args.int8_tolerance:g}: int8 costs {cost:.2f} points in {runtime}; fine-tune the network "
+                "with quantize_encode.py --quan-mode int8, or allow more; nothing was written"
+            )
+    if simulated is not None:
+        expected = torch.cat([simulated(batch.images).argmax(1) for batch in data.test_batches()])
+        same = 100 * float((expected == predictions["onnxruntime", SMALL_INT8]).float().mean())
+        print(f"onnxruntime gives the class that was simulated in training to {same:.2f} % of the test images")
+    top1 = scores["onnxruntime", SMALL_INT8]
+    content = with_metadata(contents, replace(origin, top1=top1, more={"precision": "int8"}).metadata())
+    return Export({Path(args.output).suffix: content}, "onnxruntime", onnxruntime_session(content), remark)
 
 
-def export_program(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, metadata: Mapping[str, str]) -> Export:
-    """A torch.export program (.pt2), run by PyTorch; `metadata` lies beside it as torch.export's `extra_files`."""
-    program = torch.export.export(small.bare(), (images,), dynamic_shapes=(any_batch(),))
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files=dict(metadata))
-    return Export(buffer.getvalue(), "exported", program.module())
+SMALL_FLOAT, SMALL_INT8 = "small, float", "small, int8"
 
 
-EXPORTERS = {"onnx": export_onnx, "pt2": export_program}
+def simulation_of(file: NetworkFile, small: NarrowNetwork, *, path: str) -> Int8Network | None:
+    """What `quantize_encode.py --quan-mode int8` trained; None for a network that was trained in float."""
+    if not file.int8:
+        return None
+    simulated = Int8Network(small).eval()
+    with naming(f"--load-path {path}"):
+        simulated.load_ranges(file.int8)
+    return simulated.requires_grad_(False)
+
+
+def calibration_images(data: ImageData, count: int) -> list[Tensor]:
+    """Batches of so many training images, as training shows them."""
+    batches, left = [], count
+    for batch in data.train_batches("calibration"):
+        batches.append(batch.images[:left])
+        left -= len(batches[-1])
+        if left == 0:
+            break
+    return batches
 
 
 @torch.no_grad()
 def exported_difference(network: nn.Module, run: Callable[[Tensor], Tensor], data: ImageData) -> float:
-    """The largest difference of any logit over the test images, relative to the largest logit of `network`."""
+    """The largest difference of any logit over the test images, relative to the largest logit of `network`.
+
+    The images are in plain layout: operations choose their kernels by it, and kernels round in ways of their own.
+    """
     difference = largest = 0.0
     for batch in data.test_batches():
-        expected = network(batch.images)
-        difference = max(difference, float((run(batch.images) - expected).abs().max()))
+        images = batch.images.contiguous()
+        expected = network(images)
+        difference = max(difference, float((run(images) - expected).abs().max()))
         largest = max(largest, float(expected.abs().max()))
     return difference / largest if largest else difference
 

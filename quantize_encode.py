@@ -1,7 +1,6 @@
-"""Shares the weights of a network by k-means, fine-tunes them, and encodes the result into one file that decodes bit for bit."""
+"""Quantizes a network and fine-tunes it: by shared weights, encoded into one file that decodes bit for bit, or for int8."""
 
 import argparse
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,29 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from distill.flags import add_distillation_flags
+from distill.objective import build_objective, check_losses
 from models import check_model
-from models.modes import evaluating
+from models.int8 import Int8Network
 from models.narrow import NarrowNetwork
-from models.network_file import NetworkFile, describe_network, load_network
+from models.network_file import NetworkFile, load_network
 from prune.compact import check_pruned_zeros, compact
-from quantize.archive import differing_tensors, load_archive, read_archive, save_archive
-from quantize.codebook import QUAN_MODES, bake_weights, layer_bits, share_weights
+from quantize.archive import read_archive
+from quantize.codebook import QUAN_MODES, layer_bits
+from quantize.record import describe_compact, describe_quantized, encode, finish_int8, share, simulate
 from quantize.table import ArchiveReport
 from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import World, leave
-from utils.engine import CrossEntropyObjective, evaluate
+from utils.engine import CrossEntropyObjective, Objective, TrainingPlan, evaluate
 from utils.errors import UserError, naming
-from utils.files import is_archive, read_json, save_checkpoint
+from utils.files import is_archive, save_checkpoint
 from utils.plan import print_plan
-from utils.profile import compare_networks
-from utils.run_folder import ARCHIVE, BEFORE_TRAINING, BEST, COMPACT, SUMMARY
+from utils.run_folder import BEST
 from utils.runs import Run
 from utils.seed import seed_everything
 
 SCRIPT = "quantize_encode.py"
+INT8 = "int8"  # a --quan-mode beside those that share weights
 SHORT_MODES = tuple(mode.removesuffix("-quan") for mode in QUAN_MODES)
 
 
@@ -44,11 +46,15 @@ def get_args_parser() -> cli.Parser:
         "--load-path", metavar="FILE", help="its checkpoint: dense, pruned or compact; for --evaluate also an archive"
     )
     quantization = parser.add_argument_group("quantization")
-    quantization.add_argument(
-        "--quan-mode", default="all-quan", choices=(*QUAN_MODES, *SHORT_MODES), help="which layers share weights"
-    )
+    quantization.add_argument("--quan-mode", default="all-quan", choices=(*QUAN_MODES, *SHORT_MODES, INT8),
+                              help="which layers share weights; int8: none, all are trained in simulated eight bits")  # fmt: skip
     quantization.add_argument("--quan-bits", nargs="+", default=["5"], metavar="BITS",
                               help="2^BITS shared weights a layer, 1 to 16; NAME=BITS for single layers")  # fmt: skip
+    teacher = parser.add_argument_group("teacher, for int8")
+    teacher.add_argument("--t-model", type=cli.checked(check_model), metavar="NAME",
+                         help="its network (default: the one that its file names)")  # fmt: skip
+    teacher.add_argument("--t-path", metavar="FILE", help="its checkpoint, such as the unpruned network")
+    add_distillation_flags(parser)
     files = parser.add_argument_group("archives")
     files.add_argument("--decode", metavar="FILE", help="only write the network of an archive into --output")
     files.add_argument("--output", metavar="FILE", help="checkpoint that --decode writes")
@@ -57,13 +63,16 @@ def get_args_parser() -> cli.Parser:
     cli.add_data_flags(parser)
     cli.add_training_flags(parser, lr=0.001, n_epochs=20, schedule=(), lr_drops=())
     cli.add_run_flags(parser, log_name="quantize_encode.txt")
-    say_what_counts(parser, training=cli.names_of(quantization))
+    say_what_counts(parser, training=[*cli.names_of(quantization), *cli.names_of(teacher)])
     return parser
 
 
 def say_what_counts(parser: cli.Parser, *, training: Sequence[str]) -> None:
     """Which flags count beside which: the modes that only read an archive take nothing else."""
     cli.counts_in_training(parser, *training)
+    parser.counts_only("quan_bits", where=lambda args: args.quan_mode != INT8, only="where weights are shared, not with int8")
+    parser.counts_only("t_path", "t_model", "distill", where=lambda args: args.quan_mode == INT8, only="with --quan-mode int8")
+    parser.counts_only("sync_bn", where=lambda args: args.quan_mode != INT8, only="where batch norms learn, not with int8")
     others = parser.names() - {"inspect", "decode", *cli.PLACES}
     parser.counts_only(*others, where=lambda args: args.inspect is None, only="without --inspect, which only reads an archive")
     others -= {"output", "force"}
@@ -87,24 +96,27 @@ def main(args: argparse.Namespace) -> None:
     file = load_network(args.load_path, flag="--load-path", model=args.model)
     announced = setup.announce(args, file.model, device=device, world=world, state=state)
     file, data = with_data(args, file, device=device, world=world, state=state)
-    network = without_zeros(file.network, data)
-    bits = layer_bits(network, mode=args.quan_mode, bits=args.quan_bits)
+    teacher = read_teacher(args, data)
+    network = small_network(args, file.network, data)
+    bits = {} if args.quan_mode == INT8 else layer_bits(network, mode=args.quan_mode, bits=args.quan_bits)
     plan = setup.training_plan(args)
     if args.dry_run:
-        lines = [f"{name} would share {2**count} values" for name, count in bits.items()]
-        return print_plan(args, plan=plan, data=data, networks={"network": network}, lines=lines)
+        return print_quantization(args, plan, network, bits, teacher, data)
 
-    networks = {"--load-path": file.network}
+    networks = {"--load-path": file.network, **({"--t-path": teacher.network} if teacher is not None else {})}
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, lease=lease, state=state, networks=networks)
     setup.log_beginning(run, announced, plan, fallback, data=data)
     network = setup.to_device(network, device, sync_bn=args.sync_bn)
-    quantize(run, network, bits, data, is_new=state is None)
-    objective = CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
+    if args.quan_mode == INT8:
+        network = simulate(run, network, data, is_new=state is None)
+    else:
+        share(run, network, bits, data, is_new=state is None)
+    objective = objective_of(args, network, teacher, data)
     result = setup.train(
         args,
         objective,
         network=network,
-        describe=partial(describe_quantized, args=args, file=file),
+        describe=partial(describe_quantized, config=setup.flags_of(args), file=file),
         data=data,
         run=run,
         plan=plan,
@@ -113,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     leave()  # the rest is for the main process alone
     if world.is_main:
         head = setup.summary_head(args, SCRIPT, run, objective=objective, data=data)
-        encode(args, run, result, data.alone(), head=head)
+        finish(args, run, result, data.alone(), head=head)
     run.close()
 
 
@@ -125,6 +137,37 @@ def check_flags(args: argparse.Namespace) -> None:
         return cli.require(args, "output")
     if args.inspect is None:
         cli.require(args, "load_path")
+    check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
+    if args.t_path is not None and args.distill == ["none"]:
+        raise UserError(f"--t-path {args.t_path}: teaches by no loss, name one with --distill")
+
+
+def read_teacher(args: argparse.Namespace, data: ImageData) -> NetworkFile | None:
+    """The network of --t-path on the device, fit for the data."""
+    if args.t_path is None:
+        return None
+    origin = f"--t-path {args.t_path}"
+    file = load_network(args.t_path, flag="--t-path", model=args.t_model, model_flag="--t-model")
+    setup.check_classes(file.num_classes, data, origin=origin)
+    setup.check_images(setup.to_device(file.network, data.device), data, origin=origin)
+    return file
+
+
+def print_quantization(
+    args: argparse.Namespace,
+    plan: TrainingPlan,
+    network: nn.Module,
+    bits: Mapping[str, int],
+    teacher: NetworkFile | None,
+    data: ImageData,
+) -> None:
+    """The plan of a dry run."""
+    lines = [f"{name} would share {2**count} values" for name, count in bits.items()]
+    if args.quan_mode == INT8:
+        simulated = Int8Network(network)
+        lines = [f"{name} would compute in int8" for name in simulated.layers]
+        lines.append(f"loss: {objective_of(args, simulated, teacher, data).formula()}")
+    print_plan(args, plan=plan, data=data, networks={"network": network}, lines=lines)
 
 
 def with_data(
@@ -146,85 +189,39 @@ def with_data(
     return replace(file, images=data.dataset.images), data
 
 
-def without_zeros(network: nn.Module, data: ImageData) -> nn.Module:
-    """The network without the filters that are zero, so that they cost nothing; itself if it has none."""
+def small_network(args: argparse.Namespace, network: nn.Module, data: ImageData) -> nn.Module:
+    """The network without the filters that are zero, so that they cost nothing; if it has none itself, unless for int8."""
     if isinstance(network, NarrowNetwork):
         return network
     smaller = compact(network, data.example)
-    return smaller if smaller.kept else network
+    return smaller if smaller.kept or args.quan_mode == INT8 else network
 
 
-def quantize(run: Run, network: nn.Module, bits: Mapping[str, int], data: ImageData, *, is_new: bool) -> None:
-    """Makes the layers of `bits` share their weights, in place; a new run logs what that does and keeps it in a file."""
-    scores = {"original": evaluate(network, data)} if is_new else {}
-    entries = share_weights(network, bits)
-    if not is_new:
-        return
-    scores["quantized"] = evaluate(network, data)
-    run.log(f"{len(entries)} layers share values: " + ", ".join(f"{name} {count}" for name, count in entries.items()))
-    for name, result in scores.items():
-        run.log(f"{name}, before fine-tuning: top1 {result['top1']:.2f}, loss {result['loss']:.4f}")
-    run.save_json(BEFORE_TRAINING, scores)
-
-
-def describe_quantized(
-    network: nn.Module, kept: Mapping[str, Tensor], *, args: argparse.Namespace, file: NetworkFile
-) -> dict[str, Any]:
-    """A checkpoint with plain weights at full width, so that everything that reads the unquantized network reads it too."""
-    plain = bake_weights(copy.deepcopy(network))
-    is_narrow = isinstance(plain, NarrowNetwork)
-    return describe_network(
-        plain.dense_state_dict() if is_narrow else plain.state_dict(),
-        model=file.model,
-        num_classes=file.num_classes,
-        images=file.images,
-        config=setup.flags_of(args),
-        kept=plain.kept if is_narrow else None,
+def objective_of(args: argparse.Namespace, network: nn.Module, teacher: NetworkFile | None, data: ImageData) -> Objective:
+    """The loss that the quantized network trains by."""
+    if args.quan_mode != INT8:
+        return CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
+    return build_objective(
+        network,
+        teacher.network if teacher is not None else None,
+        args.distill,
+        images=data.example,
+        alpha=args.alpha,
+        betas=args.betas,
+        options=vars(args),
+        n_epochs=args.n_epochs,
+        label_smoothing=args.label_smoothing,
+        seed=args.seed,
     )
 
 
-def describe_compact(network: nn.Module, *, config: Mapping[str, Any], **identity: Any) -> dict[str, Any]:
-    """A checkpoint of the network as it is, narrow or not; `identity` is its model, number of classes and images."""
-    kept = network.kept if isinstance(network, NarrowNetwork) else None
-    return describe_network(network.state_dict(), **identity, config=config, kept=kept, compact=bool(kept))
-
-
-def encode(args: argparse.Namespace, run: Run, result: dict[str, Any], data: ImageData, *, head: dict[str, Any]) -> None:
-    """Encodes the best network, proves that it decodes to the same bits, and leaves archive, small checkpoint and summary."""
+def finish(args: argparse.Namespace, run: Run, result: dict[str, Any], data: ImageData, *, head: dict[str, Any]) -> None:
+    """Leaves what the run is for: the archive of the best network, or its checkpoint for int8."""
     best = load_network(run.folder / BEST, flag="--save-dir", model=args.model)
-    dense = setup.to_device(best.network, data.device)
-    small = setup.to_device(without_zeros(dense, data), data.device)
-    identity = {"model": best.model, "num_classes": best.num_classes, "images": best.images}
-    description = describe_compact(small, **identity, config=setup.flags_of(args))
-    run.save(COMPACT, {**description, "epoch": result["best"]["epoch"], "metrics": result["best"]})
-    report = save_archive(run.folder / ARCHIVE, small, **identity)
-    decoded = setup.to_device(load_archive(run.folder / ARCHIVE, model=args.model), data.device)
-    check_identical(small, decoded, data)
-    scores = {**read_json(run.folder / BEFORE_TRAINING), "fine_tuned": evaluate(small, data), "decoded": evaluate(decoded, data)}
-    sizes = compare_networks(dense, small, data.example[:1], files=(run.folder / BEST, run.folder / COMPACT))
-    ratio = sizes["dense"]["file_bytes"] / report.file_bytes
-    log_result(run, report, scores=scores, sizes=sizes, ratio=ratio)
-    archive = {**report.as_dict(), "ratio": ratio, "identical": "yes"}
-    run.save_json(SUMMARY, {**head, "model": best.model, **result, "accuracy": scores, "compact": sizes, "archive": archive})
-
-
-@torch.no_grad()
-def check_identical(encoded: nn.Module, decoded: nn.Module, data: ImageData) -> None:
-    """Compares every tensor and the logits of every test image, bit for bit; a difference is an error of this program."""
-    names = differing_tensors(encoded, decoded)
-    with evaluating(encoded, decoded):
-        same = all(torch.equal(encoded(batch.images), decoded(batch.images)) for batch in data.test_batches())
-    if names or not same:
-        raise RuntimeError(f"the decoded network is not the encoded one: {', '.join(names[:3]) or 'other logits'}")
-
-
-def log_result(run: Run, report: ArchiveReport, *, scores: Mapping[str, Any], sizes: Mapping[str, Any], ratio: float) -> None:
-    run.log("\n".join(report.lines()))
-    checkpoints = ", ".join(f"{role} checkpoint {sizes[role]['file_bytes']:,}" for role in ("dense", "compact"))
-    run.log(f"bytes on disk: {checkpoints}, archive {report.file_bytes:,}, {ratio:.2f}x smaller than the dense one")
-    run.log("top1: " + ", ".join(f"{name.replace('_', '-')} {score['top1']:.2f}" for name, score in scores.items()))
-    run.log("identical: yes, every tensor and the logits of every test image, before encoding and after decoding")
-    run.log(f"done -> {run.folder / ARCHIVE}")
+    setup.to_device(best.network, data.device)
+    small = setup.to_device(small_network(args, best.network, data), data.device)
+    leave_files = finish_int8 if args.quan_mode == INT8 else encode
+    leave_files(run, result, data, best=best, small=small, config=setup.flags_of(args), head=head)
 
 
 def inspect(args: argparse.Namespace) -> None:

@@ -33,7 +33,11 @@ def onnxruntime_session(content: bytes) -> Runner:
         raise UserError("onnxruntime is not installed, pip install -r requirements-export.txt") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return session_runner(onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"]))
+
+
+def session_runner(session: Any) -> Runner:
+    """An onnxruntime.InferenceSession as a function of images."""
     name = session.get_inputs()[0].name
     return lambda batch: torch.from_numpy(session.run(None, {name: batch.contiguous().numpy()})[0])
 

@@ -2,7 +2,8 @@
 
 A checkpoint is a dict of tensors and plain values: `format`, `model`, `num_classes`, `state_dict`, `epoch`, `metrics`,
 `config`; `class_names`, `image_size`, `mean` and `std` of the images that it is for; `kept` (live output channels by layer)
-where filters are pruned, and `compact: True` where they are physically gone. Nothing in it can run code, and the network is
+where filters are pruned, `compact: True` where they are physically gone, and `int8` (lowest and highest value of activations)
+where it was trained for eight bits. Nothing in it can run code, and the network is
 built from its name and channel lists alone.
 """
 
@@ -30,7 +31,8 @@ MAX_GROWTH, MODEST_BYTES = 100, 256 << 20
 class NetworkFile:
     """A network that was read from `path`; `kept` is empty for an unpruned one.
 
-    `images` is what it must be given and what its answers mean; None where the file does not say.
+    `images` is what it must be given and what its answers mean; None where the file does not say. `int8` has the bounds of
+    activations of a network that was trained in simulated eight bits (`models.int8`).
     """
 
     network: nn.Module
@@ -40,6 +42,7 @@ class NetworkFile:
     compact: bool = False
     metrics: dict[str, Any] = field(default_factory=dict)
     images: ImageSpec | None = None
+    int8: dict[str, Any] = field(default_factory=dict)
 
 
 def describe_network(
@@ -51,6 +54,7 @@ def describe_network(
     images: ImageSpec | None = None,
     kept: Mapping[str, Sequence[int]] | None = None,
     compact: bool = False,
+    int8: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint says of a network, without epoch and metrics; tensors are copied, on the CPU, in plain layout."""
     description = {
@@ -69,6 +73,8 @@ def describe_network(
         description["kept"] = {name: [int(channel) for channel in channels] for name, channels in kept.items()}
     if compact:
         description["compact"] = True
+    if int8:
+        description["int8"] = {name: [float(bound) for bound in bounds] for name, bounds in int8.items()}
     return description
 
 
@@ -95,7 +101,8 @@ def load_network(path: str | os.PathLike, *, flag: str, model: str | None = None
         with naming(origin):
             network = narrow(network, kept)
     _load_state(network, state, origin, name)
-    return NetworkFile(network.eval(), name, num_classes, kept, compact, checkpoint.get("metrics") or {}, images)
+    metrics, int8 = checkpoint.get("metrics") or {}, checkpoint.get("int8") or {}
+    return NetworkFile(network.eval(), name, num_classes, kept, compact, metrics, images, int8)
 
 
 def as_dense(file: NetworkFile) -> NetworkFile:
@@ -132,6 +139,7 @@ _OTHER_FIELDS = {
     "epoch": (int | None, "a whole number"),
     "metrics": (dict | None, "a mapping from names to numbers"),
     "config": (dict | None, "a mapping from flags to values"),
+    "int8": (dict | None, "a mapping from names to bounds"),
 }
 
 

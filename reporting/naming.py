@@ -105,4 +105,6 @@ def _quantized(settings: Mapping[str, Any]) -> str:
     origin = origin_settings(settings, "load_path")
     mode = value_text(settings.get("quan_mode")).removesuffix("-quan")
     name = method_label(origin) if origin else "network"
+    if mode == "int8":
+        return f"{name}, " + " + ".join(["int8", *_losses(settings)])
     return f"{name}, quantized ({mode}, {value_text(settings.get('quan_bits'))} bits)"

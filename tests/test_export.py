@@ -1,5 +1,8 @@
 """The exported file is one that others can run, for any batch size, and nothing is written that is not the same function."""
 
+import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -10,6 +13,7 @@ import torch
 from torch import nn
 
 import export
+from deploy import comparison, exporters
 from models import build_model
 from models.network_file import describe_network, load_network
 from prune.compact import compact
@@ -100,10 +104,10 @@ def test_a_form_is_the_faster_one_over_both_batch_sizes(seconds, fastest):
     def measured(runners, images, *, rounds):
         return dict(zip(runners, seconds[len(images)], strict=True))
 
-    with mock.patch.object(export, "median_seconds", measured):
-        form, remark = export.fastest_form(dict.fromkeys(FORMS), torch.randn(2, 3, 8, 8))
+    with mock.patch.object(exporters, "median_seconds", measured):
+        form, remark = exporters.fastest_form(dict.fromkeys(FORMS), torch.randn(2, 3, 8, 8))
     assert form == fastest and remark.startswith(f"written with {fastest}, the faster form (batch 1: {FORMS[0]} ")
-    assert export.fastest_form({"as it is": None}, torch.randn(2, 3, 8, 8)) == ("as it is", "")
+    assert exporters.fastest_form({"as it is": None}, torch.randn(2, 3, 8, 8)) == ("as it is", "")
 
 
 def test_the_form_that_is_measured_to_be_faster_is_written(checkpoints, run_export, tmp_path):
@@ -112,7 +116,7 @@ def test_the_form_that_is_measured_to_be_faster_is_written(checkpoints, run_expo
     sizes = []
     for fastest in FORMS:
         with mock.patch.object(
-            export, "median_seconds", lambda forms, *_, first=fastest, **__: {form: float(form != first) for form in forms}
+            exporters, "median_seconds", lambda forms, *_, first=fastest, **__: {form: float(form != first) for form in forms}
         ):
             status, printed, _ = run_export(
                 "--load-path", checkpoints["pruned"], "--output", tmp_path / f"{fastest}.onnx", *FLAGS
@@ -149,9 +153,78 @@ def test_an_existing_file_is_kept_unless_forced(checkpoints, run_export, tmp_pat
     assert output.stat().st_size > 10_000
 
 
+def test_python_source_lies_beside_its_weights_and_gives_the_same_bits(checkpoints, run_export, tmp_path):
+    output = tmp_path / "small.py"
+    words = ("--load-path", checkpoints["pruned"], "--format", "python", "--output", output, *FLAGS)
+    status, printed, _ = run_export(*words)
+    assert status == 0 and "exported 0.0e+00" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"small.py", "small.safetensors"}
+    code = (
+        "import torch, small\nnetwork = small.load()\ntorch.manual_seed(0)\nwith torch.no_grad():\n"
+        "    print(network(torch.randn(2, 3, 32, 32)).flatten().tolist())"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    small = load_network(checkpoints["compact"], flag="--load-path").network
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert json.loads(ended.stdout) == small(torch.randn(2, 3, 32, 32)).flatten().tolist()
+    before = output.read_text()
+    (tmp_path / "small.py").unlink()
+    status, _, errors = run_export(*words)
+    assert status == 2 and "small.safetensors: exists" in errors and not output.exists()
+    assert run_export(*words, "--force")[0] == 0 and output.read_text() == before
+
+
+def test_metadata_say_what_a_user_must_know(checkpoints, run_export, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    output = tmp_path / "small.onnx"
+    assert run_export("--load-path", checkpoints["pruned"], "--output", output, *FLAGS)[0] == 0
+    model = onnx.load(output)
+    said = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert model.producer_name == "filter-pruning-self-distillation"
+    assert (said["model"], said["run"], said["dataset"]) == ("resnet20", "pruned.pt", "digits")
+    assert said["class_names"] == [str(digit) for digit in range(10)] and said["image_size"] == [32, 32]
+    assert len(said["mean"]) == len(said["std"]) == 3 and 0 <= said["top1"] <= 100
+
+
+def test_int8_is_checked_beside_float_in_each_runtime(checkpoints, run_export, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    output = tmp_path / "small.onnx"
+    words = ("--load-path", checkpoints["pruned"], "--int8", "--calibration-images", "24", "--output", output, *FLAGS)
+    with mock.patch.object(comparison, "median_seconds", lambda runners, _: dict.fromkeys(runners, 0.001)):
+        status, printed, errors = run_export(*words, "--int8-tolerance", "100")
+        assert status == 0, errors
+        rows = [line for line in printed.splitlines() if line.startswith("onnxruntime ")]
+        assert [re.split(" {2,}", row)[1] for row in rows] == ["dense, float", "small, float", "dense, int8", "small, int8"]
+        assert "1.00 (1.00x)" in rows[0] and "int8 takes 0." in printed
+        said = {entry.key: json.loads(entry.value) for entry in onnx.load(output).metadata_props}
+        assert said["precision"] == "int8" and said["class_names"][0] == "0"
+        written = output.read_bytes()
+        with mock.patch.object(export, "measure_files", worse_in_int8):
+            status, _, errors = run_export(*words, "--int8-tolerance", "2.9", "--force")
+    assert status == 2 and "--int8-tolerance 2.9: int8 costs 3.00 points in onnxruntime; fine-tune the network" in errors
+    assert output.read_bytes() == written
+
+
+def worse_in_int8(contents, data):
+    rows = [comparison.Measured("onnxruntime", name, 90.0 - 3 * name.endswith("int8"), 1, {1: 1.0}) for name in contents]
+    return rows, {}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ("--load-path", "{dense}", "--output", "{folder}/a.pt2", "--format", "pt2", "--int8"),
+            "--int8: only with --format onnx",
+        ),
+        (("--load-path", "{dense}", "--output", "{folder}/a.onnx", "--calibration-images", "8"), "only with --int8"),
+        (("--load-path", "{dense}", "--output", "{folder}/a.onnx", "--int8-tolerance", "1"), "only with --int8"),
+        (("--load-path", "{dense}", "--output", "{folder}/a.onnx", "--int8", "--calibration-images", "0"), "1 or more"),
+        (("--load-path", "{dense}", "--output", "{folder}/a.txt", "--format", "python"), "a name that ends in .py"),
         (("--load-path", "{dishonest}", "--output", "{folder}/a.onnx"), "pruned channels must be exactly 0"),
         (("--load-path", "{folder}/none.pt", "--output", "{folder}/a.onnx"), "no such file"),
         (("--load-path", "{dense}", "--output", "{folder}/none/a.onnx"), "there is no folder"),
@@ -176,10 +249,10 @@ def test_missing_packages_are_named(checkpoints, run_export, tmp_path):
 
 
 def test_a_file_that_computes_something_else_is_not_written(checkpoints, run_export, tmp_path):
-    def broken(dense: nn.Module, small: nn.Module, images: torch.Tensor, *, metadata: dict[str, str]) -> export.Export:
-        return export.Export(b"wrong", "nothing", lambda batch: small(batch) + 1)
+    def broken(dense: nn.Module, small: nn.Module, images: torch.Tensor, **_: object) -> exporters.Export:
+        return exporters.Export({".pt2": b"wrong"}, "nothing", lambda batch: small(batch) + 1)
 
-    with mock.patch.dict(export.EXPORTERS, {"pt2": broken}):
+    with mock.patch.dict(exporters.EXPORTERS, {"pt2": broken}):
         status, _, errors = run_export(
             "--load-path", checkpoints["dense"], "--format", "pt2", "--output", tmp_path / "a.pt2", *FLAGS
         )

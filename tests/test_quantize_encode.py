@@ -159,3 +159,74 @@ def test_bad_input_ends_in_one_line(flags, message, finished, pruned, run_script
     assert ended.errors.count("\n") == 1 and ended.errors.startswith("quantize_encode.py: error: ")
     assert re.search(message, ended.errors)
     assert not (tmp_path / "saves").exists() and {path.name for path in tmp_path.iterdir()} == {"damaged.huff", "newer.huff"}
+
+
+@pytest.fixture(scope="module")
+def for_int8(run_script, pruned, trained_run, tmp_path_factory):
+    """The folder of a run that trained in simulated eight bits, taught by the unpruned network."""
+    save_dir = tmp_path_factory.mktemp("int8")
+    ended = run_script("quantize_encode", "--load-path", str(pruned), "--quan-mode", "int8", "--t-path",
+                       str(trained_run / "model_best.pt"), "--distill", "hap", *FLAGS,
+                       "--save-dir", str(save_dir), "--run-name", "run")  # fmt: skip
+    assert ended.status == 0, ended.errors
+    assert "20 layers compute in int8" in ended.output
+    return save_dir / "run"
+
+
+def test_what_training_for_int8_leaves(for_int8, run_script):
+    summary = json.loads((for_int8 / "summary.json").read_text())
+    assert set(summary["accuracy"]) == {"original", "quantized", "fine_tuned"}
+    assert summary["accuracy"]["fine_tuned"]["top1"] == summary["best"]["top1"]
+    assert not (for_int8 / "model.huff").exists()
+    dense, small = (load_network(for_int8 / f"model_{name}.pt", flag="--load-path") for name in ("best", "compact"))
+    assert dense.int8 == small.int8 and len(small.int8) > 20
+    assert small.compact and small.network.get_submodule("stage_1.0.conv_a").out_channels == 12
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(dense.network(images), small.network(images), rtol=1e-4, atol=1e-4)
+    assert run_script("quantize_encode", "--evaluate", "--load-path", str(for_int8 / "model_best.pt"), *SCORING_FLAGS).status == 0
+
+
+def test_onnxruntime_computes_what_was_trained(for_int8, run_script, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    words = ("--load-path", str(for_int8 / "model_compact.pt"), "--int8", "--calibration-images", "16", "--int8-tolerance", "100")
+    ended = run_script("export", *words, "--output", str(tmp_path / "small.onnx"), "--limit-batches", "2", "--batch-size", "32")
+    assert ended.status == 0, ended.errors
+    (share,) = re.findall(r"the class that was simulated in training to ([\d.]+) % of the test images", ended.output)
+    assert float(share) >= 96  # 62 of 64 images
+
+
+def test_ranges_of_another_network_are_refused(for_int8, run_script, tmp_path):
+    pytest.importorskip("onnxscript")
+    checkpoint = load_checkpoint(for_int8 / "model_compact.pt")
+    checkpoint["int8"]["odd"] = checkpoint["int8"].pop("relu")
+    save_checkpoint(tmp_path / "odd.pt", checkpoint)
+    words = ("--load-path", str(tmp_path / "odd.pt"), "--int8", "--output", str(tmp_path / "small.onnx"))
+    ended = run_script("export", *words, "--limit-batches", "1", "--batch-size", "8")
+    assert ended.status == 2 and "its int8 ranges are those of another network or version" in ended.errors
+    assert not (tmp_path / "small.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--quan-mode", "int8", "--quan-bits", "4"), "--quan-bits 4: only where weights are shared"),
+        (("--distill", "hap"), "only with --quan-mode int8"),
+        (("--t-path", "{teacher}"), "only with --quan-mode int8"),
+        (("--quan-mode", "int8", "--distill", "hap"), "needs a trained teacher, give --t-path"),
+        (("--quan-mode", "int8", "--t-path", "{teacher}"), "teaches by no loss, name one with --distill"),
+        (("--quan-mode", "int8", "--t-path", "none.pt", "--distill", "kd"), "--t-path none.pt: no such file"),
+        (
+            (
+                "--quan-mode",
+                "int4",
+            ),
+            "invalid choice: 'int4'",
+        ),
+    ],
+)
+def test_bad_flags_of_int8_are_one_line(words, message, run_script, pruned, trained_run, tmp_path):
+    words = [word.format(teacher=trained_run / "model_best.pt") for word in words]
+    ended = run_script("quantize_encode", "--load-path", str(pruned), *words, *FLAGS, "--save-dir", str(tmp_path))
+    assert ended.status == 2 and message in ended.errors and ended.errors.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

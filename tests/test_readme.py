@@ -14,8 +14,9 @@ from utils import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-ENTRY_SCRIPTS = ("initial_train.py", "pruning.py", "quantize_encode.py", "export.py", "report.py")
+ENTRY_SCRIPTS = ("initial_train.py", "pruning.py", "quantize_encode.py", "export.py", "predict.py", "report.py")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PYTHON_BLOCKS = [block for language, block in BLOCKS if language == "python"]
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
 
 
@@ -34,14 +35,14 @@ def test_every_flag_is_explained_once_and_no_other():
     explained = {script: [] for script in ENTRY_SCRIPTS}
     for heading, table in zip(parts[::2], parts[1::2], strict=True):
         for script in re.findall(r"\w+\.py", heading):
-            explained[script] += re.findall(r"^\| `(--[a-z-]+)", table, re.MULTILINE)
+            explained[script] += re.findall(r"^\| `(--[a-z0-9-]+)", table, re.MULTILINE)
     assert {script: sorted(flags) for script, flags in explained.items()} == {
         script: flags_of(script) for script in ENTRY_SCRIPTS
     }
 
 
 def test_defaults_in_the_tables_are_those_of_the_code():
-    rows = re.findall(r"^\| `(--[a-z-]+)[^|]*\| `([^`<]+)` \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(--[a-z0-9-]+)[^|]*\| `([^`<]+)` \|", README, re.MULTILINE)
     named = {flag.removeprefix("--").replace("-", "_"): text for flag, text in rows}
     defaults = {action.dest: action.default for action in parser_of("pruning.py")._actions}
     compared = {name: text for name, text in named.items() if defaults.get(name) is not None}
@@ -115,9 +116,40 @@ def test_the_examples_of_a_criterion_and_a_loss_work_as_they_stand(tmp_path):
     for package in ("models", "prune", "distill", "deploy", "utils"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pruning.py", tmp_path)
-    criterion, loss = (block for language, block in BLOCKS if language == "python")
+    criterion, loss = PYTHON_BLOCKS[-2:]
     with open(tmp_path / "prune/criteria.py", "a") as file:
         file.write("\n\n" + criterion)
     (tmp_path / "distill/fitnet.py").write_text(loss)
     result = subprocess.run([sys.executable, "-c", USE_EXTENSIONS], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+USE_FILES = """
+import numpy
+import torch
+
+torch.manual_seed(0)
+pixels = torch.rand(2, 3, 32, 32)
+"""
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "small"])
+def test_the_lines_that_use_a_small_network_work_as_they_stand(runtime, trained_run, run_script, tmp_path):
+    """In a folder that holds nothing but the files that the commands before them leave."""
+    if runtime != "small":
+        pytest.importorskip(runtime)
+    pytest.importorskip("onnxruntime")
+    (block,) = (own for own in PYTHON_BLOCKS if own.startswith(f"import {runtime}\n"))
+    section = README.split("## Use the small network\n")[1].split("\n## ")[0]
+    words = [line.replace("saves/pruned", str(trained_run)) for line in COMMANDS if "export.py" in line and line in section]
+    wanted = re.search(r"small[\w.-]*\.onnx", block)
+    line = next(line for line in words if line.endswith(wanted.group() if wanted else "small.py"))
+    limits = "--limit-batches 1 --batch-size 8" + (" --calibration-images 8 --int8-tolerance 100" if "--int8" in line else "")
+    _, _, *flags = shlex.split(f"{line} {limits}")
+    flags[flags.index("--output") + 1] = str(tmp_path / flags[flags.index("--output") + 1])
+    ended = run_script("export", *flags)
+    assert ended.status == 0, ended.errors
+    prepare = "" if runtime == "small" else "images = ((pixels - 0.3) / 0.3).numpy()\n"
+    code = f"{USE_FILES}{prepare}{block}\nassert tuple(logits.shape) == (2, 10)\n"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

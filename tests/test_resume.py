@@ -36,6 +36,12 @@ GRADUAL = Recipe(
     "--t-path {teacher} --s-copy-t --prune-mode filter-gm --prune-rates 0.4 --prune-steps 3 --distill hap "
     "--run-name run --n-epochs 4 --limit-batches 2 --batch-size 16 --schedule --lr-drops",
 )
+INT8 = Recipe(
+    "int8",
+    "quantize_encode",
+    "--load-path {teacher} --quan-mode int8 --t-path {teacher} --distill hap --lr 0.01 "
+    "--run-name run --n-epochs 2 --limit-batches 2 --batch-size 16",
+)
 FOLDER_FLAGS = (
     "--model resnet20 --dataset folder --run-name run --n-epochs 2 --limit-batches 2 --batch-size 2 --schedule --lr-drops"
 )
@@ -160,8 +166,9 @@ class TestStopped:
             (QUANTIZED, signal.SIGINT, 130),
             (RECALIBRATED, signal.SIGTERM, 143),
             (GRADUAL, signal.SIGTERM, 143),
+            (INT8, signal.SIGTERM, 143),
         ],
-        ids=["dropout", "hard", "soft", "quantized", "recalibrated", "gradual"],
+        ids=["dropout", "hard", "soft", "quantized", "recalibrated", "gradual", "int8"],
     )
     def test_saves_within_the_epoch_and_says_how_to_go_on(self, recipe, number, status, tmp_path, untouched, trained_run):
         reference = untouched(recipe)

@@ -15,9 +15,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from utils.datasets import SPLIT_SEED, STREAMED_SIDE_PIXELS, Dataset, ImageFiles, SmallImages, read_image
+from utils.datasets import (
+    SMALL_SIDE_PIXELS,
+    SPLIT_SEED,
+    STREAMED_SIDE_PIXELS,
+    Dataset,
+    ImageFiles,
+    SmallImages,
+    read_image,
+)
 from utils.distributed import World
 from utils.errors import UserError
+from utils.image_spec import ImageSpec
 from utils.seed import derived_seed, generator
 
 CROP_PADDING_PIXELS = 4
@@ -136,11 +145,11 @@ def _fixed_draw(labels: Tensor, count: int) -> Tensor:
     return evenly[torch.randperm(count, generator=stream)]
 
 
-class _Normaliser:
+class Normaliser:
     """uint8 images to float32 with mean 0 and deviation 1 a channel, on the device."""
 
-    def __init__(self, dataset: Dataset, device: torch.device):
-        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (dataset.mean, dataset.std))
+    def __init__(self, spec: Dataset | ImageSpec, device: torch.device):
+        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
         self.scale, self.shift = 1 / (255 * std), -mean / std
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -152,7 +161,7 @@ class _DeviceSplit:
 
     def __init__(self, split: SmallImages, dataset: Dataset, *, device: torch.device, augment: bool, workers: int):
         self.augment, self.flip, self.device = augment, dataset.flip, device
-        self.normalise = _Normaliser(dataset, device)
+        self.normalise = Normaliser(dataset, device)
         pixels = split.images.to(device)
         self.height, self.width = pixels.shape[2:]
         if augment:
@@ -197,7 +206,7 @@ class _StreamedSplit:
     """Files that workers decode and augment with torchvision; normalised on the device."""
 
     def __init__(self, split: ImageFiles, dataset: Dataset, *, device: torch.device, augment: bool, workers: int):
-        self.device, self.normalise = device, _Normaliser(dataset, device)
+        self.device, self.normalise = device, Normaliser(dataset, device)
         self.plan = _Plan()
         self.loader = DataLoader(
             _Files(split, _transform(augment, flip=dataset.flip)),
@@ -264,6 +273,17 @@ def _outlive_stop_signals(worker: int) -> None:
 
 def _transform(augment: bool, *, flip: bool) -> v2.Transform:
     if not augment:
-        return v2.Compose([v2.Resize(RESIZED_SIDE_PIXELS), v2.CenterCrop(STREAMED_SIDE_PIXELS), v2.PILToTensor()])
+        return test_transform((STREAMED_SIDE_PIXELS,) * 2)
     steps = [v2.RandomResizedCrop(STREAMED_SIDE_PIXELS), *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()]
     return v2.Compose(steps)
+
+
+def test_transform(size: tuple[int, int]) -> v2.Transform:
+    """What makes an image (PIL, RGB) one of `size` (height, width) for a network that was tested on such: (3, H, W) uint8.
+
+    Large images are scaled and the middle is cropped out, as in testing; small ones are scaled where they have another size.
+    """
+    if max(size) > SMALL_SIDE_PIXELS:
+        shorter = round(min(size) * RESIZED_SIDE_PIXELS / STREAMED_SIDE_PIXELS)
+        return v2.Compose([v2.Resize(shorter), v2.CenterCrop(size), v2.PILToTensor()])
+    return v2.Compose([v2.Resize(size), v2.PILToTensor()])

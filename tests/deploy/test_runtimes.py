@@ -56,3 +56,15 @@ def test_times_are_medians_of_each_runner():
     seconds = median_seconds(runners, torch.ones(1, 3, 4, 4), rounds=3)
     assert seconds.keys() == {"a", "b"} and all(0 <= value < 1 for value in seconds.values())
     assert calls == ["a", "a", "b", "b"] * 4  # in turn, each woken first, after a round that does not count
+
+
+def test_an_operation_that_onnx_has_not_is_one_line():
+    pytest.importorskip("onnxscript")
+
+    class Bessel(torch.nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x).flatten(1)
+
+    with pytest.raises(UserError, match="cannot be written as ONNX: .*bessel_j0") as raised:
+        to_onnx(Bessel().eval(), torch.ones(2, 3, 4, 4))
+    assert "\n" not in str(raised.value)

@@ -7,33 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from int8_networks import simulated, small_resnet
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models import build_model
 from models.int8 import Bounds, Int8Network
-from models.narrow import NarrowNetwork, narrow
+from models.narrow import narrow
 from utils.errors import UserError
-
-
-def small_resnet(**kept: list[int]) -> NarrowNetwork:
-    torch.manual_seed(0)
-    model = build_model("resnet20", num_classes=10)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return narrow(model.eval(), {name.replace("__", "."): channels for name, channels in kept.items()})
-
-
-def simulated(network: NarrowNetwork, images: torch.Tensor) -> Int8Network:
-    """With the bounds that the images show."""
-    own = Int8Network(network).train()
-    with torch.no_grad():
-        own(images)
-    return own.eval()
 
 
 def test_activations_are_rounded_to_256_values_between_their_bounds():
