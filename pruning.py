@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from deploy.budget import describe, log_chosen, obtain_table
 from deploy.flags import add_latency_flags, is_of_time
 from deploy.latency import LatencyTable
-from distill.flags import add_distillation_flags
-from distill.objective import DistillationObjective, build_objective, check_losses
+from distill.flags import add_distillation_flags, flagged_objective
+from distill.objective import check_losses
 from models import NAMES, check_model
 from models.network_file import NetworkFile
 from prune.allocation import FLOOR, parse_budget
@@ -93,7 +92,9 @@ def main(args: argparse.Namespace) -> None:
     table = latency_table(args, student, data)
     choose = filter_choice(args, student, data, table)
     choose.check()
-    loss = objective_of(args, student.network, teacher, data).formula()  # losses that cannot compare the two say so here
+    loss = flagged_objective(
+        args, student.network, teacher, data.example
+    ).formula()  # losses that cannot compare the two say so here
     check_recalibration(student.network, args.recalibrate_bn)
     if args.sensitivity is not None:
         return sensitivity(args, student, choose)
@@ -119,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
             run, before, schedule=schedule, student=student, data=data, recalibrate_bn_batches=plan.recalibrate_bn_batches
         )
     network = setup.to_device(schedule.trained_network(), device, sync_bn=args.sync_bn)
-    objective = objective_of(args, network, teacher, data)
+    objective = flagged_objective(args, network, teacher, data.example)
     result = setup.train(
         args,
         objective,
@@ -170,24 +171,6 @@ def check_copy(args: argparse.Namespace) -> None:
         raise UserError(f"--s-path {args.s_path}: not with --s-copy-t, the student has one origin only")
     if args.s_model not in (None, args.t_model):
         raise UserError(f"--s-copy-t: --s-model {args.s_model} is not --t-model {args.t_model}, a copy has the same architecture")
-
-
-def objective_of(
-    args: argparse.Namespace, student: nn.Module, teacher: NetworkFile | None, data: ImageData
-) -> DistillationObjective:
-    """The loss that `student` trains by."""
-    return build_objective(
-        student,
-        teacher.network if teacher is not None else None,
-        args.distill,
-        images=data.example,
-        alpha=args.alpha,
-        betas=args.betas,
-        options=vars(args),
-        n_epochs=args.n_epochs,
-        label_smoothing=args.label_smoothing,
-        seed=args.seed,
-    )
 
 
 def latency_table(args: argparse.Namespace, student: NetworkFile, data: ImageData) -> LatencyTable | None:

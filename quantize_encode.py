@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.flags import add_distillation_flags
-from distill.objective import build_objective, check_losses
+from distill.flags import add_distillation_flags, flagged_objective
+from distill.objective import check_losses
 from models import check_model
 from models.int8 import Int8Network
 from models.narrow import NarrowNetwork
@@ -199,20 +199,9 @@ def small_network(args: argparse.Namespace, network: nn.Module, data: ImageData)
 
 def objective_of(args: argparse.Namespace, network: nn.Module, teacher: NetworkFile | None, data: ImageData) -> Objective:
     """The loss that the quantized network trains by."""
-    if args.quan_mode != INT8:
-        return CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
-    return build_objective(
-        network,
-        teacher.network if teacher is not None else None,
-        args.distill,
-        images=data.example,
-        alpha=args.alpha,
-        betas=args.betas,
-        options=vars(args),
-        n_epochs=args.n_epochs,
-        label_smoothing=args.label_smoothing,
-        seed=args.seed,
-    )
+    if args.quan_mode == INT8:
+        return flagged_objective(args, network, teacher, data.example)
+    return CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
 
 
 def finish(args: argparse.Namespace, run: Run, result: dict[str, Any], data: ImageData, *, head: dict[str, Any]) -> None:

@@ -2,8 +2,11 @@
 
 import argparse
 
+from torch import Tensor, nn
+
 from distill import DISTILLERS, distiller_options
-from distill.objective import active_losses, default_alpha, weighted_losses
+from distill.objective import DistillationObjective, active_losses, build_objective, default_alpha, weighted_losses
+from models.network_file import NetworkFile
 from utils import cli
 
 
@@ -19,6 +22,24 @@ def add_distillation_flags(parser: cli.Parser) -> None:
     parser.completions.append(_complete_alpha)
     cli.counts_in_training(parser, *cli.names_of(group))
     _say_what_counts(parser)
+
+
+def flagged_objective(
+    args: argparse.Namespace, student: nn.Module, teacher: NetworkFile | None, images: Tensor
+) -> DistillationObjective:
+    """The loss that `student` trains by under the flags; `images` (b, 3, h, w) are a sample for shapes."""
+    return build_objective(
+        student,
+        teacher.network if teacher is not None else None,
+        args.distill,
+        images=images,
+        alpha=args.alpha,
+        betas=args.betas,
+        options=vars(args),
+        n_epochs=args.n_epochs,
+        label_smoothing=args.label_smoothing,
+        seed=args.seed,
+    )
 
 
 def _complete_alpha(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from models.graph_function import GraphFunction
 from models.in_place import is_relu, is_sum
 from models.narrow import NarrowNetwork
 from models.outputs import Outputs
-from models.relayout import AddInto, Relayout
+from models.relayout import AddInto, MaskedRelayout, Relayout
 from utils.errors import UserError, shown
 
 UINT8_MAX, INT8_MAX = 255, 127
@@ -214,16 +214,21 @@ class Int8Network(nn.Module):
         plain = nn.ModuleDict({key: layer.plain() for key, layer in own.simulated_.items()})
         graph = self.functions["forward"].graph()
         result = next(node for node in graph.nodes if node.op == "output")
-        given = []
+        given, masked = [], nn.ModuleDict()
         for node in list(graph.nodes):
-            if node.op == "call_module" and node.target.startswith("bounds_."):
+            step = own.get_submodule(node.target) if node.op == "call_module" else None
+            if isinstance(step, Relayout) and not step.selects and step.axis == 1 and not step.flat:
+                key = _key(node.target)
+                node.target = f"masked_.{key}"
+                masked[key] = MaskedRelayout(step)
+            elif node.op == "call_module" and node.target.startswith("bounds_."):
                 given += [node.args[0]]
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
             elif node.op == "placeholder" and node.name == "training":
                 node.replace_all_uses_with(False)
                 graph.erase_node(node)
-        owner.simulated_ = plain
+        owner.simulated_, owner.masked_ = plain, masked
         result.args = ((result.args[0], *(node for node in given if node.op != "placeholder")),)
         return fx.GraphModule(owner, graph).eval(), [
             name for name, node in zip(self.names, given, strict=True) if node.op != "placeholder"

@@ -49,6 +49,23 @@ class Relayout(nn.Module):
         return F.pad(x, (0, 0) * behind + (0, 1)).index_select(axis, self.origins)
 
 
+class MaskedRelayout(nn.Module):
+    """What the `Relayout` of a map does, as a gather and a product with ones and zeros.
+
+    In graphs of eight bits: OpenVINO 2026.4 ends the process over a gather behind a padding of channels.
+    """
+
+    def __init__(self, step: Relayout):
+        super().__init__()
+        self.axis = step.axis
+        missing = step.origins == step.count
+        self.register_buffer("origins", step.origins.masked_fill(missing, 0), persistent=False)
+        self.register_buffer("mask", (~missing).float().view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(self.axis, self.origins) * self.mask
+
+
 class AddInto(nn.Module):
     """A sum whose sides store different channels: `part` is added into its places in `whole`, which is widened first if need be.
 

@@ -1,7 +1,7 @@
 """Small networks in simulated eight bits, for tests."""
 
 import torch
-from torch import nn
+from norms import fill_norms
 
 from models import build_model
 from models.int8 import Int8Network
@@ -11,12 +11,7 @@ from models.narrow import NarrowNetwork, narrow
 def small_resnet(**kept: list[int]) -> NarrowNetwork:
     torch.manual_seed(0)
     model = build_model("resnet20", num_classes=10)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    fill_norms(model)
     return narrow(model.eval(), {name.replace("__", "."): channels for name, channels in kept.items()})
 
 

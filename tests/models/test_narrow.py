@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from norms import fill_norms
 from torch import Tensor, nn
 
 from models import build_model
@@ -43,19 +44,10 @@ def zero_pruned(model: nn.Module, kept: dict[str, list[int]]) -> None:
                     tensor[pruned] = 0
 
 
-def randomize_norms(model: nn.Module) -> None:
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.normal_(layer.bias, std=0.2)
-            layer.running_mean.normal_(std=0.2)
-            layer.running_var.uniform_(0.5, 1.5)
-
-
 def masked_resnet(*, depth: int = 8, keep: float = 0.6) -> tuple[nn.Module, dict[str, list[int]]]:
     torch.manual_seed(0)
     model = CifarResNet(depth=depth, num_classes=5).double()
-    randomize_norms(model)
+    fill_norms(model)
     kept = random_kept(model, keep=keep)
     zero_pruned(model, kept)
     return model, kept
@@ -180,7 +172,7 @@ def test_shares_no_tensor_with_the_dense_network():
 def test_other_registered_models(name):
     torch.manual_seed(0)
     model = build_model(name, num_classes=4).eval()
-    randomize_norms(model)
+    fill_norms(model)
     chooser, kept = random.Random(1), {}
     for layer_name, layer in model.named_modules():
         if isinstance(layer, nn.BatchNorm2d):
