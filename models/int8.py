@@ -149,6 +149,8 @@ class Int8Network(nn.Module):
             raise UserError("the network has no convolution and no linear layer, so nothing of it can be int8")
         if any((len(plan.rounded), plan.layers) != (len(first.rounded), first.layers) for plan in plans.values()):
             raise UserError("the network's outputs(x) computes something else than its forward: it cannot be simulated in int8")
+        if len(set(map(_key, first.layers))) < len(first.layers):
+            raise UserError("two of the network's layers have names that differ in . and _ alone: it cannot be simulated in int8")
         device = next(network.parameters()).device
         self.bounds = nn.ModuleList(Bounds(device) for _ in first.rounded)
         self.names, self.layers = first.rounded, list(first.layers)

@@ -189,3 +189,18 @@ def test_a_network_without_a_layer_to_round_is_refused():
 
     with pytest.raises(UserError, match="nothing of it can be int8"):
         Int8Network(narrow(Net(), {}))
+
+
+def test_names_that_would_become_one_are_refused():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a_b = nn.Conv2d(3, 3, 1)
+            self.a = nn.Module()
+            self.a.b = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return self.a.b(self.a_b(x)).mean((2, 3))
+
+    with pytest.raises(UserError, match=r"differ in \. and _ alone"):
+        Int8Network(narrow(Net(), {}))
