@@ -1,7 +1,6 @@
 """Writes the small network of a checkpoint as ONNX, in float or int8, as a torch.export program, or as Python source."""
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.comparison import measure_files, table
-from deploy.exporters import EXPORTERS, Export, Origin, fastest_form, forms_of, output_paths
+from deploy.exporters import EXPORTERS, Origin, fastest_form, forms_of, output_paths
 from deploy.int8 import to_int8_onnx
 from deploy.onnx import to_onnx, with_metadata
 from deploy.runtimes import onnxruntime_session
@@ -23,7 +22,7 @@ from utils import cli, setup
 from utils.data import ImageData
 from utils.engine import evaluate
 from utils.errors import UserError, naming
-from utils.files import write_atomic
+from utils.files import check_output, write_atomic
 from utils.profile import latency, profile_network
 from utils.run_folder import CONFIG
 
@@ -71,16 +70,18 @@ def main(args: argparse.Namespace) -> None:
     print(f"top1 on {data.dataset.name}: " + ", ".join(f"{role} {top1:.2f}" for role, top1 in scores.items()))
 
     if args.int8:
-        export = int8(args, file, dense, small, data, origin)
+        files, remark = int8(args, file, dense, small, data, origin)
     else:
         export = EXPORTERS[args.format](dense, small, data.example, origin=origin, output=Path(args.output))
         difference = exported_difference(small, export.run, data)
         check_difference(args, "exported", difference, tolerance=0.0 if export.exact else TOLERANCE)
         print(f"largest difference of the logits, relative to the largest: exported {difference:.1e}")
         print(speed_table(dense, small, export.run, data.example[:1], name=export.runtime))
-    if export.remark:
-        print(export.remark)
-    for path, content in export.named(args.output).items():
+        files, remark = export.files, export.remark
+    if remark:
+        print(remark)
+    for suffix, content in files.items():
+        path = Path(args.output).with_suffix(suffix)
         write_atomic(path, content)
         print(f"{file.model}: {len(content):,} bytes -> {path}")
 
@@ -90,12 +91,7 @@ def check_outputs(args: argparse.Namespace) -> None:
     if args.format == "python" and Path(args.output).suffix != ".py":
         raise UserError(f"--output {args.output}: Python source needs a name that ends in .py")
     for output in output_paths(args.format, args.output):
-        if output.exists() and not args.force:
-            raise UserError(f"--output {output}: exists, choose another name or give --force")
-        if not output.parent.is_dir():
-            raise UserError(f"--output {output}: there is no folder {output.parent}")
-        if output.is_dir() or not os.access(output.parent, os.W_OK):
-            raise UserError(f"--output {output}: cannot be written, name a file in a folder that you may write to")
+        check_output(output, force=args.force)
 
 
 def dense_and_small(file: NetworkFile, data: ImageData, *, path: str) -> tuple[nn.Module, NarrowNetwork]:
@@ -117,8 +113,8 @@ def check_difference(args: argparse.Namespace, step: str, found: float, *, toler
 
 def int8(
     args: argparse.Namespace, file: NetworkFile, dense: nn.Module, small: NarrowNetwork, data: ImageData, origin: Origin
-) -> Export:
-    """The small network in eight bits; prints it beside the float one and the dense ones, in each runtime.
+) -> tuple[dict[str, bytes], str]:
+    """The file of the small network in eight bits by its ending, and what to say of it; prints it beside float and dense ones.
 
     Raises UserError where it costs more accuracy than --int8-tolerance.
     """
@@ -154,7 +150,7 @@ def int8(
         print(f"onnxruntime gives the class that was simulated in training to {same:.2f} % of the test images")
     top1 = scores["onnxruntime", SMALL_INT8]
     content = with_metadata(contents, replace(origin, top1=top1, more={"precision": "int8"}).metadata())
-    return Export({Path(args.output).suffix: content}, "onnxruntime", onnxruntime_session(content), remark)
+    return {Path(args.output).suffix: content}, remark
 
 
 SMALL_FLOAT, SMALL_INT8 = "small, float", "small, int8"
@@ -164,10 +160,8 @@ def simulation_of(file: NetworkFile, small: NarrowNetwork, *, path: str) -> Int8
     """What `quantize_encode.py --quan-mode int8` trained; None for a network that was trained in float."""
     if not file.int8:
         return None
-    simulated = Int8Network(small).eval()
     with naming(f"--load-path {path}"):
-        simulated.load_ranges(file.int8)
-    return simulated.requires_grad_(False)
+        return Int8Network.with_ranges(small, file.int8).requires_grad_(False)
 
 
 def calibration_images(data: ImageData, count: int) -> list[Tensor]:

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from deploy.onnx_file import SUFFIX, read_onnx
 from models import check_model
 from models.network_file import load_network
-from quantize.archive import read_archive
+from quantize.archive import read_flagged
 from utils import cli, setup
 from utils.data import Normaliser, test_transform
 from utils.datasets import read_image
 from utils.distributed import World
 from utils.errors import UserError, printable
-from utils.files import is_archive, write_atomic
+from utils.files import check_output, is_archive, write_atomic
 from utils.image_spec import ImageSpec
 
 SCRIPT = "predict.py"
@@ -59,7 +59,8 @@ def main(args: argparse.Namespace) -> None:
     cli.require(args, "load_path")
     if not args.paths:
         raise UserError("IMAGE: name images, or folders of images")
-    check_output(args)
+    if args.output is not None:
+        check_output(Path(args.output), force=args.force)
     paths = image_paths(args.paths)
     predictor = load_predictor(args)
     top = min(args.top, len(predictor.images.class_names))
@@ -81,17 +82,6 @@ def main(args: argparse.Namespace) -> None:
 
 def is_onnx(path: str | None) -> bool:
     return path is not None and path.lower().endswith(SUFFIX)
-
-
-def check_output(args: argparse.Namespace) -> None:
-    """Raises UserError for a table that cannot be written."""
-    if args.output is None:
-        return
-    output = Path(args.output)
-    if output.exists() and not args.force:
-        raise UserError(f"--output {output}: exists, choose another name or give --force")
-    if not output.parent.is_dir() or output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output}: cannot be written, name a file in a folder that you may write to")
 
 
 def image_paths(given: Sequence[str]) -> list[str]:
@@ -121,10 +111,7 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
         return Predictor(file.run, file.images, torch.device("cpu"))
     device = setup.choose_device(args.device, None, World())
     if is_archive(args.load_path):
-        try:
-            network, about = read_archive(args.load_path, model=args.model)
-        except UserError as error:
-            raise UserError(f"--load-path {error}") from error
+        network, about = read_flagged(args.load_path, flag="--load-path", model=args.model)
         images = about.images
     else:
         file = load_network(args.load_path, flag="--load-path", model=args.model)
@@ -152,10 +139,10 @@ def predictions(
             batch = paths[begin : begin + batch_size]
             images = list(pool.map(read, batch))
             good = [image for image in images if isinstance(image, Tensor)]
-            shares = (
-                predictor.logits(normalise(torch.stack(good).to(predictor.device))).softmax(1).cpu() if good else torch.empty(0)
-            )
-            rows = iter(zip(*shares.topk(top), strict=True)) if good else iter(())
+            rows = iter(())
+            if good:
+                logits = predictor.logits(normalise(torch.stack(good).to(predictor.device)))
+                rows = iter(zip(*logits.softmax(1).cpu().topk(top), strict=True))
             for path, image in zip(batch, images, strict=True):
                 if isinstance(image, UserError):
                     yield path, image

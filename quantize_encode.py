@@ -17,10 +17,9 @@ from models.int8 import Int8Network
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, load_network
 from prune.compact import check_pruned_zeros, compact
-from quantize.archive import read_archive
+from quantize.archive import read_flagged
 from quantize.codebook import QUAN_MODES, layer_bits
 from quantize.record import describe_compact, describe_quantized, encode, finish_int8, share, simulate
-from quantize.table import ArchiveReport
 from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import World, leave
@@ -246,14 +245,6 @@ def score(args: argparse.Namespace, *, device: torch.device, world: World) -> No
     network = setup.to_device(network, device)
     setup.check_images(network, data, origin=origin)
     setup.print_score(report.model, data, evaluate(network, data, amp=args.amp))
-
-
-def read_flagged(path: str, *, flag: str, model: str | None) -> tuple[nn.Module, ArchiveReport]:
-    """`read_archive` of the file that `flag` names, which holds the `model` of --model where that is given."""
-    try:
-        return read_archive(path, model=model)
-    except UserError as error:
-        raise UserError(f"{flag} {error}") from error
 
 
 if __name__ == "__main__":

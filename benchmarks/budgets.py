@@ -30,7 +30,7 @@ from utils.distributed import World
 from utils.errors import UserError
 from utils.profile import profile_network
 from utils.setup import choose_device, to_device
-from utils.timing import PAUSE_SECONDS, interleaved_seconds, median_ratio
+from utils.timing import interleaved_seconds, median_ratio
 
 FORMS = {  # budget, coupled, channel multiple
     "MACs, by layer": ("macs", False, 1),
@@ -82,8 +82,7 @@ def measure(model: str, args: argparse.Namespace, *, device: torch.device) -> li
     networks = {form: to_device(network, device) for form, network in networks.items()}
     rows = []
     for task, functions in tasks(args, networks, device=device, onnx=args.onnx, image_side=args.image_side).items():
-        pause = PAUSE_SECONDS if device.type == "cpu" else 0.0
-        seconds = interleaved_seconds(functions, device=device, rounds=args.rounds, warmups=1, pause_seconds=pause)
+        seconds = interleaved_seconds(functions, device=device, rounds=args.rounds, warmups=1, pausing=True)
         for form in (*FORMS, *([OTHER] if args.torch_pruning else [])):
             network = networks.get(form)
             rows.append(

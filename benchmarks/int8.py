@@ -17,7 +17,7 @@ from benchmarks.common import add_common_flags, machine, report
 from deploy.comparison import installed_runtimes
 from deploy.int8 import to_int8_onnx
 from deploy.onnx import to_onnx
-from deploy.runtimes import SESSIONS, median_seconds
+from deploy.runtimes import SESSIONS, median_seconds, repeated
 from models import MODELS
 from models.narrow import NarrowNetwork, narrow
 from prune.allocation import FLOOR, Budget
@@ -58,7 +58,7 @@ def measure(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     for runtime in installed_runtimes():
         runners = {key: SESSIONS[runtime](content) for key, content in files.items()}
         for size in args.batch_sizes:
-            seconds = median_seconds(runners, example[:1].expand(size, -1, -1, -1).contiguous(), rounds=args.rounds)
+            seconds = median_seconds(runners, repeated(example, size), rounds=args.rounds)
             rows += [
                 {
                     "network": model,

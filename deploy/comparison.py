@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from deploy.runtimes import SESSIONS, Runner, median_seconds
+from deploy.runtimes import SESSIONS, Runner, median_seconds, repeated
 from utils.data import ImageData
 from utils.profile import LATENCY_BATCH_SIZES
 
@@ -34,8 +34,7 @@ def measure_files(contents: Mapping[str, bytes], data: ImageData) -> tuple[list[
     predictions, labels = predicted_classes(runners, data)
     seconds: dict[int, dict[tuple[str, str], float]] = {}
     for size in LATENCY_BATCH_SIZES:
-        images = data.example[:1].cpu().expand(size, -1, -1, -1).contiguous()
-        seconds[size] = median_seconds(runners, images)
+        seconds[size] = median_seconds(runners, repeated(data.example.cpu(), size))
     rows = [
         Measured(
             runtime,

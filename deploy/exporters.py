@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.onnx import any_batch, to_onnx
-from deploy.runtimes import Runner, median_seconds, onnxruntime_session
+from deploy.runtimes import Runner, median_seconds, onnxruntime_session, repeated
 from deploy.source import network_source
 from models.narrow import NarrowNetwork, narrow
 from utils.image_spec import ImageSpec
@@ -54,10 +54,6 @@ class Export:
     remark: str = ""
     exact: bool = False
 
-    def named(self, output: str | os.PathLike) -> dict[Path, bytes]:
-        """The files by their paths."""
-        return {Path(output).with_suffix(suffix): content for suffix, content in self.files.items()}
-
 
 def export_onnx(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, origin: Origin, output: Path) -> Export:
     """ONNX, run by onnxruntime.
@@ -83,10 +79,7 @@ def fastest_form(runners: Mapping[str, Runner], images: Tensor) -> tuple[str, st
     """The form with the lowest product of its times at all batch sizes, and a sentence on what was measured."""
     if len(runners) == 1:
         return next(iter(runners)), ""
-    seconds = {
-        size: median_seconds(runners, images[:1].expand(size, -1, -1, -1).contiguous(), rounds=FORM_ROUNDS)
-        for size in LATENCY_BATCH_SIZES
-    }
+    seconds = {size: median_seconds(runners, repeated(images, size), rounds=FORM_ROUNDS) for size in LATENCY_BATCH_SIZES}
     fastest = min(runners, key=lambda form: math.prod(times[form] for times in seconds.values()))
     measured = "; ".join(
         f"batch {size}: " + ", ".join(f"{form} {1000 * times[form]:.2f} ms" for form in runners)

@@ -57,7 +57,6 @@ Operand = Callable[[fx.Node], str]  # the text of a value
 
 INFIX = {
     operator.add: "+",
-    add_over: "+",
     operator.sub: "-",
     operator.mul: "*",
     operator.truediv: "/",
@@ -75,7 +74,7 @@ INFIX = {
     operator.or_: "|",
 }
 PREFIX = {operator.neg: "-", operator.invert: "~", operator.not_: "not "}
-ALIASES = {relu_over: F.relu, torch.relu: F.relu, torch.add: operator.add}
+ALIASES = {relu_over: F.relu, torch.relu: F.relu, add_over: operator.add, torch.add: operator.add}
 MODULES = (("F", F), ("torch", torch), ("torch.linalg", torch.linalg), ("math", math))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deploy.onnx import to_onnx
 from utils.errors import UserError
-from utils.timing import PAUSE_SECONDS, interleaved_seconds
+from utils.timing import interleaved_seconds
 
 Runner = Callable[[Tensor], Tensor]
 ROUNDS = 15
@@ -71,9 +71,13 @@ RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Runner]] = {
 }
 
 
+def repeated(images: Tensor, size: int) -> Tensor:
+    """(size, C, H, W): the first of the images, so many times, in plain layout."""
+    return images[:1].expand(size, -1, -1, -1).contiguous()
+
+
 def median_seconds(runners: Mapping[str, Runner], images: Tensor, *, rounds: int = ROUNDS) -> dict[str, float]:
     """The median of each runner's time for `images`, in interleaved rounds, each with its own threads awake and no others."""
     functions = {name: (lambda run=run: run(images)) for name, run in runners.items()}
-    pause = PAUSE_SECONDS if images.device.type == "cpu" else 0.0
-    seconds = interleaved_seconds(functions, device=images.device, rounds=rounds, warmups=1, pause_seconds=pause)
+    seconds = interleaved_seconds(functions, device=images.device, rounds=rounds, warmups=1, pausing=True)
     return {name: statistics.median(times) for name, times in seconds.items()}

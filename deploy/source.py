@@ -32,6 +32,7 @@ from utils.errors import UserError
 from utils.image_spec import ImageSpec
 
 WIDTH, INDENT = 100, "    "
+WHOLE = "Network"  # the class of all of it
 LONGEST_EXPRESSION = 84  # characters, above which what is written into it becomes a line of its own
 MAP_RANK = 4  # of a tensor of which nothing else is known
 MOST_POSITIONAL = 5  # arguments of a class that are written without their names
@@ -54,13 +55,12 @@ def network_source(network: NarrowNetwork, *, title: str, images: ImageSpec, wei
     """
     layers = network.bare()
     writer = _ClassWriter(layers)
-    name = writer.write(_read_graph(network.graph(), layers), "Network", both_modes=network.trainable)
+    writer.write(_read_graph(network.graph(), layers), both_modes=network.trainable)
     height, width = images.image_size
     usage = _USAGE.format(weights=_in_docstring(weights), height=height, width=width)
     functional = "import torch.nn.functional as F\n" if re.search(r"\bF\.", "".join(writer.texts)) else ""
     head = [f'"""{_in_docstring(title)}\n\n{usage}"""', _IMPORTS.format(functional=functional), _constants(images, weights)]
-    loading = _LOADING.format(network=name)
-    text = "\n\n\n".join(["\n\n".join(head), *writer.helpers.values(), *writer.texts, loading])
+    text = "\n\n\n".join(["\n\n".join(head), *writer.helpers.values(), *writer.texts, _LOADING])
     return Source(text + "\n", {key: value.detach().clone().contiguous() for key, value in writer.tensors.items()})
 
 
@@ -85,7 +85,7 @@ _LOADING = '''def normalise(images):
 
 def load(path=WEIGHTS):
     """The network with its weights, in evaluation mode."""
-    network = {network}()
+    network = Network()
     network.load_state_dict(load_file(path))
     return network.eval()'''
 
@@ -212,7 +212,7 @@ def _own_scope(nodes: Sequence[fx.Node], layers: nn.Module, *, path: str, kind: 
     results = [node for node in nodes if any(user not in inside for user in node.users)]
     owned = [node.target for node in nodes if node.op == "call_module" and not _is_relayout(node, layers)]
     owned += [source.target for source in sources if source.op == "get_attr"]
-    shared = any(_users_outside(name, node.graph, inside) for node in nodes[:1] for name in owned)
+    shared = any(_users_outside(name, nodes[0].graph, inside) for name in owned)
     if len(nodes) < 2 or "@" in path or len(given) != 1 or len(results) != 1 or shared:
         return None
     if not all(name.startswith(f"{path}.") for name in owned):
@@ -242,17 +242,18 @@ def _is_relayout(node: fx.Node, layers: nn.Module) -> bool:
 def _chained(calls: list[_Call], result: fx.Node) -> list[_Call]:
     """Modules that were numbers of the same list and do nothing but follow each other, as one call."""
     while True:
-        uses: dict[fx.Node, int] = {result: 1}
-        for call in calls:
-            for source in call.inputs:
-                uses[source] = uses.get(source, 0) + 1
-        run = next(_runs(calls, uses), None)
+        run = next(_runs(calls, _uses(calls, result)), None)
         if run is None:
             return calls
         begin, end = run
         chain = calls[begin:end]
         joined = _Call(chain[-1].value, chain[0].inputs, path=chain[0].path.rpartition(".")[0], chain=chain)
         calls = [*calls[:begin], joined, *calls[end:]]
+
+
+def _uses(calls: Sequence[_Call], result: fx.Node) -> Counter[fx.Node]:
+    """How often each value is read, the result by who called."""
+    return Counter([result, *(source for call in calls for source in call.inputs)])
 
 
 def _runs(calls: Sequence[_Call], uses: Mapping[fx.Node, int]) -> Any:
@@ -314,9 +315,9 @@ class _ClassWriter:
         self.tensors: dict[str, Tensor] = {}
         self.helpers: dict[str, str] = {}
         self._made: dict[int, _Member] = {}  # by scope: its class with the arguments
-        self._names = {helper.__name__ for helper in HELPERS} | {"Path", "F", "Network"}
+        self._names = {helper.__name__ for helper in HELPERS} | {"Path", "F", WHOLE}
 
-    def write(self, whole: _Scope, name: str, *, both_modes: bool) -> str:
+    def write(self, whole: _Scope, *, both_modes: bool) -> None:
         levels: dict[int, list[_Scope]] = {}
         _sort_by_height(whole, levels)
         for height in sorted(levels):
@@ -327,19 +328,12 @@ class _ClassWriter:
                     key = (scope.kind, tuple(instance.lines), tuple(member.skeleton for member in instance.members))
                     groups.setdefault(key, []).append(instance)
             for instances in groups.values():
-                self._write_class(instances, self._free(instances[0].scope.kind))
+                name = _free_name(instances[0].scope.kind, self._names, joint="")
+                self._names.add(name)
+                self._write_class(instances, name)
         own = self._instance(whole)
-        self._write_class([own], name, tail="" if both_modes else _EVALUATION_ONLY)
+        self._write_class([own], WHOLE, tail="" if both_modes else _EVALUATION_ONLY)
         self._collect(own.members, "")
-        return name
-
-    def _free(self, name: str) -> str:
-        name, count = name if name.isidentifier() and not keyword.iskeyword(name) else "Block", 2
-        free = name
-        while free in self._names:
-            free, count = f"{name}{count}", count + 1
-        self._names.add(free)
-        return free
 
     def _instance(self, scope: _Scope) -> _Instance:
         members = _Members(self, scope)
@@ -447,12 +441,13 @@ def _parameter_name(slot: Any) -> str:
     return "_".join(dict.fromkeys([*names, *([SHORT.get(argument, argument)] if argument else [])]))
 
 
-def _free_name(name: str, taken: set[str]) -> str:
+def _free_name(name: str, taken: set[str], *, joint: str = "_") -> str:
+    """`name` as an identifier that is not taken, with a number behind where it is."""
     name = re.sub(r"\W", "_", name)
     name = f"layer_{name}" if not name.isidentifier() or keyword.iskeyword(name) else name
     free, count = name, 2
     while free in taken:
-        free, count = f"{name}_{count}", count + 1
+        free, count = f"{name}{joint}{count}", count + 1
     return free
 
 
@@ -559,7 +554,7 @@ class _Names:
 def _forward(scope: _Scope, members: _Members) -> list[str]:
     """The statements of a scope. A value that only the next call reads is written into it, as long as the line is short."""
     names, lines, indent = _Names(scope), [], INDENT * 2
-    uses = Counter([scope.result, *(source for call in scope.calls for source in call.inputs)])
+    uses = _uses(scope.calls, scope.result)
 
     def operand(node: fx.Node) -> str:
         if node.op == "get_attr":

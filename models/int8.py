@@ -154,10 +154,7 @@ class Int8Network(nn.Module):
         device = next(network.parameters()).device
         self.bounds = nn.ModuleList(Bounds(device) for _ in first.rounded)
         self.names, self.layers = first.rounded, list(first.layers)
-        layers = network.bare()
-        owner = nn.Module()
-        for registry in ("_modules", "_parameters", "_buffers"):
-            getattr(owner, registry).update(getattr(layers, registry))
+        owner = _with_parts_of(network.bare())
         owner.bounds_ = self.bounds
         owner.simulated_ = nn.ModuleDict()
         for name, norm in first.layers.items():
@@ -166,6 +163,13 @@ class Int8Network(nn.Module):
         self._others = (owner,)  # in a tuple, so that it is no submodule
         self.functions = {method: GraphFunction(plan.graph) for method, plan in plans.items()}
         self.train(network.training)
+
+    @classmethod
+    def with_ranges(cls, network: NarrowNetwork, ranges: Mapping[str, Any]) -> "Int8Network":
+        """In evaluation, with the bounds that `ranges` gave. Raises UserError for those of another network."""
+        own = cls(network).eval()
+        own.load_ranges(ranges)
+        return own
 
     def forward(self, x: Tensor) -> Tensor:
         return self.functions["forward"](self._others[0], self.training, x)
@@ -209,10 +213,8 @@ class Int8Network(nn.Module):
 
         The image itself, where it is rounded, is not given: its place in the names is that of the input.
         """
-        owner = nn.Module()
         own = self._others[0]
-        for registry in ("_modules", "_parameters", "_buffers"):
-            getattr(owner, registry).update(getattr(own, registry))
+        owner = _with_parts_of(own)
         plain = nn.ModuleDict({key: layer.plain() for key, layer in own.simulated_.items()})
         graph = self.functions["forward"].graph()
         result = next(node for node in graph.nodes if node.op == "output")
@@ -235,6 +237,14 @@ class Int8Network(nn.Module):
         return fx.GraphModule(owner, graph).eval(), [
             name for name, node in zip(self.names, given, strict=True) if node.op != "placeholder"
         ]
+
+
+def _with_parts_of(module: nn.Module) -> nn.Module:
+    """A plain module with the same submodules, parameters and buffers, to which others can be added."""
+    owner = nn.Module()
+    for registry in ("_modules", "_parameters", "_buffers"):
+        getattr(owner, registry).update(getattr(module, registry))
+    return owner
 
 
 def _key(name: str) -> str:

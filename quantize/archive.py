@@ -101,6 +101,14 @@ def read_archive(path: str | os.PathLike, *, model: str | None = None) -> tuple[
         raise UserError(f"{path}: {error}") from error
 
 
+def read_flagged(path: str, *, flag: str, model: str | None) -> tuple[nn.Module, ArchiveReport]:
+    """`read_archive` of the file that `flag` names, which holds the `model` of --model where that is given."""
+    try:
+        return read_archive(path, model=model)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
+
+
 def differing_tensors(first: nn.Module, second: nn.Module) -> list[str]:
     """Names of the tensors in the two networks' state dicts that are not the same in type, shape and every bit."""
     ours, theirs = first.state_dict(), second.state_dict()

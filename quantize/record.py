@@ -120,8 +120,7 @@ def finish_int8(
 ) -> None:
     """Leaves the small checkpoint of the best network, with the bounds of its activations, and the summary."""
     save_compact(run, result, best=best, small=small, config=config)
-    simulated = Int8Network(small).eval()
-    simulated.load_ranges(best.int8)
+    simulated = Int8Network.with_ranges(small, best.int8)
     scores = {**read_json(run.folder / BEFORE_TRAINING), "fine_tuned": evaluate(simulated, data)}
     sizes = compare_networks(best.network, small, data.example[:1], files=(run.folder / BEST, run.folder / COMPACT))
     run.log(_accuracies(scores))

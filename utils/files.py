@@ -31,6 +31,16 @@ DIGEST_KEY, FORMAT_KEY = "sha256", "format"
 TEMPORARY_PREFIX = ".partial-"
 
 
+def check_output(output: Path, *, force: bool) -> None:
+    """Raises UserError, naming --output, for a file that exists, unless `force`, and where none can be written."""
+    if output.exists() and not force:
+        raise UserError(f"--output {output}: exists, choose another name or give --force")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: cannot be written, there is no folder {output.parent}")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output}: cannot be written, name a file in a folder that you may write to")
+
+
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Replaces `path` by a file that holds `data`, on the disk when this returns. Raises UserError if that fails."""
     path = Path(path)

@@ -17,15 +17,16 @@ def interleaved_seconds(
     device: torch.device,
     rounds: int,
     warmups: int = 2,
-    pause_seconds: float = 0.0,
+    pausing: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each function in each of `rounds` rounds, in which all of them run one after the other.
 
-    Whatever else happens on the machine thus meets all of them alike. Each waits for the device's work. `pause_seconds` is
-    that of `interleaved`.
+    Whatever else happens on the machine thus meets all of them alike. Each waits for the device's work. With
+    `pausing` the threads of one fall asleep before the next begins, on a CPU, where they would take its time.
     """
     stopwatches = {name: partial(seconds_of, function, device=device) for name, function in functions.items()}
-    return interleaved(stopwatches, rounds=rounds, warmups=warmups, pause_seconds=pause_seconds)
+    pause = PAUSE_SECONDS if pausing and device.type == "cpu" else 0.0
+    return interleaved(stopwatches, rounds=rounds, warmups=warmups, pause_seconds=pause)
 
 
 def interleaved(
