@@ -17,6 +17,7 @@ from models.int8 import Int8Network
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, load_network
 from prune.compact import check_pruned_zeros, compact
+from prune.networks import read_checked
 from quantize.archive import read_flagged
 from quantize.codebook import QUAN_MODES, layer_bits
 from quantize.record import describe_compact, describe_quantized, encode, finish_int8, share, simulate
@@ -94,8 +95,8 @@ def main(args: argparse.Namespace) -> None:
     seed_everything(args.seed)
     file = load_network(args.load_path, flag="--load-path", model=args.model)
     announced = setup.announce(args, file.model, device=device, world=world, state=state)
-    file, data = with_data(args, file, device=device, world=world, state=state)
-    teacher = read_teacher(args, data)
+    teacher = read_checked("--t-path", args.t_path, args.t_model) if args.t_path is not None else None
+    file, data = with_data(args, file, teacher=teacher, device=device, world=world, state=state)
     network = small_network(args, file.network, data)
     bits = {} if args.quan_mode == INT8 else layer_bits(network, mode=args.quan_mode, bits=args.quan_bits)
     plan = setup.training_plan(args)
@@ -141,17 +142,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--t-path {args.t_path}: teaches by no loss, name one with --distill")
 
 
-def read_teacher(args: argparse.Namespace, data: ImageData) -> NetworkFile | None:
-    """The network of --t-path on the device, fit for the data."""
-    if args.t_path is None:
-        return None
-    origin = f"--t-path {args.t_path}"
-    file = load_network(args.t_path, flag="--t-path", model=args.t_model, model_flag="--t-model")
-    setup.check_classes(file.num_classes, data, origin=origin)
-    setup.check_images(setup.to_device(file.network, data.device), data, origin=origin)
-    return file
-
-
 def print_quantization(
     args: argparse.Namespace,
     plan: TrainingPlan,
@@ -175,16 +165,24 @@ def with_data(
     *,
     device: torch.device,
     world: World,
+    teacher: NetworkFile | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> tuple[NetworkFile, ImageData]:
-    """The network of --load-path on the device, its pruned filters truly at zero, and the data that it is fit for."""
+    """The network of --load-path, its pruned filters truly at zero, and the data that it is fit for.
+
+    It is on the device then, and so is its teacher's, which must be fit for the same data.
+    """
     origin = f"--load-path {args.load_path}"
-    data = setup.load_data(args, device=device, world=world, files={origin: file.images}, state=state)
-    setup.check_classes(file.num_classes, data, origin=origin)
+    files = {origin: file, **({f"--t-path {args.t_path}": teacher} if teacher is not None else {})}
+    said = {name: own.images for name, own in files.items()}
+    data = setup.load_data(args, device=device, world=world, files=said, state=state)
+    for name, own in files.items():
+        setup.check_classes(own.num_classes, data, origin=name)
     if not file.compact:
         with naming(origin):
             check_pruned_zeros(file.network.state_dict(), file.kept)
-    setup.check_images(setup.to_device(file.network, device), data, origin=origin)
+    for name, own in files.items():
+        setup.check_images(setup.to_device(own.network, device), data, origin=name)
     return replace(file, images=data.dataset.images), data
 
 

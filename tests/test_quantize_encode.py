@@ -230,3 +230,13 @@ def test_bad_flags_of_int8_are_one_line(words, message, run_script, pruned, trai
     ended = run_script("quantize_encode", "--load-path", str(pruned), *words, *FLAGS, "--save-dir", str(tmp_path))
     assert ended.status == 2 and message in ended.errors and ended.errors.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_that_saw_other_images_is_refused(run_script, pruned, trained_run, tmp_path):
+    teacher = load_checkpoint(trained_run / "model_best.pt")
+    teacher["mean"] = [0.1, 0.2, 0.3]
+    save_checkpoint(tmp_path / "teacher.pt", teacher)
+    words = ("--load-path", str(pruned), "--quan-mode", "int8", "--t-path", str(tmp_path / "teacher.pt"), "--distill", "kd")
+    ended = run_script("quantize_encode", *words, *FLAGS, "--save-dir", str(tmp_path / "saves"))
+    assert ended.status == 2 and str(tmp_path / "teacher.pt") in ended.errors and "mean 0.1 0.2 0.3" in ended.errors
+    assert not (tmp_path / "saves").exists()
