@@ -136,6 +136,7 @@ non_negative_float = number(float, "a number of 0 or more", lambda value: value 
 momentum_value = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 decay_value = number(float, "a decay above 0 and below 1", lambda value: 0 < value < 1)
 smoothing_value = number(float, "a share from 0 to below 1", lambda value: 0 <= value < 1)
+padding_width = number(int, "a whole number from 0 to 32", lambda value: 0 <= value <= 32)
 proportion = number(float, "a proportion from 0 to 1", lambda value: 0 <= value <= 1)
 keep_proportion = number(float, "a proportion above 0 and at most 1", lambda value: 0 < value <= 1)
 channel_mean = number(float, "a mean from 0 to 1, of images scaled to [0, 1]", is_mean)
@@ -201,6 +202,8 @@ def add_training_flags(parser: Parser, *, lr: float, n_epochs: int, schedule: Se
     group.add_argument(
         "--label-smoothing", type=smoothing_value, default=0.0, metavar="S", help="share of the target that all classes get alike"
     )
+    group.add_argument("--crop-padding", type=padding_width, metavar="PIXELS",
+                       help="small images are cropped out of a frame of so many zeros (default: 4)")  # fmt: skip
     parser.set_defaults(default_schedule=tuple(schedule), default_lr_drops=tuple(lr_drops))
     counts_in_training(parser, *names_of(group))
     by_itself = "with --lr-schedule steps, the others fall from step to step by themselves"

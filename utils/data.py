@@ -29,7 +29,7 @@ from utils.errors import UserError
 from utils.image_spec import ImageSpec
 from utils.seed import derived_seed, generator
 
-CROP_PADDING_PIXELS = 4
+CROP_PADDING_PIXELS = 4  # He et al., CVPR 2016, section 4.2
 RESIZED_SIDE_PIXELS = 256
 GRACE_SECONDS = 10
 EXAMPLES = 8
@@ -52,7 +52,8 @@ class ImageData:
     `batch_size` counts the images of all processes together; at most `limit_batches` batches are given an epoch, in
     training and in testing, where they are a fixed draw from all classes. A last training batch too small to give every
     process two images (batch normalisation needs two) is left out; without a limit every test image is given exactly once.
-    `remarks` are for the user to read before the images are made use of.
+    Small training images are cropped at random out of a frame of `crop_padding` zeros on every side. `remarks` are for the user
+    to read before the images are made use of. Raises UserError for a `crop_padding` of large images, which have no frame.
     """
 
     def __init__(
@@ -65,10 +66,14 @@ class ImageData:
         world: World | None = None,
         workers: int = 0,
         limit_batches: int | None = None,
+        crop_padding: int | None = None,
         remarks: Sequence[str] = (),
     ):
+        if crop_padding is not None and dataset.streamed:
+            raise UserError(f"--crop-padding {crop_padding}: is for small images; those of {dataset.name} are resized")
         self.dataset, self.device, self.world, self.remarks = dataset, device, world or World(), tuple(remarks)
         self.batch_size, self.seed, self.workers, self.limit_batches = batch_size, seed, workers, limit_batches
+        self.crop_padding = crop_padding
         train_length, test_length = len(dataset.train.labels), len(dataset.test.labels)
         last_is_usable = train_length % batch_size >= 2 * self.world.size
         self.train_steps = train_length // batch_size + last_is_usable
@@ -76,9 +81,13 @@ class ImageData:
         if limit_batches is not None:
             self.train_steps, self.test_steps = min(self.train_steps, limit_batches), min(self.test_steps, limit_batches)
         self._test_order = _fixed_order(dataset.test.labels, min(test_length, self.test_steps * batch_size))
-        source = _StreamedSplit if dataset.streamed else _DeviceSplit
-        self._train = source(dataset.train, dataset, device=device, augment=True, workers=workers)
-        self._test = source(dataset.test, dataset, device=device, augment=False, workers=workers)
+        if dataset.streamed:
+            self._train = _StreamedSplit(dataset.train, dataset, device=device, augment=True, workers=workers)
+            self._test = _StreamedSplit(dataset.test, dataset, device=device, augment=False, workers=workers)
+        else:
+            padding = CROP_PADDING_PIXELS if crop_padding is None else crop_padding
+            self._train = _DeviceSplit(dataset.train, dataset, device=device, crop_padding=padding)
+            self._test = _DeviceSplit(dataset.test, dataset, device=device)
 
     def alone(self) -> "ImageData":
         """The same data for a process that works without the others."""
@@ -91,6 +100,7 @@ class ImageData:
             device=self.device,
             workers=self.workers,
             limit_batches=self.limit_batches,
+            crop_padding=self.crop_padding,
         )
 
     @cached_property
@@ -157,21 +167,24 @@ class Normaliser:
 
 
 class _DeviceSplit:
-    """A set of small images, wholly on the device as (N, H, W, 3) uint8, so that a crop is a copy of contiguous rows."""
+    """A set of small images, wholly on the device as (N, H, W, 3) uint8, so that a crop is a copy of contiguous rows.
 
-    def __init__(self, split: SmallImages, dataset: Dataset, *, device: torch.device, augment: bool, workers: int):
-        self.augment, self.flip, self.device = augment, dataset.flip, device
+    They are augmented where `crop_padding` is given.
+    """
+
+    def __init__(self, split: SmallImages, dataset: Dataset, *, device: torch.device, crop_padding: int | None = None):
+        self.crop_padding, self.flip, self.device = crop_padding, dataset.flip, device
         self.normalise = Normaliser(dataset, device)
         pixels = split.images.to(device)
         self.height, self.width = pixels.shape[2:]
-        if augment:
-            pixels = F.pad(pixels, (CROP_PADDING_PIXELS,) * 4)
+        if crop_padding is not None:
+            pixels = F.pad(pixels, (crop_padding,) * 4)
         self.pixels = pixels.permute(0, 2, 3, 1).contiguous()
         self.labels = split.labels.to(device)
 
     def batches(self, parts: list[Tensor], positions: list[int], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every random number of the epoch is drawn and sent to the device at once: no transfer within a step."""
-        draws = self._draw(len(self.labels), seed) if self.augment else None
+        draws = self._draw(len(self.labels), seed) if self.crop_padding is not None else None
         rows_on_device = torch.cat(parts).to(self.device) if parts else torch.empty(0)
         begin = 0
         for part, position in zip(parts, positions, strict=True):
@@ -183,7 +196,7 @@ class _DeviceSplit:
     def _draw(self, length: int, seed: int) -> Tensor:
         """(3, N): vertical and horizontal offset of the crop, and whether to flip, for each position of the epoch."""
         stream = torch.Generator().manual_seed(seed)
-        offsets = torch.randint(2 * CROP_PADDING_PIXELS + 1, (2, length), generator=stream)
+        offsets = torch.randint(2 * self.crop_padding + 1, (2, length), generator=stream)
         flips = torch.randint(2, (1, length), generator=stream)
         return torch.cat([offsets, flips]).to(self.device)
 
@@ -196,8 +209,8 @@ class _DeviceSplit:
         return torch.where(flip.bool().view(-1, 1, 1, 1), images.flip(2), images)
 
     def _windows(self) -> Tensor:
-        """A view (N, 9, 9, H, W * 3) over every crop of every padded image; nothing is copied."""
-        count, side = len(self.pixels), 2 * CROP_PADDING_PIXELS + 1
+        """A view (N, 2P + 1, 2P + 1, H, W * 3) over every crop of every image padded by P; nothing is copied."""
+        count, side = len(self.pixels), 2 * self.crop_padding + 1
         image, row, column, _ = self.pixels.stride()
         return self.pixels.as_strided((count, side, side, self.height, self.width * 3), (image, row, column, row, 1))
 

@@ -214,6 +214,7 @@ def load_data(
         world=world,
         workers=args.workers,
         limit_batches=args.limit_batches,
+        crop_padding=getattr(args, "crop_padding", None),
         remarks=image_remarks(known, flagged, dataset) if state is None else (),
     )
     if data.train_steps == 0 and not args.evaluate:

@@ -10,6 +10,7 @@ import torchvision.transforms.v2.functional as transforms
 from utils.data import Batch, ImageData
 from utils.datasets import Dataset, SmallImages, load_dataset
 from utils.distributed import World
+from utils.errors import UserError
 from utils.seed import derived_seed
 
 CPU = torch.device("cpu")
@@ -53,6 +54,19 @@ class TestAugmentation:
         offsets = {(y, x) for y, x, _ in seen}
         assert offsets == {(y, x) for y in range(9) for x in range(9)}
         assert {mirrored for *_, mirrored in seen} == ({False, True} if flip else {False})
+
+    @pytest.mark.parametrize("padding", [0, 1])
+    def test_is_as_wide_as_it_is_asked_to_be(self, padding):
+        dataset = small_dataset(flip=False)
+        data = image_data(dataset, crop_padding=padding)
+        seen = {
+            find_crop(image, dataset.train.images[row].numpy())[:2]
+            for epoch in range(10)
+            for batch in data.train_batches(epoch)
+            for image, row in zip(pixels(batch.images), batch.labels.tolist(), strict=True)
+        }
+        beside = range(4 - padding, 5 + padding)
+        assert seen == {(y, x) for y in beside for x in beside}
 
     def test_offsets_and_mirroring_are_evenly_spread(self):
         dataset = small_dataset(train=2000, side=9)
@@ -218,6 +232,10 @@ class TestManyProcesses:
 class TestStreamed:
     def data(self, folder, **options) -> ImageData:
         return image_data(load_dataset("folder", data_dir=folder), batch_size=4, **options)
+
+    def test_have_no_frame_to_be_cropped_out_of(self, mixed_size_images):
+        with pytest.raises(UserError, match="--crop-padding 2: is for small images"):
+            self.data(mixed_size_images, crop_padding=2)
 
     def test_gives_normalised_crops(self, mixed_size_images):
         batches = list(self.data(mixed_size_images).train_batches(0))
