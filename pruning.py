@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
     if rates_file(args) is not None and state is None:
         run.save_json(SENSITIVITY, read_json(rates_file(args)))
     setup.log_beginning(run, announced, plan, fallback, data=data)
-    before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data)
+    before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data, is_copy=args.s_copy_t)
     schedule = schedule_of(args, student, choose, run=run, state=state)
     if state is None:
         if table is not None:

@@ -122,13 +122,26 @@ def relative_difference(dense: nn.Module, smaller: nn.Module, images: Iterable[T
 
     `images` are batches on the networks' device. The networks' modes are left as they were.
     """
-    difference = largest = 0.0
+    difference = LogitDifference()
     with evaluating(dense, smaller), torch.no_grad():
         for batch in images:
-            expected, found = dense(batch), smaller(batch)
-            difference = max(difference, float((expected - found).abs().max()))
-            largest = max(largest, float(expected.abs().max()))
-    return difference / largest if largest else difference
+            difference.add(dense(batch), smaller(batch))
+    return difference.relative
+
+
+class LogitDifference:
+    """The largest difference of any two logits so far, and the largest logit that was expected."""
+
+    def __init__(self) -> None:
+        self.difference = self.largest = 0.0
+
+    def add(self, expected: Tensor, found: Tensor) -> None:
+        self.difference = max(self.difference, float((expected - found).abs().max()))
+        self.largest = max(self.largest, float(expected.abs().max()))
+
+    @property
+    def relative(self) -> float:
+        return self.difference / self.largest if self.largest else self.difference
 
 
 def check_pruned_zeros(state: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> None:

@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.channel_flow import output_channels
+from models.modes import evaluating
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, describe_network, load_network
-from prune.compact import compact, relative_difference
+from prune.compact import LogitDifference, compact
 from prune.masks import PrunableLayer, prunable_layers
 from prune.papers_flops import papers_flops_drop
 from prune.schedule import PruningSchedule
@@ -17,6 +20,7 @@ from utils.data import ImageData
 from utils.engine import evaluate
 from utils.errors import UserError
 from utils.files import read_json
+from utils.metrics import Sums
 from utils.profile import compare_networks, comparison_table
 from utils.recalibration import recalibrated_batch_norm
 from utils.run_folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, SUMMARY
@@ -26,14 +30,17 @@ WHOLE = "no filter is pruned, the network stays whole (--prune-rates below 1 pru
 CHANCE_MARGIN = 1.2  # a network that is right at most so many times as often as guessing is scored as guessing
 
 
-def log_accuracy(run: Run, *, teacher: NetworkFile | None, student: NetworkFile, data: ImageData) -> dict[str, Any]:
-    """Scores the networks before pruning; warns where a trained one is no better than guessing."""
+def log_accuracy(
+    run: Run, *, teacher: NetworkFile | None, student: NetworkFile, data: ImageData, is_copy: bool
+) -> dict[str, Any]:
+    """Scores the networks before pruning, once where the student is a copy; warns where one is no better than guessing."""
     chance = 100 / len(data.dataset.classes)
     scores = {}
     for role, file in (("teacher", teacher), ("student", student)):
         if file is None:
             continue
-        scores[role] = {"model": file.model, **evaluate(file.network, data)}
+        known = scores.get("teacher") if is_copy else None
+        scores[role] = known or {"model": file.model, **evaluate(file.network, data)}
         run.log(f"{role} {file.model}: top1 {scores[role]['top1']:.2f}, loss {scores[role]['loss']:.4f}")
         if role == "teacher" and scores[role]["top1"] <= CHANCE_MARGIN * chance:
             run.warn(f"the teacher scores at chance ({chance:.1f}) on {data.dataset.name}: is --t-path the right file?")
@@ -124,6 +131,18 @@ def finish(
     run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / written}")
 
 
+def compare_outputs(dense: nn.Module, small: nn.Module, data: ImageData) -> tuple[float, dict[str, float]]:
+    """`relative_difference` over the test images, and the top-1 accuracy of either, in one pass."""
+    difference, sums = LogitDifference(), {"dense": Sums(data.device), "compact": Sums(data.device)}
+    with evaluating(dense, small), torch.no_grad():
+        for images, labels, _ in data.test_batches():
+            logits = {"dense": dense(images), "compact": small(images)}
+            difference.add(*logits.values())
+            for name, outputs in logits.items():
+                sums[name].add({"loss": F.cross_entropy(outputs, labels)}, outputs, labels)
+    return difference.relative, {name: each.read()["top1"] for name, each in sums.items()}
+
+
 def whole_layers_table(kept: Mapping[str, Sequence[int]], small: NarrowNetwork) -> str:
     """What the small network could not save, as text: pruned layers that it has whole, and channels that it puts back.
 
@@ -154,8 +173,7 @@ def save_compact(
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Writes the small network of `best`, which is `dense` on the device; gives what the summary says of the two."""
-    difference = relative_difference(dense, small, (batch.images for batch in data.test_batches()))
-    accuracy = {name: evaluate(network, data)["top1"] for name, network in (("dense", dense), ("compact", small))}
+    difference, accuracy = compare_outputs(dense, small, data)
     identity = {"model": best.model, "num_classes": best.num_classes, "images": best.images}
     description = describe_network(small.state_dict(), **identity, config=config, kept=small.kept, compact=True)
     run.save(COMPACT, {**description, "epoch": result["best"]["epoch"], "metrics": result["best"]})

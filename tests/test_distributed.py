@@ -98,9 +98,11 @@ def test_recalibrated_statistics_are_the_same_bits_everywhere(found):
 def test_every_test_image_counts_once(found):
     seen = [process["tested_images"]["seen"].tolist() for process in found]
     assert sorted([*seen[0], *seen[1]]) == list(range(21)) and all(seen)
-    expected = worker.tested_images(World())["scores"]
+    expected = worker.tested_images(World())
     for process in found:
-        torch.testing.assert_close(process["tested_images"]["scores"], expected)
+        torch.testing.assert_close(process["tested_images"]["scores"], expected["scores"])
+        for name in ("hits", "digest"):
+            assert torch.equal(process["tested_images"][name], expected[name])
 
 
 @pytest.mark.parametrize("run", ["nggm-at", "soft"])

@@ -22,10 +22,11 @@ from utils.averaging import WeightAverage
 from utils.data import Batch, ImageData
 from utils.distributed import World, any_process, broadcast_from_main
 from utils.errors import Interrupted, NonFiniteLoss, UserError, printable
+from utils.hits import TestHits, gather_hits
 from utils.learning_rate import LearningRate
 from utils.metrics import Sums
 from utils.recalibration import recalibrated_batch_norm
-from utils.run_folder import AVERAGE, BEST, LAST, TRAINED
+from utils.run_folder import AVERAGE, BEST, HITS, LAST, TRAINED
 from utils.runs import Run
 from utils.seed import random_state, restore_random_state
 
@@ -147,15 +148,28 @@ def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
 @torch.no_grad()
 def evaluate(network: nn.Module, data: ImageData, *, amp: bool = False) -> dict[str, float]:
     """Loss, top-1 and top-5 accuracy in percent over the test images of all processes; the network's mode is kept."""
+    return _evaluate(network, data, amp=amp)[0].read()
+
+
+@torch.no_grad()
+def evaluate_each(network: nn.Module, data: ImageData, *, amp: bool = False) -> tuple[dict[str, float], TestHits]:
+    """As `evaluate`, and which of the test images are classified rightly, over all processes."""
+    sums, labels, hits = _evaluate(network, data, amp=amp)
+    return sums.read(), gather_hits(labels, hits, data.world)
+
+
+def _evaluate(network: nn.Module, data: ImageData, *, amp: bool) -> tuple[Sums, list[Tensor], list[Tensor]]:
+    """What this process's part of the test images adds up to, and batch by batch their labels and whether each is a hit."""
     was_training = network.training
     network.eval()
-    sums = Sums(data.device)
+    sums, all_labels, hits = Sums(data.device), [], []
     for images, labels, _ in data.test_batches():
         with autocast(data.device, amp):
             logits = network(images)
-        sums.add({"loss": F.cross_entropy(logits.float(), labels)}, logits, labels)
+        hits.append(sums.add({"loss": F.cross_entropy(logits.float(), labels)}, logits, labels))
+        all_labels.append(labels)
     network.train(was_training)
-    return sums.read()
+    return sums, all_labels, hits
 
 
 class StopSignals:
@@ -309,7 +323,7 @@ class Trainer:
         self._check_finite()
         began = time.monotonic()
         with self._shipped() as kept:
-            test = evaluate(self.network, self.data, amp=self.plan.amp)
+            test, hits = evaluate_each(self.network, self.data, amp=self.plan.amp)
             test_seconds = time.monotonic() - began
             if not math.isfinite(test["loss"]):
                 raise NonFiniteLoss(f"the test loss is no finite number after epoch {self.epoch + 1}; try a lower --lr")
@@ -323,6 +337,8 @@ class Trainer:
         self._report(train, {**test, **beside}, seconds + test_seconds)
         if is_best:
             self.run.save(BEST, checkpoint)
+        if self.epoch + 1 == self.plan.n_epochs:
+            self.run.save_json(HITS, {"epoch": self.epoch, **hits.document()})
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.data.device)
         if self.epoch % self.plan.checkpoint_interval == 0 or self.epoch == self.plan.n_epochs:
             self._save_last(checkpoint)

@@ -25,8 +25,11 @@ class Sums:
         self.totals: dict[str, Tensor] = {}
         self.first_bad_step = torch.tensor(NEVER, device=device)
 
-    def add(self, losses: dict[str, Tensor], logits: Tensor, labels: Tensor, *, step: int = 0) -> None:
-        """Adds a batch: 0-dim mean losses by name (`loss` among them), logits (b, classes), labels (b,)."""
+    def add(self, losses: dict[str, Tensor], logits: Tensor, labels: Tensor, *, step: int = 0) -> Tensor:
+        """Adds a batch: 0-dim mean losses by name (`loss` among them), logits (b, classes), labels (b,).
+
+        Gives (b,) whether each image is classified rightly, on the device.
+        """
         count, rank = len(labels), label_rank(logits, labels)
         parts = {name: loss.double() * count for name, loss in losses.items()}
         parts |= {"top1": (rank < 1).sum().double(), "top5": (rank < 5).sum().double()}
@@ -35,6 +38,7 @@ class Sums:
             self.totals[name] = self.totals[name] + part if name in self.totals else part
         bad = torch.where(torch.isfinite(losses["loss"]), NEVER, step)
         self.first_bad_step = torch.minimum(self.first_bad_step, bad)
+        return rank < 1
 
     def read(self) -> dict[str, float]:
         """Mean losses, top-1 and top-5 accuracy in percent, and the number of images, over all processes."""
