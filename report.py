@@ -13,13 +13,17 @@ from utils import cli
 
 SCRIPT = "report.py"
 DOCS = Path(__file__).resolve().parent / "docs"
-COMMITTED_RESULTS, FIGURES = DOCS / "results", DOCS / "figures"
+COMMITTED_RESULTS, FIGURES = DOCS / "studies" / "results.jsonl.gz", DOCS / "figures"
 
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog=SCRIPT, description="Gather runs into tables and pictures. Only their small files are read.")
     parser.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="runs, or folders that hold runs (default: saves, or docs/results)"
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="runs, folders of runs, or studies (default: saves, or docs/studies)",
     )
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="where the report goes, with --readme its pictures (default: report, or docs/figures)")  # fmt: skip
@@ -34,7 +38,8 @@ def get_args_parser() -> cli.Parser:
     instead.add_argument(
         "--attention", type=Path, metavar="RUN", help="also draw what this pruning run and its teacher attend to"
     )
-    instead.add_argument("--collect", type=Path, metavar="DIR", help="only copy what a report reads of the runs to here")
+    instead.add_argument("--collect", type=Path, metavar="DIR",
+                         help="only copy what a report reads of the runs to here, into one file if a .jsonl.gz")  # fmt: skip
     instead.add_argument("--readme", type=Path, metavar="FILE", help="only renew the results in this Markdown file")
     parser.add_argument("--images", type=cli.non_negative_int, nargs="+", metavar="POSITION",
                         help="test images for --attention (default: the first of each of four classes)")  # fmt: skip

@@ -1,6 +1,6 @@
 """Runs on disk to records, and records to groups: everything that a report says is counted here.
 
-Of a run only its small files are read: config.json, summary.json, metrics.jsonl, kept_filters.json. Runs with the same
+Of a run only its small files are read, from its folder or from a study (`reporting.run_files`). Runs with the same
 settings form a group; a setting is every flag but the seed and those of where a run computes, reads, writes and saves. A
 flag that names a checkpoint counts as the settings of the run that wrote it, where that run's config.json is found beside
 this one or where the flag says; otherwise as its own text, in which the run's seed does not count.
@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 
 from reporting.measures import measures_of
 from reporting.naming import ORIGIN_FLAGS, flag_label, method_label
+from reporting.run_files import FolderFiles, RunFiles, is_study, read_study
 from reporting.settings import check_flags
 from utils.errors import UserError, naming, printable, shown
-from utils.files import read_json
-from utils.metrics_file import read_metrics
-from utils.run_folder import CONFIG, KEPT_FILTERS, METRICS, SUMMARY
-from utils.untrusted import open_regular
+from utils.hits import TestHits, read_hits
+from utils.run_folder import CONFIG, HITS, KEPT_FILTERS, METRICS, SUMMARY
 
 UNPRUNED_SCRIPT = "initial_train.py"
 PLACE_FLAGS = frozenset(("seed", "run_name", "save_dir", "log_name", "data_dir", "device", "dev_idx", "workers", "evaluate"))
@@ -58,9 +57,9 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One finished run. `curve` is top-1 accuracy on the test set, in percent, by epoch."""
+    """One finished run. `curve` is top-1 accuracy on the test set, in percent, by epoch; `hits` are those of the last one."""
 
-    folder: Path
+    files: RunFiles
     label: str
     settings: dict[str, Any]
     circumstances: dict[str, str]
@@ -72,6 +71,12 @@ class Record:
     curve: dict[int, float]
     kept: dict[str, int]
     filters: dict[str, int]
+    hits: TestHits | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, or the study and its name there."""
+        return self.files.place
 
     @property
     def script(self) -> str:
@@ -122,7 +127,7 @@ def statistic(values: Sequence[float]) -> Statistic:
 
 
 def gather(paths: Iterable[str | os.PathLike], *, skip_missing: bool = False) -> Results:
-    """Reads every run in `paths`, each a run's folder or a folder of runs.
+    """Reads every run in `paths`, each a run's folder, a folder of runs, or a study.
 
     Folders that are unfinished, damaged, or no run are skipped by name, with `skip_missing` also those that are not there. Raises
     UserError for a path that does not exist otherwise, and if no finished run is found at all.
@@ -132,16 +137,20 @@ def gather(paths: Iterable[str | os.PathLike], *, skip_missing: bool = False) ->
         skipped = [Skipped(path, "has not begun") for path in paths if not os.path.lexists(path)]
         paths = [path for path in paths if os.path.lexists(path)]
     reader, records = _Reader(), []
-    for folder in dict.fromkeys(folder for path in paths for folder in _run_folders(path)):
+    for place, files in {files.place: files for path in paths for files in _runs(path)}.items():
         try:
-            records.append(reader.record(folder))
+            records.append(reader.record(files))
         except UserError as error:
-            skipped.append(Skipped(folder, str(error)))
+            skipped.append(Skipped(place, str(error)))
     if not records:
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in skipped[:3]) or "there is no folder in it"
         raise UserError(f"{' '.join(map(str, paths)) or 'runs'}: no finished run found ({reasons}); train one first")
     groups, repeated = _group(records)
     return Results(_with_dense_sizes(groups), skipped + repeated)
+
+
+def _runs(path: Path) -> Sequence[RunFiles]:
+    return read_study(path) if path.exists() and is_study(path) else [FolderFiles(folder) for folder in _run_folders(path)]
 
 
 def _run_folders(path: Path) -> list[Path]:
@@ -162,15 +171,15 @@ class _Reader:
     def __init__(self) -> None:
         self._configs: dict[Path, dict[str, Any]] = {}
 
-    def record(self, folder: Path) -> Record:
+    def record(self, files: RunFiles) -> Record:
         """Raises UserError, saying why, for anything but a finished, whole run."""
         try:
-            if not os.path.lexists(folder / CONFIG):
+            if not files.has(CONFIG):
                 raise UserError(f"no run, it has no {CONFIG}")
-            config = self._config(folder)
-            if os.path.lexists(folder / SUMMARY):
-                return self._read(folder, config, _read_clean(folder / SUMMARY))
-            raise UserError(f"unfinished, {_progress(folder, config['flags'])}")
+            config = self._config(files)
+            if files.has(SUMMARY):
+                return self._read(files, config, _clean(files.read(SUMMARY)))
+            raise UserError(f"unfinished, {_progress(files, config['flags'])}")
         except UserError:
             raise
         except OSError as error:
@@ -178,22 +187,22 @@ class _Reader:
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"damaged, not what a run writes ({type(error).__name__}: {printable(str(error))})") from error
 
-    def _config(self, folder: Path) -> dict[str, Any]:
-        if folder not in self._configs:
-            config = _read_clean(folder / CONFIG)
+    def _config(self, files: RunFiles) -> dict[str, Any]:
+        if files.place not in self._configs:
+            config = _clean(files.read(CONFIG))
             if not isinstance(config, dict) or not isinstance(config.get("flags"), dict) or "script" not in config:
-                raise UserError(f"{folder / CONFIG} is damaged: not that of a run")
-            with naming(f"{folder / CONFIG} is damaged"):
+                raise UserError(f"{files.place / CONFIG} is damaged: not that of a run")
+            with naming(f"{files.place / CONFIG} is damaged"):
                 check_flags(config["flags"])
-            self._configs[folder] = config
-        return self._configs[folder]
+            self._configs[files.place] = config
+        return self._configs[files.place]
 
-    def _read(self, folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> Record:
+    def _read(self, files: RunFiles, config: dict[str, Any], summary: dict[str, Any]) -> Record:
         flags = config["flags"]
-        settings = self._settings(folder, config, seed=str(flags["seed"]), depth=ORIGIN_DEPTH)
-        layers = _read_clean(folder / KEPT_FILTERS) if os.path.lexists(folder / KEPT_FILTERS) else {}
+        settings = self._settings(files, config, seed=str(flags["seed"]), depth=ORIGIN_DEPTH)
+        layers = _clean(files.read(KEPT_FILTERS)) if files.has(KEPT_FILTERS) else {}
         return Record(
-            folder=folder,
+            files=files,
             label=method_label(settings),
             settings=settings,
             circumstances={
@@ -207,39 +216,35 @@ class _Reader:
             command=_text(config.get("command", ""), TEXT_LENGTH),
             measures=measures_of(summary),
             curve={
-                _count(line["epoch"], "an epoch"): _accuracy(line["top1"]) for line in _metrics(folder) if line["split"] == "test"
+                _count(line["epoch"], "an epoch"): _accuracy(line["top1"]) for line in files.metrics() if line["split"] == "test"
             },
             kept=_counts(summary.get("kept_filters", {})),
             filters=_counts({name: layer["filters"] for name, layer in layers.items()}),
+            hits=_last_hits(files, summary),
         )
 
-    def _settings(self, folder: Path, config: dict[str, Any], *, seed: str, depth: int) -> dict[str, Any]:
+    def _settings(self, files: RunFiles, config: dict[str, Any], *, seed: str, depth: int) -> dict[str, Any]:
         """Flat: `n_epochs` is this run's, `t_path n_epochs` that of the run that trained the teacher."""
         settings = {"script": _text(config["script"]), "processes": config.get("processes", 1)}
         settings["dataset"] = _dataset_name(config["flags"])
         for name, value in config["flags"].items():
             if name in ORIGIN_FLAGS and value is not None:
-                settings |= self._origin(folder, name, str(value), seed=seed, depth=depth)
+                settings |= self._origin(files, name, str(value), seed=seed, depth=depth)
             elif name not in PLACE_FLAGS | STATE_FLAGS | settings.keys():
                 settings[name] = value
         return settings
 
-    def _origin(self, folder: Path, flag: str, value: str, *, seed: str, depth: int) -> dict[str, Any]:
-        named = Path(value).parent
-        for origin in (folder.parent / named.name, named):
-            if depth and origin != folder and (origin / CONFIG).is_file():
+    def _origin(self, files: RunFiles, flag: str, value: str, *, seed: str, depth: int) -> dict[str, Any]:
+        for origin in files.origins(Path(value).parent):
+            if depth:
                 with contextlib.suppress(UserError):  # of a damaged config.json only the name of its folder counts
                     found = self._settings(origin, self._config(origin), seed=seed, depth=depth - 1)
                     return {f"{flag} {name}": setting for name, setting in found.items()}
         return {flag: re.sub(rf"(?<!\d){re.escape(seed)}(?!\d)", "*", value)}
 
 
-def _read_clean(path: Path) -> Any:
-    """A JSON file whose texts can be written anywhere: others may have put anything into it. Raises UserError, as read_json."""
-    return _clean(read_json(path))
-
-
 def _clean(value: Any) -> Any:
+    """What a JSON file holds, with texts that can be written anywhere: others may have put anything into it."""
     if isinstance(value, dict):
         return {printable(name, NAME_LENGTH): _clean(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -257,11 +262,12 @@ def _dataset_name(flags: Mapping[str, Any]) -> str:
     return _text(Path(flags["data_dir"]).name or name) if name == "folder" else name
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    if os.path.lexists(folder / METRICS):
-        with naming(METRICS), open_regular(folder / METRICS):
-            pass
-    return read_metrics(folder)
+def _last_hits(files: RunFiles, summary: Mapping[str, Any]) -> TestHits | None:
+    """Those of the last epoch; None for a run of an older version, or where they are of an epoch before the last."""
+    document = files.read(HITS) if files.has(HITS) else None
+    if document is None or not isinstance(document, dict) or document.get("epoch") != summary["last"].get("epoch"):
+        return None
+    return read_hits(document)
 
 
 def _accuracy(value: Any) -> float:
@@ -282,8 +288,8 @@ def _count(value: Any, what: str) -> int:
     return value
 
 
-def _progress(folder: Path, flags: Mapping[str, Any]) -> str:
-    epochs = {_count(line["epoch"], "an epoch") for line in _metrics(folder) if isinstance(line, dict) and "epoch" in line}
+def _progress(files: RunFiles, flags: Mapping[str, Any]) -> str:
+    epochs = {_count(line["epoch"], "an epoch") for line in files.metrics() if isinstance(line, dict) and "epoch" in line}
     return f"{len(epochs)} of {_text(flags.get('n_epochs', '?'))} epochs are done"
 
 

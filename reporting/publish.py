@@ -7,10 +7,10 @@ from pathlib import Path
 from reporting.gather import Group, Results
 from reporting.page import GENERATOR, Picture, page
 from reporting.pictures import PICTURE_NAMES, draw_pictures
+from reporting.run_files import COLLECTED, is_study, write_study
 from reporting.tables import KEY_MEASURES, caption, comma_separated, markdown, markdown_by_subject, markdown_text, notes
 from utils.errors import UserError
 from utils.files import write_atomic
-from utils.run_folder import CONFIG, KEPT_FILTERS, METRICS, SUMMARY
 
 PAGE, MARKDOWN, CSV = "report.html", "table.md", "table.csv"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -85,17 +85,23 @@ def update_readme(path: Path, groups: Sequence[Group], *, figures: Path, picture
 
 
 def collect(groups: Sequence[Group], folder: Path) -> None:
-    """Copies what a report reads of every run to `folder/<run>/`. Raises UserError if two runs have one name."""
-    runs = [record.folder for group in groups for record in group.records]
-    names = [run.name for run in runs]
+    """Copies what a report reads of every run to `folder/<run>/`, or into the study that `folder` names by its suffix.
+
+    Raises UserError if two runs have one name.
+    """
+    runs = [record.files for group in groups for record in group.records]
+    names = [run.place.name for run in runs]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--collect {folder}: two of the runs are called {name}; rename one")
-    for run in runs:
-        _make_folder(folder / run.name, "--collect")
-        for name in (CONFIG, SUMMARY, METRICS, KEPT_FILTERS):
-            if (run / name).is_file():
-                write_atomic(folder / run.name / name, (run / name).read_bytes())
+    if is_study(folder):
+        _make_folder(folder.parent, "--collect")
+        write_study(folder, runs)
+    else:
+        for run in runs:
+            _make_folder(folder / run.place.name, "--collect")
+            for name in filter(run.has, COLLECTED):
+                write_atomic(folder / run.place.name / name, run.content(name))
     print(f"{len(runs)} runs -> {folder}")
 
 

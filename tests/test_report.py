@@ -1,6 +1,5 @@
 """The entry script from its flags to its files, and the committed results."""
 
-import json
 import re
 import shutil
 import time
@@ -101,10 +100,10 @@ def test_a_thousand_runs_take_less_than_20_seconds(tmp_path):
 @pytest.mark.parametrize(
     ("name", "runs", "figures", "pictures"),
     [
-        ("README.md", "docs/results", "docs/figures", README_PICTURES),
-        ("docs/results.md", "docs/results", "docs/figures", README_PICTURES),
-        ("docs/ablation.md", "docs/ablation", "docs/figures/ablation", ["accuracy_macs"]),
-        ("docs/sensitivity.md", "docs/sensitivity", "docs/figures", ["sensitivity"]),
+        ("README.md", "docs/studies/results.jsonl.gz", "docs/figures", README_PICTURES),
+        ("docs/results.md", "docs/studies/results.jsonl.gz", "docs/figures", README_PICTURES),
+        ("docs/ablation.md", "docs/studies/ablation.jsonl.gz", "docs/figures/ablation", ["accuracy_macs"]),
+        ("docs/sensitivity.md", "docs/studies/sensitivity.jsonl.gz", "docs/figures", ["sensitivity"]),
     ],
 )
 def test_documents_have_the_committed_results(tmp_path, name, runs, figures, pictures):
@@ -116,13 +115,13 @@ def test_documents_have_the_committed_results(tmp_path, name, runs, figures, pic
     assert copy.read_text() == (ROOT / name).read_text()
 
 
-@pytest.mark.parametrize("runs", ["docs/results", "docs/ablation", "docs/sensitivity"])
-def test_committed_results_are_all_whole(runs):
-    results = gather([ROOT / runs])
+@pytest.mark.parametrize("study", sorted(path.name for path in (ROOT / "docs" / "studies").iterdir()))
+def test_committed_results_are_all_whole(study):
+    results = gather([ROOT / "docs" / "studies" / study])
     assert results.skipped == []
     for group in results.groups:
         for record in group.records:
-            assert json.loads((record.folder / "summary.json").read_text())["script"] == record.script
+            assert record.files.read("summary.json")["script"] == record.script
 
 
 @needs_chromium

@@ -49,6 +49,12 @@ def _record(line: bytes) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError:
         raise TornLine("no JSON") from None
+    check_record(record)
+    return record
+
+
+def check_record(record: Any) -> None:
+    """Raises ValueError for what is no record of an epoch."""
     if not isinstance(record, dict):
         raise ValueError("no record of an epoch")
     epoch, split = record.get("epoch"), record.get("split")
@@ -57,7 +63,6 @@ def _record(line: bytes) -> dict[str, Any]:
     values = [value for name, value in record.items() if name != "split"]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
         raise ValueError("a value is no finite number")
-    return record
 
 
 def known_metrics(folder: Path, *, epochs: int) -> list[dict[str, Any]]:
