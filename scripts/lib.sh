@@ -3,7 +3,7 @@
 # README.md explains the environment variables that start_script reads.
 
 # Flags that initial_train.py, pruning.py and quantize_encode.py all have: they reach the training of a teacher as well.
-readonly SHARED_FLAGS="--data-dir --mean --std --batch-size --workers --limit-batches --lr --schedule --lr-drops --lr-schedule \
+readonly SHARED_FLAGS="--data-dir --mean --std --batch-size --workers --crop-padding --limit-batches --lr --schedule --lr-drops --lr-schedule \
 --warmup-epochs --n-epochs --momentum --weight-decay --label-smoothing --log-name --device --dev-idx --amp --compile --sync-bn --checkpoint-interval --checkpoint-minutes"
 
 # start_script ARGUMENT...: reads the environment, and the arguments to pass on into PASSED and SHARED
@@ -14,6 +14,11 @@ start_script() {
   mapfile -t SHARED < <(shared_arguments)
   [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS: must be a whole number of 1 or more"
   check_gpus
+  [[ $RECIPE =~ ^(published|short)$ ]] || fail "RECIPE=$RECIPE: must be published, as the papers train, or short"
+  local name
+  for name in TEACHER_EPOCHS STUDENT_EPOCHS STUDENT_BATCHES; do
+    [[ ${!name} =~ ^([1-9][0-9]*)?$ ]] || fail "$name=${!name}: must be a whole number of 1 or more"
+  done
   [[ $DRY =~ ^[01]$ ]] || fail "DRY=$DRY: must be 1, to print the commands only, or 0"
   FOLDERS=() COMMANDS=() NEEDED=() FAILED=() SLOTS=() LISTED=0 PRINTED=0
   trap 'stop 130' INT
@@ -25,6 +30,8 @@ set_defaults() {
   SEEDS=${SEEDS:-8152 1011 6162 2177} DATASETS=${DATASETS:-$DEFAULT_DATASETS} MODEL=${MODEL:-resnet56} KEEP=${KEEP:-0.6}
   DATA_DIR=${DATA_DIR:-./data} SAVE_DIR=${SAVE_DIR:-./saves} REPORT_DIR=${REPORT_DIR:-./report/${SCRIPT%.sh}}
   T_PATH=${T_PATH:-} LOAD_PATH=${LOAD_PATH:-} DRY=${DRY:-0} GPUS=${GPUS:-}
+  RECIPE=${RECIPE:-published} TEACHER_EPOCHS=${TEACHER_EPOCHS:-} STUDENT_EPOCHS=${STUDENT_EPOCHS:-}
+  STUDENT_BATCHES=${STUDENT_BATCHES:-}
   read -ra GPU_NUMBERS <<<"$GPUS"
   JOBS=${JOBS:-$((${#GPU_NUMBERS[@]} ? ${#GPU_NUMBERS[@]} : 1))}
   if [[ -z ${PYTHON:-} ]]; then
@@ -84,15 +91,35 @@ shared_arguments() {
   done
 }
 
-# recipe DATASET ROLE: RECIPE becomes the flags of a whole training. A teacher's begins with an epoch of warm-up. Where an
-# argument says that the learning rate falls from step to step, it has no drops.
+# recipe DATASET ROLE: RECIPE_FLAGS become the flags of a whole training, of a teacher or a student.
 recipe() {
+  if [[ $RECIPE == short ]]; then short_recipe "$2"; else published_recipe "$@"; fi
+  if [[ $2 == student && -n $STUDENT_BATCHES ]]; then RECIPE_FLAGS+=(--limit-batches "$STUDENT_BATCHES"); fi
+}
+
+# A teacher's begins with an epoch of warm-up. Where an argument says that the learning rate falls from step to step, it has no
+# drops.
+published_recipe() {
   local dataset=$1 role=$2 epochs=200 batch_size=128 schedule=(60 120 160) lr_drops=(0.2 0.2 0.2)
   if [[ $dataset == cinic10 ]]; then epochs=140 batch_size=96 schedule=(100 120) lr_drops=(0.1 0.1); fi
-  if [[ $role == teacher ]]; then schedule=(1 "${schedule[@]}") lr_drops=(10 "${lr_drops[@]}"); fi
-  RECIPE=(--n-epochs "$epochs" --batch-size "$batch_size" --lr 0.01)
+  if [[ $role == teacher ]]; then
+    schedule=(1 "${schedule[@]}") lr_drops=(10 "${lr_drops[@]}") epochs=${TEACHER_EPOCHS:-$epochs}
+  else
+    epochs=${STUDENT_EPOCHS:-$epochs}
+  fi
+  RECIPE_FLAGS=(--n-epochs "$epochs" --batch-size "$batch_size" --lr 0.01)
   if [[ ! " ${PASSED[*]} " =~ \ --lr-schedule\ (linear|cosine)\  ]]; then
-    RECIPE+=(--schedule "${schedule[@]}" --lr-drops "${lr_drops[@]}")
+    RECIPE_FLAGS+=(--schedule "${schedule[@]}" --lr-drops "${lr_drops[@]}")
+  fi
+}
+
+# For images of 32x32 where time is short: the rate falls from step to step, and crops are moved less.
+short_recipe() {
+  RECIPE_FLAGS=(--batch-size 128 --lr-schedule linear --crop-padding 2)
+  if [[ $1 == teacher ]]; then
+    RECIPE_FLAGS+=(--n-epochs "${TEACHER_EPOCHS:-12}" --lr 0.2 --warmup-epochs 1)
+  else
+    RECIPE_FLAGS+=(--n-epochs "${STUDENT_EPOCHS:-4}" --lr 0.05)
   fi
 }
 
@@ -135,7 +162,7 @@ add_vanilla() {
   local dataset=$1 seed=$2
   shift 2
   recipe "$dataset" teacher
-  add_run initial_train.py vanilla "$dataset" "$seed" '' --model "$MODEL" "${RECIPE[@]}" "$@"
+  add_run initial_train.py vanilla "$dataset" "$seed" '' --model "$MODEL" "${RECIPE_FLAGS[@]}" "$@"
 }
 
 # find_teachers: TEACHERS holds the teacher's file of each dataset: T_PATH, or that of a training with the first seed.
@@ -150,6 +177,23 @@ find_teachers() {
       given_file T_PATH "$T_PATH" "$dataset"
       TEACHERS[$dataset]=$FILE
     fi
+  done
+}
+
+# find_teachers_by_seed: likewise, a teacher for each seed; TEACHERS holds its file under "dataset seed".
+find_teachers_by_seed() {
+  local dataset seed
+  declare -gA TEACHERS=()
+  for dataset in $DATASETS; do
+    for seed in $SEEDS; do
+      if [[ -z $T_PATH ]]; then
+        add_vanilla "$dataset" "$seed" "${SHARED[@]}"
+        TEACHERS["$dataset $seed"]=$FOLDER/model_best.pt
+      else
+        given_file T_PATH "$T_PATH" "$dataset" "$seed"
+        TEACHERS["$dataset $seed"]=$FILE
+      fi
+    done
   done
 }
 
@@ -171,13 +215,14 @@ add_pruning() {
   recipe "$dataset" student
   distillation "$dataset" "$loss"
   local criterion_flags=(--prune-rates "$KEEP" --prune-mode "$criterion")
+  if [[ $KEEP == *=* ]]; then criterion_flags=(--budget "$KEEP" --prune-mode "$criterion"); fi
   case $criterion in
     filter-nggm | filter-taylor) criterion_flags+=(--samp-batches 25) ;;
     filter-hrank | filter-chip) criterion_flags+=(--samp-batches 5) ;;
   esac
   applicable "$criterion" "$loss" "$@"
   add_run pruning.py "$label" "$dataset" "$seed" "$teacher" --t-model "$MODEL" --t-path "$teacher" --s-copy-t \
-    "${criterion_flags[@]}" "${DISTILLATION[@]}" "${RECIPE[@]}" "${APPLICABLE[@]}"
+    "${criterion_flags[@]}" "${DISTILLATION[@]}" "${RECIPE_FLAGS[@]}" "${APPLICABLE[@]}"
 }
 
 # applicable CRITERION LOSS ARGUMENT...: APPLICABLE becomes the arguments without those flags that would have no effect on a

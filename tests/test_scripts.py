@@ -60,6 +60,7 @@ echo '{}' >"$folder/summary.json"
 def environment(**variables):
     """This process's environment without what the scripts would follow."""
     own = {"DRY", "JOBS", "SEEDS", "DATASETS", "MODEL", "KEEP", "T_PATH", "LOAD_PATH", "BITS", "QUAN_MODE"}
+    own |= {"RECIPE", "TEACHER_EPOCHS", "STUDENT_EPOCHS", "STUDENT_BATCHES", "PARTS", "HARD", "LATENCY"}
     own |= {"SAVE_DIR", "DATA_DIR", "REPORT_DIR", "PYTHON", "GPUS", "CUDA_VISIBLE_DEVICES"}
     return {**{name: value for name, value in os.environ.items() if name not in own}, **variables}
 
@@ -101,13 +102,14 @@ def test_every_script_is_valid_bash(path):
         ("run_ablation", {"initial_train.py": 1, "pruning.py": 17 * 4}),
         ("run_sensitivity", {"initial_train.py": 1, "pruning.py": 19 * 4}),
         ("run_quantization_encode", {"initial_train.py": 3, "pruning.py": 12, "quantize_encode.py": 48}),
+        ("run_benchmark", {"initial_train.py": 2 * 3, "pruning.py": 39 * 3}),
     ],
 )
 def test_each_command_parses_and_names_a_run_of_its_own(script, counts):
     commands = listed(script)
     assert Counter(entry_script for entry_script, _ in commands) == counts
     assert len({args.run_name for _, args in commands}) == len(commands)
-    assert {args.seed for entry, args in commands if entry != "initial_train.py"} <= {8152, 1011, 6162, 2177}
+    assert {args.seed for entry, args in commands if entry != "initial_train.py"} <= {8152, 1011, 6162, 2177, 1, 2, 3}
 
 
 def test_networks_of_others_make_plain_names_of_runs(tmp_path):
@@ -169,6 +171,54 @@ def test_the_ablation_covers_every_criterion_and_every_loss():
     rows = [args for entry, args in listed("run_ablation", SEEDS="1") if entry == "pruning.py"]
     assert {args.prune_mode for args in rows if args.distill == ["hap"]} == set(CRITERIA)
     assert {args.distill[0] for args in rows if args.prune_mode == "filter-nggm"} == {"none", *DISTILLERS}
+
+
+def test_the_benchmark_compares_at_one_cost_and_one_schedule():
+    teacher, *commands = listed("run_benchmark", SEEDS="3", STUDENT_EPOCHS="5", STUDENT_BATCHES="90")
+    assert (teacher[0], teacher[1].n_epochs, teacher[1].lr, teacher[1].lr_schedule) == ("initial_train.py", 12, 0.2, "linear")
+    rows = [args for entry, args in commands if entry == "pruning.py"]
+    controls = [args for args in rows if args.t_path is None or args.budget is None]
+    methods = [args for args in rows if args not in controls]
+    assert {args.t_path for args in methods} == {f"{teacher[1].save_dir}/{teacher[1].run_name}/model_best.pt"}
+    assert {(args.n_epochs, args.limit_batches, args.lr, args.lr_schedule, args.crop_padding) for args in methods} == {
+        (5, 90, 0.05, "linear", 2)
+    }
+    assert Counter(args.budget for args in methods) == {"macs=0.45": 27, "macs=0.2": 8, "latency=0.6": 2}
+    criteria = {args.prune_mode for args in methods if args.distill == ["none"] and args.budget == "macs=0.45"}
+    assert criteria == set(CRITERIA)
+    losses = {args.distill[0] for args in methods if args.prune_mode == "filter-nggm" and not args.couple_channels}
+    assert losses == {"none", *DISTILLERS}
+    scratch, whole = controls
+    longer = next(args for entry, args in commands if entry == "initial_train.py")
+    assert (scratch.budget, scratch.s_path, scratch.t_path, scratch.n_epochs) == ("macs=0.45", None, None, 9)  # 5 * 2.35 / 1.35
+    assert (longer.load_path, longer.n_epochs, whole.n_epochs) == (whole.t_path, 4, 3)  # 5 * 2.35 / 3, 5 * 2.35 / 4
+    measuring, reading = (args for args in methods if args.budget == "latency=0.6")
+    assert measuring.budget_table is None
+    assert reading.budget_table == f"{measuring.save_dir}/{measuring.run_name}/latency_table.json"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"PARTS": "criteria extras"}, "PARTS=criteria extras: there is no part extras"),
+        ({"KEEP": "0.6"}, "KEEP=0.6: must be a budget such as macs=0.45"),
+        ({"RECIPE": "quick"}, "RECIPE=quick: must be published, as the papers train, or short"),
+        ({"STUDENT_EPOCHS": "0"}, "STUDENT_EPOCHS=0: must be a whole number of 1 or more"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_one_line(variables, message):
+    result = call("run_benchmark", DRY="1", **variables)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"run_benchmark.sh: error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_short_recipe_for_every_script():
+    teacher, *rows = [args for _, args in listed("run_pruning", RECIPE="short", DATASETS="cifar10", SEEDS="1", KEEP="macs=0.5")]
+    assert (teacher.n_epochs, teacher.lr, teacher.warmup_epochs, teacher.crop_padding) == (12, 0.2, 1, 2)
+    assert {(args.n_epochs, args.lr, args.lr_schedule, args.crop_padding, args.budget) for args in rows} == {
+        (4, 0.05, "linear", 2, "macs=0.5")
+    }
 
 
 def test_the_sensitivity_runs_differ_from_the_usual_setting_in_one_flag():

@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# The benchmark that decides: criteria, losses, allocations and controls at equal MACs and one schedule, a teacher for each seed.
+# It ends in a report that says which rows are not told apart. On CIFAR-10 as a folder of images, and shorter than usual:
+#   DATA_DIR=cifar10-jpeg STUDENT_EPOCHS=2 STUDENT_BATCHES=98 scripts/run_benchmark.sh --dataset folder
+# Variables: PARTS, of criteria losses controls allocation hard leading; HARD, the budget of the part hard; LATENCY, that of time;
+# and as in every script DATASETS SEEDS MODEL KEEP RECIPE TEACHER_EPOCHS STUDENT_EPOCHS STUDENT_BATCHES T_PATH DATA_DIR SAVE_DIR
+# REPORT_DIR PYTHON; JOBS=n runs n at a time, GPUS lists where, DRY=1 only prints the commands.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib.sh
+DEFAULT_DATASETS="cifar10"
+SEEDS=${SEEDS:-1 2 3} MODEL=${MODEL:-resnet20} KEEP=${KEEP:-macs=0.45} RECIPE=${RECIPE:-short}
+PARTS=${PARTS:-criteria losses controls allocation hard} HARD=${HARD:-macs=0.2} LATENCY=${LATENCY:-latency=0.6}
+start_script "$@"
+[[ $KEEP =~ ^macs=0?\.[0-9]+$ ]] || fail "KEEP=$KEEP: must be a budget such as macs=0.45, all methods have the same MACs here"
+
+# add_row CRITERION LOSS: by the same name wherever it belongs to several parts, so that it runs once.
+add_row() {
+  local label=$1
+  if [[ $2 != none ]]; then label+=-$2; fi
+  add_pruning "$label" "$dataset" "$seed" "filter-$1" "$2" "${PASSED[@]}"
+}
+
+criteria() {
+  local criterion
+  for criterion in r a l2 gm nggm taylor bn hrank chip; do
+    add_row "$criterion" none
+  done
+  add_pruning sfp "$dataset" "$seed" filter-l2 none --soft-prune "${PASSED[@]}"
+  add_pruning sfp-recalibrated "$dataset" "$seed" filter-l2 none --soft-prune --recalibrate-bn 25 "${PASSED[@]}"
+}
+
+losses() {
+  local loss criterion
+  for loss in none kd at sp afd hap dkd dist reviewkd; do
+    add_row nggm "$loss"
+  done
+  add_pruning nggm-kd-standardized "$dataset" "$seed" filter-nggm kd --kd-standardize --kd-t 2 --alpha 9 "${PASSED[@]}"
+  for criterion in r a gm; do
+    add_row "$criterion" hap
+  done
+}
+
+# controls: the small network from new weights, the teacher trained on, and HAP on the whole network, each for about as many
+# floating-point operations as a pruned network with a teacher: an epoch of it takes 3 times KEEP and 1 for the teacher.
+controls() {
+  local epochs share=${KEEP#macs=}
+  scaled() { awk -v e="$epochs" -v s="$share" "BEGIN { n = int(e * (3 * s + 1) / ($1) + 0.5); print (n > 1 ? n : 1) }"; }
+  recipe "$dataset" student
+  epochs=$(sed -E 's/.*--n-epochs ([0-9]+).*/\1/' <<<"${RECIPE_FLAGS[*]}")
+  add_run pruning.py scratch "$dataset" "$seed" '' --s-model "$MODEL" --budget "$KEEP" --prune-mode filter-r \
+    "${RECIPE_FLAGS[@]}" --n-epochs "$(scaled '3 * s')" --lr 0.2 "${SHARED[@]}"
+  add_run initial_train.py longer "$dataset" "$seed" "$teacher" --load-path "$teacher" "${RECIPE_FLAGS[@]}" \
+    --n-epochs "$(scaled 3)" "${SHARED[@]}"
+  distillation "$dataset" hap
+  add_run pruning.py whole-hap "$dataset" "$seed" "$teacher" --t-path "$teacher" --s-copy-t "${DISTILLATION[@]}" \
+    "${RECIPE_FLAGS[@]}" --n-epochs "$(scaled 4)" "${SHARED[@]}"
+}
+
+# allocation: how the budget is spent. The first run of all measures the layers for the budget of time, alone, and the others take
+# its table.
+allocation() {
+  local criterion
+  for criterion in nggm a; do
+    add_row "$criterion" hap
+    add_pruning "$criterion-coupled" "$dataset" "$seed" "filter-$criterion" hap --couple-channels "${PASSED[@]}"
+    add_pruning "$criterion-global" "$dataset" "$seed" "filter-$criterion" hap --couple-channels --allocation global "${PASSED[@]}"
+    by_latency "$criterion"
+  done
+}
+
+by_latency() {
+  local KEEP=$LATENCY table=()
+  if [[ -n ${TABLES[$dataset]-} ]]; then table=(--budget-table "${TABLES[$dataset]}"); else run_all; fi
+  add_pruning "$1-latency" "$dataset" "$seed" "filter-$1" hap --couple-channels "${table[@]}" "${PASSED[@]}"
+  if [[ -z ${TABLES[$dataset]-} ]]; then
+    TABLES[$dataset]=$FOLDER/latency_table.json
+    run_all
+  fi
+}
+
+hard() {
+  local KEEP=$HARD
+  leading
+}
+
+leading() {
+  local row
+  for row in r:none a:none gm:none nggm:none nggm:kd nggm:dkd nggm:hap a:hap; do
+    add_row "${row%:*}" "${row#*:}"
+  done
+}
+
+declare -A TEACHERS=() TABLES=()
+for part in $PARTS; do
+  [[ $part =~ ^(criteria|losses|controls|allocation|hard|leading)$ ]] || fail "PARTS=$PARTS: there is no part $part"
+done
+find_teachers_by_seed
+run_all
+for part in $PARTS; do
+  for seed in $SEEDS; do
+    for dataset in $DATASETS; do
+      TEACHERS[$dataset]=${TEACHERS["$dataset $seed"]}
+      teacher=${TEACHERS[$dataset]}
+      $part
+    done
+  done
+  run_all
+done
+finish
