@@ -5,11 +5,13 @@ from pathlib import Path
 
 from models import check_model
 from reporting.attention import attention_pictures
-from reporting.gather import gather
+from reporting.comparison_table import ComparisonTable, comparison_tables
+from reporting.gather import Results, gather
 from reporting.page import Picture
 from reporting.pictures import PICTURE_NAMES
 from reporting.publish import README_PICTURES, check_output, collect, update_readme, write_report
 from utils import cli
+from utils.errors import UserError
 
 SCRIPT = "report.py"
 DOCS = Path(__file__).resolve().parent / "docs"
@@ -34,6 +36,8 @@ def get_args_parser() -> cli.Parser:
     parser.add_argument("--pictures", nargs="*", choices=PICTURE_NAMES, metavar="NAME",
                         help=f"which to draw, of {', '.join(PICTURE_NAMES)} (default: all; with --readme "
                         f"{', '.join(README_PICTURES)})")  # fmt: skip
+    parser.add_argument("--compare", nargs="+", default=[], metavar="BASELINE|METHOD|...",
+                        help="also tables of methods beside a baseline, with intervals; * stands for any text")  # fmt: skip
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--attention", type=Path, metavar="RUN", help="also draw what this pruning run and its teacher attend to"
@@ -57,6 +61,7 @@ def get_args_parser() -> cli.Parser:
     )
     parser.counts_only(
         "title",
+        "compare",
         where=lambda args: args.collect is None and args.readme is None,
         only="for a page, without --collect and --readme",
     )
@@ -77,7 +82,22 @@ def main(args: argparse.Namespace) -> None:
     else:
         output = args.output or Path("report")
         check_output(output)
-        write_report(output, results, title=args.title, picture_names=names, extra_pictures=draw_attention(args))
+        comparisons = compared(args, results)
+        attention = draw_attention(args)
+        write_report(output, results, title=args.title, picture_names=names, extra_pictures=attention, comparisons=comparisons)
+
+
+def compared(args: argparse.Namespace, results: Results) -> list[ComparisonTable]:
+    """The tables of --compare; with --skip-missing without those whose runs have not all come to their end."""
+    tables = []
+    for asked in args.compare:
+        try:
+            tables += comparison_tables(results.groups, asked)
+        except UserError as error:
+            if not args.skip_missing:
+                raise
+            print(f"left out {error}")
+    return tables
 
 
 def draw_attention(args: argparse.Namespace) -> list[Picture]:

@@ -21,6 +21,7 @@ CRITERIA = {
 }
 SOFT_CRITERIA = {"filter-a": "SFP (L1)", "filter-l2": "SFP", "filter-gm": "SFP (GM)"}
 MODELS = {"alexnet": "AlexNet"}
+STANDARDISED = ("kd", "dkd")  # losses that --kd-standardize changes
 ORIGIN_FLAGS = ("t_path", "s_path", "load_path")
 
 
@@ -30,6 +31,8 @@ def method_label(settings: Mapping[str, Any]) -> str:
         return _pruned(settings)
     if settings.get("script") == "quantize_encode.py":
         return _quantized(settings)
+    if _has_origin(settings, "load_path"):
+        return "unpruned, trained on"
     return "unpruned, pre-trained" if settings.get("pretrained") else "unpruned"
 
 
@@ -70,7 +73,12 @@ def dashed(flag: str) -> str:
 def _pruned(settings: Mapping[str, Any]) -> str:
     mode = settings.get("prune_mode")
     criterion = (SOFT_CRITERIA if settings.get("soft_prune") else CRITERIA).get(mode, value_text(mode))
-    parts = [" + ".join([criterion, *_losses(settings)]), _size(settings)]
+    is_whole = settings.get("budget") is None and settings.get("prune_rates") == [1.0]
+    parts = [" + ".join(["unpruned" if is_whole else criterion, *_losses(settings)])]
+    if not is_whole:
+        parts.append(_size(settings))
+    if not settings.get("s_copy_t", True) and not _has_origin(settings, "s_path"):
+        parts.append("from new weights")
     if settings.get("couple_channels"):
         parts.append("coupled")
     multiple, batches = settings.get("channel_multiple") or 1, settings.get("recalibrate_bn")
@@ -81,10 +89,17 @@ def _pruned(settings: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _has_origin(settings: Mapping[str, Any], flag: str) -> bool:
+    """Whether the run was given a file in this flag."""
+    return settings.get(flag) is not None or bool(origin_settings(settings, flag))
+
+
 def _losses(settings: Mapping[str, Any]) -> list[str]:
     names = [name for name in settings.get("distill") or [] if name not in ("none", "kd")]
     with_kd = settings.get("distill") != ["none"] and settings.get("alpha")
-    return [value_text(name.upper()) for name in [*names, *(["kd"] if with_kd else [])]]
+    standardised = STANDARDISED if settings.get("kd_standardize") else ()
+    shown = [*names, *(["kd"] if with_kd else [])]
+    return [value_text(f"{'standardised ' if name in standardised else ''}{name.upper()}") for name in shown]
 
 
 def _size(settings: Mapping[str, Any]) -> str:

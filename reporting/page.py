@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
+from reporting.comparison_table import ComparisonTable
 from reporting.gather import Group, Results
 from reporting.tables import Cell, headings, notes, rows
 from utils.errors import printable
@@ -73,7 +74,9 @@ FOLDER_LENGTH = 1000  # characters that are shown of a path
 TEXT_COLUMNS = 3  # dataset, network, method
 
 
-def page(results: Results, *, title: str, caption: str, pictures: Iterable[Picture]) -> str:
+def page(
+    results: Results, *, title: str, caption: str, pictures: Iterable[Picture], comparisons: Iterable[ComparisonTable] = ()
+) -> str:
     """The whole document; every text from a run is escaped."""
     groups = results.groups
     runs = sum(len(group.records) for group in groups)
@@ -82,6 +85,7 @@ def page(results: Results, *, title: str, caption: str, pictures: Iterable[Pictu
         f"<p>{runs} finished runs of {len(groups)} methods. A click on a heading sorts.</p>",
         f'<div class="scroll">{_table(groups)}</div>',
         f"<p>{escape(caption)}</p>",
+        *map(_comparison, comparisons),
         _listing("What differs within a row", notes(groups)),
         _listing("Left out", list(map(str, results.skipped))),
         *map(_figure, pictures),
@@ -103,6 +107,22 @@ def _table(groups: Sequence[Group]) -> str:
     )
     body = "\n".join(f"<tr>{''.join(map(_data_cell, range(len(row)), row))}</tr>" for row in rows(groups))
     return f'<table class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
+
+
+def _comparison(table: ComparisonTable) -> str:
+    heads = "".join(f'<th scope="col"{_first_is_text(column)}>{escape(text)}</th>' for column, text in enumerate(table.headings))
+    body = "\n".join(
+        f"<tr>{''.join(f'<td{_first_is_text(column)}>{escape(text)}</td>' for column, text in enumerate(row))}</tr>"
+        for row in table.rows
+    )
+    return (
+        f'<h2>{escape(table.title)}</h2>\n<div class="scroll"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n'
+        f"</tbody>\n</table></div>\n<p>{escape(table.caption)}</p>"
+    )
+
+
+def _first_is_text(column: int) -> str:
+    return ' class="text"' if column == 0 else ""
 
 
 def _data_cell(column: int, cell: Cell) -> str:

@@ -1,9 +1,11 @@
 """Where a report goes: a folder of its own, a block of a Markdown file, or a collection of runs to commit."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from reporting.comparison_table import ComparisonTable, comparison_tables
 from reporting.gather import Group, Results
 from reporting.page import GENERATOR, Picture, page
 from reporting.pictures import PICTURE_NAMES, draw_pictures
@@ -14,6 +16,7 @@ from utils.files import write_atomic
 
 PAGE, MARKDOWN, CSV = "report.html", "table.md", "table.csv"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+COMPARISON = re.compile(r"(<!-- comparison: ([^\n]*?) -->\n).*?(<!-- comparison:end -->)", re.DOTALL)
 README_PICTURES = ("accuracy_macs", "bytes")
 
 
@@ -38,6 +41,7 @@ def write_report(
     title: str,
     picture_names: Sequence[str] = PICTURE_NAMES,
     extra_pictures: Sequence[Picture] = (),
+    comparisons: Sequence[ComparisonTable] = (),
 ) -> None:
     """The page, the table as Markdown and CSV, and the pictures as files of their own."""
     _make_folder(folder, "--output")
@@ -47,12 +51,19 @@ def write_report(
     for picture in pictures:
         write_atomic(folder / picture.file_name, picture.png)
     table = f"{markdown(results.groups)}\n{caption(results.groups)}\n"
-    write_atomic(folder / MARKDOWN, with_remarks(table, results.groups, pictures, folder=".").encode())
+    document = "\n".join([with_remarks(table, results.groups, pictures, folder="."), *map(_titled, comparisons)])
+    write_atomic(folder / MARKDOWN, document.encode())
     write_atomic(folder / CSV, comma_separated(results.groups).encode())
-    document = page(results, title=title, caption=caption(results.groups), pictures=pictures)
+    document = page(results, title=title, caption=caption(results.groups), pictures=pictures, comparisons=comparisons)
     write_atomic(folder / PAGE, document.encode())
     print(markdown(results.groups), end="")
+    for comparison in comparisons:
+        print(f"\n{_titled(comparison)}")
     print(f"{len(results.groups)} methods, {len(pictures)} pictures -> {folder / PAGE}")
+
+
+def _titled(comparison: ComparisonTable) -> str:
+    return f"**{markdown_text(comparison.title)}**\n\n{comparison.markdown()}"
 
 
 def with_remarks(table: str, groups: Sequence[Group], pictures: Sequence[Picture], *, folder: str) -> str:
@@ -65,12 +76,18 @@ def with_remarks(table: str, groups: Sequence[Group], pictures: Sequence[Picture
 def update_readme(path: Path, groups: Sequence[Group], *, figures: Path, picture_names: Sequence[str] = README_PICTURES) -> None:
     """Puts tables of the key measures and pictures between the markers of a Markdown file; the PNG files go to `figures`.
 
-    Raises UserError if the file cannot be read or does not have each marker once, in order.
+    Comparisons go where comments ask for them, as `reporting.comparison_table` says. Raises UserError if the file cannot be read,
+    or does not have each marker once, in order, and no such comment either.
     """
     try:
         text = path.read_text()
     except OSError as error:
         raise UserError(f"--readme {path}: cannot be read: {error.strerror}") from error
+    compared = COMPARISON.sub(lambda found: f"{found[1]}{_compared(groups, found[2])}{found[3]}", text)
+    if BEGIN not in text and compared != text:
+        write_atomic(path, compared.encode())
+        return
+    text = compared
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"--readme {path}: needs the lines {BEGIN} and {END} once each, for the results to go between")
     pictures = draw_pictures(groups, names=picture_names)
@@ -82,6 +99,11 @@ def update_readme(path: Path, groups: Sequence[Group], *, figures: Path, picture
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     write_atomic(path, f"{before}{BEGIN}\n{block}{END}{after}".encode())
     print(f"{len(groups)} methods, {len(pictures)} pictures -> {path}")
+
+
+def _compared(groups: Sequence[Group], asked: str) -> str:
+    tables = comparison_tables(groups, asked)
+    return "\n".join(_titled(table) if len(tables) > 1 else table.markdown() for table in tables)
 
 
 def collect(groups: Sequence[Group], folder: Path) -> None:

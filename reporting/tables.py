@@ -116,8 +116,13 @@ def markdown_by_subject(groups: Sequence[Group], measures: Collection[str]) -> s
 
 
 def _markdown(titles: Sequence[str], body: Sequence[Sequence[Cell]], *, text_columns: int) -> str:
+    return markdown_table(titles, [[cell.text for cell in row] for row in body], text_columns=text_columns)
+
+
+def markdown_table(titles: Sequence[str], body: Sequence[Sequence[str]], *, text_columns: int) -> str:
+    """Texts as a table, all columns but the first ones to the right."""
     lines = [titles, ["---"] * text_columns + ["---:"] * (len(titles) - text_columns)]
-    lines += [[markdown_text(cell.text) for cell in row] for row in body]
+    lines += [[markdown_text(text) for text in row] for row in body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -326,10 +326,11 @@ end_runs() {
   for pid in $(jobs -rp); do kill -TERM "$pid" || true; done
 }
 
-# finish: reports on the runs that are complete and names those that are not. Exits with 1 if any failed.
+# finish FLAG...: reports, with these flags, on the runs that are complete and names those that are not. Exits with 1 if any
+# failed.
 finish() {
   local line report
-  printf -v report '%q ' "$PYTHON" report.py --skip-missing --output "$REPORT_DIR" "${FOLDERS[@]}"
+  printf -v report '%q ' "$PYTHON" report.py --skip-missing --output "$REPORT_DIR" "${FOLDERS[@]}" "$@"
   if [[ $DRY == 1 ]]; then print_stage "${report% }" && exit; fi
   eval "$report" || FAILED+=("report.py: exit status $?")
   if ((${#FAILED[@]})); then

@@ -107,4 +107,9 @@ for part in $PARTS; do
   done
   run_all
 done
-finish
+if [[ " $PARTS " == *" criteria "* && " $PARTS " == *" losses "* ]]; then
+  finish --compare "PFEC, $KEEP|Random, $KEEP|L2, $KEEP|FPGM, $KEEP|NGGM, $KEEP|Taylor, $KEEP|HRank, $KEEP|CHIP, $KEEP|Network*|SFP*" \
+    --compare "NGGM + KD, $KEEP|NGGM + *, $KEEP|NGGM, $KEEP"
+else
+  finish
+fi

@@ -1,0 +1,120 @@
+"""Which methods differ from a named one: paired differences of accuracy with intervals that hold for all of them at once.
+
+Methods are compared over the seeds that they share: each seed has its teacher, its order of images, and the same test images.
+A difference has two sources of error. What the seed does is estimated from the table of methods by seeds, as the residual of
+its rows and columns, over all methods together: with three seeds no single pair could say it. What the draw of the test images
+does is estimated from the pair itself, image by image, as in the analysis of several readers of the same cases (Dorfman, Berbaum
+and Metz, Investigative Radiology 1992; degrees of freedom after Hillis, Statistics in Medicine 2007). Intervals and p-values are
+Bonferroni's for the number of comparisons.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from utils.hits import TestHits
+
+LEVEL = 0.95
+
+
+class Scores(NamedTuple):
+    """Of one method by seed: top-1 accuracy in percent, and which test images are hit, where that is known."""
+
+    accuracies: Mapping[int, float]
+    hits: Mapping[int, TestHits]
+
+
+class Difference(NamedTuple):
+    """Of a method's mean accuracy from the baseline's, in points: an interval that is wide enough for all, and adjusted p."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def is_told_apart(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
+class Comparison(NamedTuple):
+    """Differences from the baseline by method; `seeds` they rest on, and whether the draw of test images is part of the error."""
+
+    baseline: str
+    seeds: tuple[int, ...]
+    differences: dict[str, Difference]
+    covers_images: bool
+
+
+def compare(methods: Mapping[str, Scores], baseline: str) -> Comparison | None:
+    """Every method beside `baseline`, one of them, over the baseline's seeds; methods that lack one are left out.
+
+    None where there is nothing to compare, or only one seed, from which no error can be estimated.
+    """
+    seeds = tuple(sorted(methods[baseline].accuracies))
+    complete = {name: scores for name, scores in methods.items() if set(seeds) <= scores.accuracies.keys()}
+    if len(seeds) < 2 or len(complete) < 2:
+        return None
+    table = np.array([[scores.accuracies[seed] for seed in seeds] for scores in complete.values()])  # (methods, seeds)
+    of_seeds, freedom = residual_variance(table)
+    own = methods[baseline]
+    others = {name: scores for name, scores in complete.items() if name != baseline}
+    covers_images = all(_are_comparable(scores.hits, own.hits, seeds) for scores in others.values())
+    differences = {}
+    for name, scores in others.items():
+        mean = float(np.mean([scores.accuracies[seed] - own.accuracies[seed] for seed in seeds]))
+        images = 0.0
+        if covers_images:
+            images = image_variance(*([each.hits[seed].hits for seed in seeds] for each in (scores, own)))
+        seed_part = 2 * of_seeds / len(seeds)
+        differences[name] = _difference(mean, seed_part=seed_part, image_part=images, freedom=freedom, count=len(others))
+    return Comparison(baseline, seeds, differences, covers_images)
+
+
+def residual_variance(table: np.ndarray) -> tuple[float, int]:
+    """Of (methods, seeds) accuracies: the variance that neither a method nor a seed explains, and its degrees of freedom."""
+    residual = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
+    freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
+    return float((residual**2).sum() / freedom), freedom
+
+
+def image_variance(hits: Sequence[np.ndarray], baseline_hits: Sequence[np.ndarray]) -> float:
+    """What the draw of N test images adds to the variance of the mean difference over S seeds, in squared points.
+
+    Of (S, N) differences image by image: the mean square of images less that of what remains, over S N; 0 or more.
+    """
+    differences = 100.0 * (np.array(hits, dtype=float) - np.array(baseline_hits, dtype=float))
+    seeds, images = differences.shape
+    by_image, by_seed = differences.mean(0), differences.mean(1)
+    of_images = seeds * ((by_image - differences.mean()) ** 2).sum() / (images - 1)
+    remaining = differences - by_image - by_seed[:, None] + differences.mean()
+    of_remaining = (remaining**2).sum() / ((images - 1) * (seeds - 1))
+    return float(max(of_images - of_remaining, 0) / (seeds * images))
+
+
+def _are_comparable(hits: Mapping[int, TestHits], others: Mapping[int, TestHits], seeds: Sequence[int]) -> bool:
+    """Whether both know the hits of the same test images, more than one, in every seed."""
+    found = [each.get(seed) for each in (hits, others) for seed in seeds]
+    return None not in found and len({(len(each.hits), each.labels) for each in found}) == 1 and len(found[0].hits) > 1
+
+
+def _difference(mean: float, *, seed_part: float, image_part: float, freedom: int, count: int) -> Difference:
+    variance = seed_part + image_part
+    if variance == 0:
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    freedom = freedom * (variance / seed_part) ** 2 if seed_part else np.inf
+    error = variance**0.5
+    reach = stats.t.ppf(1 - (1 - LEVEL) / (2 * count), freedom) * error
+    p = min(1.0, count * 2 * stats.t.sf(abs(mean) / error, freedom))
+    return Difference(mean, mean - reach, mean + reach, float(p))
+
+
+def interval_of_seeds(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean over seeds by Student's t; None for a single value."""
+    if len(values) < 2:
+        return None
+    reach = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return float(np.mean(values) - reach), float(np.mean(values) + reach)

@@ -1,0 +1,119 @@
+"""Tables that compare methods with one of them, as text asks for them: `BASELINE | METHOD | METHOD`, `*` for any characters.
+
+In a Markdown file such a text stands in a comment, `<!-- comparison: BASELINE | METHOD -->`, and the table goes between it and
+`<!-- comparison:end -->`.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from reporting.comparison import LEVEL, Comparison, Scores, compare, interval_of_seeds
+from reporting.gather import Group, Statistic
+from reporting.naming import model_label
+from reporting.tables import bytes_text, markdown_table, scaled_text
+from utils.errors import UserError, shown
+
+BETTER, WORSE, SAME = "better", "worse", "not told apart"
+SEPARATOR = "|"
+HEADINGS = ("method", "n", "last top-1 %", "difference", "p", "verdict", "MACs", "PFLOPs", "compact file")
+
+
+class ComparisonTable(NamedTuple):
+    """A title, texts by row under HEADINGS without the columns that no row fills, and what to know of them."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str
+
+    def markdown(self) -> str:
+        return f"{markdown_table(self.headings, self.rows, text_columns=1)}\n{self.caption}\n"
+
+
+def comparison_tables(groups: Sequence[Group], text: str) -> list[ComparisonTable]:
+    """A table for each network on each dataset that has the baseline. Raises UserError if none has, or nothing beside it."""
+    baseline, *patterns = (part.strip() for part in text.split(SEPARATOR))
+    subjects: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        subjects.setdefault(group.subject, []).append(group)
+    tables = [
+        table
+        for subject, members in subjects.items()
+        if any(group.name == baseline for group in members)
+        if (table := _table(subject, _chosen(members, baseline, patterns), baseline)) is not None
+    ]
+    if not tables:
+        names = "; ".join(dict.fromkeys(group.name for group in groups))
+        raise UserError(f"--compare {shown(text)}: no such method with two seeds and another beside it; there are {names}")
+    return tables
+
+
+def _chosen(groups: Sequence[Group], baseline: str, patterns: Sequence[str]) -> list[Group]:
+    parts = [".*".join(map(re.escape, pattern.split("*"))) for pattern in patterns]
+    return [group for group in groups if group.name == baseline or any(re.fullmatch(part, group.name) for part in parts)]
+
+
+def _scores(group: Group) -> Scores:
+    return Scores(
+        {record.seed: record.measures["last_top1"] for record in group.records},
+        {record.seed: record.hits for record in group.records if record.hits is not None},
+    )
+
+
+def _table(subject: tuple[str, str], groups: Sequence[Group], baseline: str) -> ComparisonTable | None:
+    found = compare({group.name: _scores(group) for group in groups}, baseline)
+    if found is None:
+        return None
+    ranked = sorted(groups, key=lambda group: -group.statistic("last_top1").mean)
+    rows = [_row(group, found) for group in ranked if group.name == baseline or group.name in found.differences]
+    filled = [column for column in range(len(HEADINGS)) if any(row[column] for row in rows)]
+    dataset, model = subject
+    return ComparisonTable(
+        f"{model_label(model)} on {dataset}, beside {baseline}",
+        tuple(HEADINGS[column] for column in filled),
+        tuple(tuple(row[column] for column in filled) for row in rows),
+        _caption(found, [group for group in groups if group.name not in {baseline, *found.differences}], groups),
+    )
+
+
+def _row(group: Group, found: Comparison) -> tuple[str, ...]:
+    difference = found.differences.get(group.name)
+    values = [record.measures["last_top1"] for record in group.records]
+    interval = interval_of_seeds(values)
+    accuracy = f"{np.mean(values):.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    figures = [_text(group.statistic(name), show) for name, show in (("macs", scaled_text), ("training_pflops", _pflops))]
+    size = _text(group.statistic("compact_bytes"), bytes_text)
+    if difference is None:
+        return group.name, str(len(values)), accuracy, "", "", "baseline", *figures, size
+    verdict = SAME if not difference.is_told_apart else BETTER if difference.mean > 0 else WORSE
+    between = f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+    return group.name, str(len(values)), accuracy, between, f"{difference.p:.2g}", verdict, *figures, size
+
+
+def _text(figure: Statistic | None, show: Callable[[Statistic], str]) -> str:
+    return "" if figure is None else show(figure)
+
+
+def _pflops(figure: Statistic) -> str:
+    return f"{figure.mean:.3g}"
+
+
+def _caption(found: Comparison, left_out: Sequence[Group], groups: Sequence[Group]) -> str:
+    count = len(found.differences)
+    reach = max((difference.high - difference.low) / 2 for difference in found.differences.values())
+    picked = max(group.statistic("best_top1").mean - group.statistic("last_top1").mean for group in groups)
+    images = "the seed and the draw of test images" if found.covers_images else "the seed alone"
+    seeds = ", ".join(map(str, found.seeds))
+    sentences = [
+        f"Top-1 after the last epoch with its {LEVEL:.0%} interval over the seeds {seeds}. Differences are from "
+        f"{found.baseline}, in points, paired by seed; their errors are those of {images}.",
+        f"Intervals and p hold for all {count} of the table together ({LEVEL:.0%}, Bonferroni). Not told apart: the interval has "
+        f"0 in it, as here for differences below about {reach:.1f} points.",
+        f"The best epoch as picked on the test set would add up to {picked:.2f} points.",
+    ]
+    if left_out:
+        sentences.append(f"Not compared, for want of a seed: {', '.join(group.name for group in left_out)}.")
+    return " ".join(sentences)
