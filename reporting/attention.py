@@ -21,7 +21,7 @@ from models.network_file import NetworkFile, load_network
 from models.outputs import Outputs
 from reporting.naming import model_label
 from reporting.page import Picture
-from reporting.pictures import LOOK, png
+from reporting.panels import LOOK, png
 from reporting.settings import check_flags
 from utils.data import ImageData
 from utils.datasets import DATASETS, Dataset, load_dataset

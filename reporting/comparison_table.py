@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from reporting.comparison import LEVEL, Comparison, Scores, compare, interval_of_seeds
-from reporting.gather import Group, Statistic
+from reporting.gather import Group, Statistic, by_subject
 from reporting.naming import model_label
-from reporting.tables import bytes_text, markdown_table, scaled_text
+from reporting.tables import bytes_text, markdown_table, pflops_text, scaled_text
 from utils.errors import UserError, shown
 
 BETTER, WORSE, SAME = "better", "worse", "not told apart"
@@ -36,12 +36,9 @@ class ComparisonTable(NamedTuple):
 def comparison_tables(groups: Sequence[Group], text: str) -> list[ComparisonTable]:
     """A table for each network on each dataset that has the baseline. Raises UserError if none has, or nothing beside it."""
     baseline, *patterns = (part.strip() for part in text.split(SEPARATOR))
-    subjects: dict[tuple[str, str], list[Group]] = {}
-    for group in groups:
-        subjects.setdefault(group.subject, []).append(group)
     tables = [
         table
-        for subject, members in subjects.items()
+        for subject, members in by_subject(groups).items()
         if any(group.name == baseline for group in members)
         if (table := _table(subject, _chosen(members, baseline, patterns), baseline)) is not None
     ]
@@ -84,7 +81,7 @@ def _row(group: Group, found: Comparison) -> tuple[str, ...]:
     values = [record.measures["last_top1"] for record in group.records]
     interval = interval_of_seeds(values)
     accuracy = f"{np.mean(values):.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-    figures = [_text(group.statistic(name), show) for name, show in (("macs", scaled_text), ("training_pflops", _pflops))]
+    figures = [_text(group.statistic(name), show) for name, show in (("macs", scaled_text), ("training_pflops", pflops_text))]
     size = _text(group.statistic("compact_bytes"), bytes_text)
     if difference is None:
         return group.name, str(len(values)), accuracy, "", "", "baseline", *figures, size
@@ -95,10 +92,6 @@ def _row(group: Group, found: Comparison) -> tuple[str, ...]:
 
 def _text(figure: Statistic | None, show: Callable[[Statistic], str]) -> str:
     return "" if figure is None else show(figure)
-
-
-def _pflops(figure: Statistic) -> str:
-    return f"{figure.mean:.3g}"
 
 
 def _caption(found: Comparison, left_out: Sequence[Group], groups: Sequence[Group]) -> str:

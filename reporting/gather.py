@@ -121,6 +121,14 @@ class Results(NamedTuple):
     skipped: list[Skipped]
 
 
+def by_subject(groups: Iterable[Group]) -> dict[tuple[str, str], list[Group]]:
+    """Groups by dataset and network."""
+    subjects: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        subjects.setdefault(group.subject, []).append(group)
+    return subjects
+
+
 def statistic(values: Sequence[float]) -> Statistic:
     """Mean and sample standard deviation (n - 1 in the denominator) of one value or more."""
     return Statistic(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from reporting.pictures import LOOK, png
+from reporting.panels import LOOK, png
 
 ROW, COLUMN, LABELS, MARGIN = 0.19, 0.52, 2.6, 1.3  # inches
 STRONG = 0.55  # of the largest loss: from there on figures are white

@@ -25,10 +25,10 @@ STANDARDISED = ("kd", "dkd")  # losses that --kd-standardize changes
 ORIGIN_FLAGS = ("t_path", "s_path", "load_path")
 
 
-def method_label(settings: Mapping[str, Any]) -> str:
-    """`NGGM + HAP + KD, 0.6` for the settings of a run as `reporting.gather` reads them."""
+def method_label(settings: Mapping[str, Any], *, with_size: bool = True) -> str:
+    """`NGGM + HAP + KD, 0.6` for the settings of a run as `reporting.gather` reads them; without the size for all sizes of it."""
     if settings.get("script") == "pruning.py":
-        return _pruned(settings)
+        return _pruned(settings, with_size=with_size)
     if settings.get("script") == "quantize_encode.py":
         return _quantized(settings)
     if _has_origin(settings, "load_path"):
@@ -70,12 +70,12 @@ def dashed(flag: str) -> str:
     return "--" + flag.replace("_", "-")
 
 
-def _pruned(settings: Mapping[str, Any]) -> str:
+def _pruned(settings: Mapping[str, Any], *, with_size: bool) -> str:
     mode = settings.get("prune_mode")
     criterion = (SOFT_CRITERIA if settings.get("soft_prune") else CRITERIA).get(mode, value_text(mode))
     is_whole = settings.get("budget") is None and settings.get("prune_rates") == [1.0]
     parts = [" + ".join(["unpruned" if is_whole else criterion, *_losses(settings)])]
-    if not is_whole:
+    if with_size and not is_whole:
         parts.append(_size(settings))
     if not settings.get("s_copy_t", True) and not _has_origin(settings, "s_path"):
         parts.append("from new weights")

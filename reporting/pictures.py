@@ -1,59 +1,43 @@
-"""The pictures of a report. Colours of Okabe and Ito, each with a marker and a line style, so that none needs colour alone.
+"""The pictures of a report.
 
 Each function takes the groups of a report and gives a figure, or None where there is nothing to draw.
 """
 
-import io
 import math
 import textwrap
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import MaxNLocator
 
-from reporting.gather import UNPRUNED_SCRIPT, Group, Statistic, statistic
+from reporting.cost_pictures import accuracy_over_bytes, accuracy_over_macs, accuracy_over_pflops, accuracy_over_time
+from reporting.gather import Group, Statistic, statistic
 from reporting.naming import dashed, model_label, value_text
 from reporting.page import Picture
-from reporting.tables import bytes_text, scaled_text
+from reporting.panels import (
+    COLOURS,
+    LAYER_LENGTH,
+    LEGEND_LENGTH,
+    LOOK,
+    MANY,
+    PANEL_HEIGHT,
+    PANEL_WIDTH,
+    by_panel,
+    draw_panels,
+    legend_name,
+    lowest_shown,
+    png,
+    styles,
+)
+from reporting.tables import bytes_text
 from utils.errors import printable
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINES = ("-", "--", "-.", ":")
-STEPS = {UNPRUNED_SCRIPT: "training", "pruning.py": "fine-tuning", "quantize_encode.py": "fine-tuning of codebooks"}
 LONG_TRAINING = 20  # epochs; of a longer one the steep beginning is cut off
-MANY = 14  # methods that one panel can still show apart
 MANY_NAMES = 8  # of methods that share a line
 SENSITIVITY_FLAGS = ("betas", "gamma", "hap_ts", "samp_batches", "prune_rates")
-LOOK = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "text.parse_math": False,  # a name with dollar signs is no formula
-}
-PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH, LEGEND_LINE = 4.6, 3.2, 3.4, 0.17  # inches
-DOTS_PER_INCH, MAX_DOTS = 160, 30_000  # a picture of very many panels is drawn coarser
-LEGEND_LENGTH, LAYER_LENGTH = 300, 40  # characters of a method's and of a layer's name
-DODGE = 0.09  # inches between points of the same value
-FAR_BELOW = 5.0  # points of accuracy; a gap that is also twice as large as all that lies above it ends the axis
-
-
-class Style(NamedTuple):
-    """How one method looks in every picture."""
-
-    color: str
-    marker: str
-    linestyle: str
 
 
 def draw_pictures(groups: Sequence[Group], *, names: Sequence[str]) -> list[Picture]:
@@ -67,40 +51,17 @@ def draw_pictures(groups: Sequence[Group], *, names: Sequence[str]) -> list[Pict
     return drawn
 
 
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    dots = min(DOTS_PER_INCH, MAX_DOTS / max(figure.get_size_inches()))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph|constrained_layout")  # names that the font has not got, or that take all room
-        figure.savefig(buffer, format="png", dpi=dots, bbox_inches="tight")
-    return buffer.getvalue()
-
-
-def accuracy_over_macs(groups: Sequence[Group]) -> Figure | None:
-    return _accuracy_over(groups, "MACs of one image", lambda group: group.statistic("macs"), scaled_text)
-
-
-def accuracy_over_bytes(groups: Sequence[Group]) -> Figure | None:
-    return _accuracy_over(groups, "bytes of the smallest file", shipped_bytes, bytes_text, log=True)
-
-
-def shipped_bytes(group: Group) -> Statistic | None:
-    """Bytes of the smallest file that holds the network."""
-    figures = map(group.statistic, ("archive_bytes", "compact_bytes", "dense_bytes"))
-    return next((figure for figure in figures if figure is not None), None)
-
-
 def learning_curves(groups: Sequence[Group]) -> Figure | None:
     """Mean test accuracy by epoch with a band of one standard deviation; a panel a subject and script."""
     curved = [group for group in groups if len(_common_epochs(group)) > 1]
-    panels = _by_panel(curved, key=lambda group: (*group.subject, group.first.script))
-    return _panels(panels, _draw_curves) if panels else None
+    panels = by_panel(curved, key=lambda group: (*group.subject, group.first.script))
+    return draw_panels(panels, _draw_curves) if panels else None
 
 
 def kept_filters(groups: Sequence[Group]) -> Figure | None:
     """How many filters of each layer are left; methods that keep the same are one line."""
-    panels = _by_panel([group for group in groups if group.first.kept], key=lambda group: group.subject)
-    return _panels(panels, _draw_kept, width=1.6 * PANEL_WIDTH) if panels else None
+    panels = by_panel([group for group in groups if group.first.kept], key=lambda group: group.subject)
+    return draw_panels(panels, _draw_kept, width=1.6 * PANEL_WIDTH) if panels else None
 
 
 def bytes_by_stage(groups: Sequence[Group]) -> Figure | None:
@@ -137,17 +98,29 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Sequence[Group]], Figure | None]]
     (
         "accuracy_macs",
         "Accuracy against MACs",
-        "Mean top-1 accuracy after the last epoch, one standard deviation over seeds up and down; up and to the left is "
-        "better. Points of the same cost are drawn side by side around the dotted line that marks it. A hollow point lies below "
-        "the axis.",
+        "Mean top-1 accuracy after the last epoch, with its 95 % interval over seeds. Up and to the left is better; a line joins "
+        "one method at several budgets, rings mark the Pareto front, and a hollow point lies below the axis. Where all cost the "
+        "same: a row for each method, the best on top, and the unpruned network as a dashed line.",
         accuracy_over_macs,
+    ),
+    (
+        "accuracy_time",
+        "Accuracy against time",
+        "The same over the time of a batch of 64 images, on the device of the runs.",
+        accuracy_over_time,
     ),
     (
         "accuracy_bytes",
         "Accuracy against bytes",
         "The same over the size of the smallest file that holds the network: the archive, else the compact checkpoint, else "
-        "the dense one. Points of the same size are drawn side by side around the dotted line that marks it.",
+        "the dense one.",
         accuracy_over_bytes,
+    ),
+    (
+        "accuracy_pflops",
+        "Accuracy against PFLOPs",
+        "The same over what the training took, without that of the teacher it began from.",
+        accuracy_over_pflops,
     ),
     (
         "learning_curves",
@@ -178,139 +151,6 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Sequence[Group]], Figure | None]]
 PICTURE_NAMES = tuple(name for name, *_ in PICTURES)
 
 
-# ---- panels ------------------------------------------------------------------------------------------------------------
-
-
-def _by_panel(groups: Iterable[Group], *, key: Callable[[Group], tuple[str, ...]]) -> dict[str, list[Group]]:
-    """Groups by panel title. Where there are too many for one, those of the best accuracy, unpruned ones first."""
-    panels: dict[tuple[str, ...], list[Group]] = {}
-    for group in groups:
-        panels.setdefault(key(group), []).append(group)
-    return {_panel_title(name, len(members)): _fewer(members) for name, members in panels.items()}
-
-
-def _panel_title(key: Sequence[str], count: int) -> str:
-    dataset, model, *script = key
-    limited = f"; the best {MANY} of {count}" if count > MANY else ""
-    return ", ".join([model_label(model), dataset, *(STEPS.get(name, name) for name in script)]) + limited
-
-
-def _fewer(groups: Sequence[Group]) -> list[Group]:
-    def rank(group: Group) -> tuple[bool, float]:
-        return group.first.script != UNPRUNED_SCRIPT, -group.statistic("last_top1").mean
-
-    chosen = sorted(groups, key=rank)[:MANY]
-    return [group for group in groups if group in chosen]
-
-
-def _styles(groups: Sequence[Group]) -> list[Style]:
-    return [
-        Style(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], LINES[index // len(COLOURS) % len(LINES)])
-        for index in range(len(groups))
-    ]
-
-
-def _panels(
-    panels: Mapping[str, list[Group]], draw: Callable[[Axes, list[Group]], None], *, width: float = PANEL_WIDTH
-) -> Figure:
-    """One panel below the other, each with its legend at the right."""
-    figure = Figure(layout="constrained")
-    heights = []
-    grid = figure.subplots(len(panels), 1, squeeze=False)
-    for axes, (title, groups) in zip(grid[:, 0], panels.items(), strict=True):
-        axes.set_title(title, loc="left")
-        draw(axes, groups)
-        legend = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-        lines = sum(1 + text.get_text().count("\n") for text in legend.get_texts())
-        heights.append(max(PANEL_HEIGHT, LEGEND_LINE * lines + 0.8))
-    grid[0, 0].get_gridspec().set_height_ratios(heights)
-    figure.set_size_inches(width + LEGEND_WIDTH, sum(heights))
-    return figure
-
-
-def _legend_name(name: str) -> str:
-    """On lines of their own; a name that began with an underscore would be left out of a legend."""
-    lines = textwrap.fill(printable(name, LEGEND_LENGTH), 44, break_on_hyphens=False)
-    return f" {lines}" if lines.startswith("_") else lines
-
-
-# ---- accuracy against cost ---------------------------------------------------------------------------------------------
-
-
-def _accuracy_over(
-    groups: Sequence[Group],
-    label: str,
-    cost: Callable[[Group], Statistic | None],
-    show: Callable[[Statistic], str],
-    *,
-    log: bool = False,
-) -> Figure | None:
-    def draw(axes: Axes, members: list[Group]) -> None:
-        axes.set_xscale("log" if log else "linear")
-        _draw_points(axes, members, cost)
-        if log:
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(lambda value, _: show(Statistic(value, None, 1)))
-        axes.set(xlabel=label, ylabel="top-1 accuracy, %")
-
-    panels = _by_panel([group for group in groups if cost(group)], key=lambda group: group.subject)
-    return _panels(panels, draw) if panels else None
-
-
-def _draw_points(axes: Axes, groups: Sequence[Group], cost: Callable[[Group], Statistic | None]) -> None:
-    costs = [cost(group).mean for group in groups]
-    accuracies = [group.statistic("last_top1") for group in groups]
-    lowest = _lowest_shown([accuracy.mean for accuracy in accuracies])
-    on_axis = [accuracy if accuracy.mean >= lowest else Statistic(lowest, None, accuracy.n) for accuracy in accuracies]
-    _fit_limits(axes, costs, on_axis)
-    for group, style, x, accuracy, steps in zip(groups, _styles(groups), costs, accuracies, _dodges(costs), strict=True):
-        aside = ScaledTranslation(steps * DODGE, 0, axes.figure.dpi_scale_trans)
-        is_shown = accuracy.mean >= lowest
-        if steps:
-            axes.axvline(x, color="#888888", linestyle=":", linewidth=0.8, zorder=0)
-        axes.errorbar(
-            x,
-            accuracy.mean if is_shown else axes.get_ylim()[0],
-            yerr=accuracy.deviation if is_shown else None,
-            fmt=style.marker,
-            color=style.color,
-            markerfacecolor=style.color if is_shown else "white",
-            clip_on=is_shown,
-            capsize=2,
-            markersize=6,
-            label=_legend_name(group.name if is_shown else f"{group.name}: below, {accuracy.mean:.1f} %"),
-            transform=axes.transData + aside,
-        )
-
-
-def _lowest_shown(accuracies: Sequence[float]) -> float:
-    """The lowest accuracy on the axis: one far below all others would press them into a line. At most a quarter is left out."""
-    ranked = sorted(accuracies)
-    lowest = ranked[0]
-    for index in range(len(ranked) // 4):
-        above = ranked[index + 1 :]
-        if above[0] - ranked[index] > max(FAR_BELOW, 2 * (above[-1] - above[0])):
-            lowest = above[0]
-    return lowest
-
-
-def _fit_limits(axes: Axes, costs: Sequence[float], accuracies: Sequence[Statistic]) -> None:
-    """Sets and holds the limits of the axes, which matplotlib gets wrong for points that are moved aside."""
-    for x, accuracy in zip(costs, accuracies, strict=True):
-        spread = accuracy.deviation or 0
-        axes.update_datalim([(x, accuracy.mean - spread), (x, accuracy.mean + spread)])
-    axes.margins(x=0.12)
-    axes.autoscale_view()
-    axes.set_autoscale_on(False)
-
-
-def _dodges(values: Sequence[float]) -> list[float]:
-    """Steps to the side that part points of nearly the same value, 0 on average."""
-    rounded = [f"{value:.2g}" for value in values]
-    return [rounded[:index].count(value) - (rounded.count(value) - 1) / 2 for index, value in enumerate(rounded)]
-
-
 # ---- learning curves ---------------------------------------------------------------------------------------------------
 
 
@@ -320,13 +160,13 @@ def _common_epochs(group: Group) -> list[int]:
 
 def _draw_curves(axes: Axes, groups: list[Group]) -> None:
     lows = []
-    lowest = _lowest_shown([group.statistic("last_top1").mean for group in groups])
-    for group, style in zip(groups, _styles(groups), strict=True):
+    lowest = lowest_shown([group.statistic("last_top1").mean for group in groups])
+    for group, style in zip(groups, styles(groups), strict=True):
         epochs = _common_epochs(group)
         figures = [statistic([record.curve[epoch] for record in group.records]) for epoch in epochs]
         means = [figure.mean for figure in figures]
         is_shown = group.statistic("last_top1").mean >= lowest
-        label = _legend_name(group.name if is_shown else f"{group.name}: below, ends at {means[-1]:.1f} %")
+        label = legend_name(group.name if is_shown else f"{group.name}: below, ends at {means[-1]:.1f} %")
         shown = [epoch + 1 for epoch in epochs]
         axes.plot(shown, means, color=style.color, linestyle=style.linestyle, marker=style.marker, markersize=4,
                   markevery=max(1, len(shown) // 8), label=label)  # fmt: skip
@@ -357,9 +197,9 @@ def _draw_kept(axes: Axes, groups: list[Group]) -> None:
     alike: dict[tuple[float, ...], list[str]] = {}
     for group in groups:
         alike.setdefault(tuple(_mean_kept(group, name) for name in layers), []).append(group.name)
-    for (counts, names), style in zip(alike.items(), _styles(list(alike)), strict=True):
+    for (counts, names), style in zip(alike.items(), styles(list(alike)), strict=True):
         axes.plot(range(len(layers)), counts, **style._asdict(), markersize=4,
-                  drawstyle="steps-mid", label=_legend_name(_listed(names)))  # fmt: skip
+                  drawstyle="steps-mid", label=legend_name(_listed(names)))  # fmt: skip
     shown = [printable(name, LAYER_LENGTH) for name in layers]
     axes.set_xticks(range(len(layers)), shown, rotation=90, fontsize=max(4, 8 - len(layers) // 15))
     axes.grid(axis="x", visible=False)
@@ -447,7 +287,7 @@ def _rank(value: Any) -> tuple[bool, list[float]]:
 def _draw_sensitivity(axes: Axes, flag: str, families: Sequence[Sequence[Group]]) -> None:
     values = sorted((group.first.settings.get(flag) for family in families for group in family), key=_rank)
     ticks = list(dict.fromkeys(map(value_text, values)))
-    for family, style in zip(families, _styles(families), strict=True):
+    for family, style in zip(families, styles(families), strict=True):
         figures = [group.statistic("last_top1") for group in family]
         deviations = [figure.deviation or 0 for figure in figures]
         axes.errorbar(
@@ -456,7 +296,7 @@ def _draw_sensitivity(axes: Axes, flag: str, families: Sequence[Sequence[Group]]
             yerr=deviations if any(deviations) else None,
             **style._asdict(),
             capsize=2,
-            label=_legend_name(_family_name(family)),
+            label=legend_name(_family_name(family)),
         )
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set(xlabel=dashed(flag), ylabel="top-1 accuracy, %")

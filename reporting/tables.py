@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from reporting.gather import Group, Statistic
+from reporting.gather import Group, Statistic, by_subject
 from reporting.measures import LATENCY_BATCH
 from reporting.naming import model_label
 
@@ -46,6 +46,14 @@ def bytes_text(figure: Statistic) -> str:
     return f"{text}B" if " " in text else f"{text} B"
 
 
+def milliseconds_text(figure: Statistic) -> str:
+    return f"{figure.mean:.3g} ms"
+
+
+def pflops_text(figure: Statistic) -> str:
+    return f"{figure.mean:.3g}"
+
+
 COLUMNS = (
     Column("last_top1", "last top-1 %", accuracy_text, "Last: after the last epoch."),
     Column("best_top1", "best top-1 %", accuracy_text, "Best: the best epoch as picked on the test set."),
@@ -63,14 +71,14 @@ COLUMNS = (
     Column(
         "latency_ms",
         "latency",
-        lambda figure: f"{figure.mean:.3g} ms",
+        milliseconds_text,
         f"Latency: of one batch of {LATENCY_BATCH} images on the device of the run.",
     ),
     Column("speedup", "speed-up", lambda figure: f"{figure.mean:.2f}x", "Speed-up: over the unpruned network in the same run."),
     Column(
         "training_pflops",
         "PFLOPs",
-        lambda figure: f"{figure.mean:.3g}",
+        pflops_text,
         "PFLOPs: 10^15 floating point operations of all training steps, forward and backward, a teacher's forward pass included.",
     ),
     Column("minutes", "minutes", lambda figure: f"{figure.mean:.1f}", "Minutes: wall time of training."),
@@ -103,11 +111,8 @@ def markdown(groups: Sequence[Group]) -> str:
 
 def markdown_by_subject(groups: Sequence[Group], measures: Collection[str]) -> str:
     """A table of its own for each network on each dataset, with these measures alone."""
-    subjects: dict[tuple[str, str], list[Group]] = {}
-    for group in groups:
-        subjects.setdefault(group.subject, []).append(group)
     tables = []
-    for (dataset, model), members in subjects.items():
+    for (dataset, model), members in by_subject(groups).items():
         columns = _used(members, measures)
         titles = ["method", "n", *(column.title for column in columns)]
         table = _markdown(titles, [_method_cells(group, columns) for group in members], text_columns=1)

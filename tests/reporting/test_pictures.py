@@ -4,9 +4,11 @@ import json
 import matplotlib.image
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from saved_runs import ARCHIVE, write_pruned, write_quantized, write_unpruned
 
-from reporting import pictures
+from reporting import cost_pictures, panels, pictures
 from reporting.gather import gather
 
 
@@ -24,11 +26,19 @@ def groups(tmp_path):
 
 
 def points(axes):
-    """(x, y) of every method's point, by its name in the legend."""
-    return {
-        text.get_text(): tuple(float(container.lines[0].get_xydata()[0][i]) for i in (0, 1))
-        for text, container in zip(axes.get_legend().get_texts(), axes.containers, strict=True)
-    }
+    """(x, y) of every method's first point, by its name in the legend."""
+    drawn = {container.get_label(): container.lines[0] for container in axes.containers}
+    drawn |= {line.get_label(): line for line in axes.lines if ": below" in line.get_label()}
+    return {name.replace("\n", " "): tuple(map(float, line.get_xydata()[0])) for name, line in drawn.items()}
+
+
+def dots(axes):
+    """Accuracy and its interval of every method of a dot plot, the best first."""
+    rows = {}
+    for text, container in zip(axes.get_yticklabels(), axes.containers, strict=True):
+        (segment,) = container.lines[2][0].get_segments() if container.lines[2] else [np.full((2, 2), np.nan)]
+        rows[text.get_text()] = (float(container.lines[0].get_xdata()[0]), *segment[:, 0].tolist())
+    return dict(reversed(rows.items()))
 
 
 def test_every_picture_is_drawn_and_has_ink(groups):
@@ -44,19 +54,49 @@ def test_nothing_is_drawn_from_nothing(tmp_path):
     assert pictures.draw_pictures(gather([tmp_path]).groups, names=pictures.PICTURE_NAMES) == []
 
 
-def test_accuracy_is_drawn_where_it_was_measured(groups):
-    (axes,) = pictures.accuracy_over_macs(groups).axes
-    assert points(axes)["NGGM + HAP + KD, 0.6"] == (17_600_000, 95.5)
-    assert points(axes)["unpruned"] == (40551808, 98.0)
+def test_accuracy_is_drawn_where_it_was_measured(tmp_path):
+    write_unpruned(tmp_path / "teacher", top1=98.0)
+    for number, (macs, top1, mode) in enumerate([(8e6, 90.0, "filter-a"), (18e6, 96.0, "filter-a"), (18e6, 95.0, "filter-gm")]):
+        folder = write_pruned(tmp_path / str(number), top1=top1, prune_mode=mode, distill=["none"], prune_rates=[macs / 40e6])
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["compact"]["compact"]["macs"] = macs
+        (folder / "summary.json").write_text(json.dumps(summary))
+    (axes,) = cost_pictures.accuracy_over_macs(gather([tmp_path]).groups).axes
+    assert points(axes) == {"unpruned": (40551808, 98.0), "PFEC": (8e6, 90.0), "FPGM, 0.45": (18e6, 95.0)}
+    (curve,) = [container.lines[0] for container in axes.containers if container.get_label() == "PFEC"]
+    assert curve.get_xydata().tolist() == [[8e6, 90.0], [18e6, 96.0]]
+    (front,) = [line for line in axes.lines if line.get_label() == "on the Pareto front"]
+    assert front.get_xydata().tolist() == [[8e6, 90.0], [18e6, 96.0], [40551808, 98.0]]
     low, high = axes.get_xlim()
-    assert low < 17_600_000 < 40551808 < high
-    low, high = axes.get_ylim()
-    assert low < 90.5 - 0.71 < 98 < high
+    assert low < 8e6 < 40551808 < high
+
+
+def test_methods_of_one_cost_are_rows_with_the_best_on_top(groups):
+    (axes,) = cost_pictures.accuracy_over_macs(groups).axes
+    rows = dots(axes)
+    assert next(iter(rows)) == "NGGM + HAP + KD, 0.6" and list(rows)[-1] == "Random, 0.6"
+    reach = 12.7062 * 0.5  # Student's t of one degree of freedom times the standard error of 95 and 96
+    assert rows["NGGM + HAP + KD, 0.6"] == pytest.approx((95.5, 95.5 - reach, 95.5 + reach), abs=1e-3)
+    assert np.isnan(rows["network, quantized (all, 5 bits)"][1])
+    (unpruned,) = [line for line in axes.lines if line.get_label() == "unpruned"]
+    assert list(unpruned.get_xdata()) == [98.0, 98.0]
+    assert "17.6 M" in axes.get_xlabel()
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_dominates(places):
+    front = cost_pictures.pareto_front([cost_pictures.Point(None, accuracy, None, cost) for cost, accuracy in places])
+    expected = {
+        (cost, accuracy)
+        for cost, accuracy in places
+        if not any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in places)
+    }
+    assert [(point.cost, point.accuracy) for point in front] == sorted(expected)
 
 
 def test_bytes_are_those_of_the_smallest_file(groups):
-    (axes,) = pictures.accuracy_over_bytes(groups).axes
-    sizes = {name.replace("\n", " "): x for name, (x, _) in points(axes).items()}
+    (axes,) = cost_pictures.accuracy_over_bytes(groups).axes
+    sizes = {name: x for name, (x, _) in points(axes).items()}
     assert sizes["unpruned"] == 1_110_000
     assert sizes["Random, 0.6"] == 430_000
     assert sizes["network, quantized (all, 5 bits)"] == 30_000
@@ -75,23 +115,27 @@ def test_bytes_are_those_of_the_smallest_file(groups):
     ],
 )
 def test_an_axis_begins_above_what_lies_far_below_all_others(accuracies, lowest):
-    assert pictures._lowest_shown(accuracies[::-1]) == lowest
+    assert panels.lowest_shown(accuracies[::-1]) == lowest
 
 
 def test_what_lies_below_the_axis_is_marked_and_named(tmp_path):
     for number, (mode, top1) in enumerate([("filter-a", 81.0), ("filter-gm", 82.0), ("filter-r", 80.0), ("filter-l2", 10.5)]):
         write_pruned(tmp_path / str(number), top1=top1, prune_mode=mode, distill=["none"])
     groups = gather([tmp_path]).groups
-    (axes,) = pictures.accuracy_over_macs(groups).axes
+    (axes,) = cost_pictures.accuracy_over_macs(groups).axes
+    assert list(dots(axes)) == ["FPGM, 0.6", "PFEC, 0.6", "Random, 0.6", "L2, 0.6: below, 10.5 %"]
+    assert dots(axes)["L2, 0.6: below, 10.5 %"][0] == 80.0
+    write_unpruned(tmp_path / "teacher", top1=82.5)
+    write_pruned(tmp_path / "other", top1=81.5, prune_mode="filter-chip", distill=["none"])
+    summary = json.loads((tmp_path / "other" / "summary.json").read_text())
+    summary["compact"]["compact"]["macs"] = 9e6
+    (tmp_path / "other" / "summary.json").write_text(json.dumps(summary))
+    (axes,) = cost_pictures.accuracy_over_macs(gather([tmp_path]).groups).axes
     assert 75 < axes.get_ylim()[0] < 80
     assert points(axes)["L2, 0.6: below, 10.5 %"] == (17_600_000, axes.get_ylim()[0])
     (axes,) = pictures.learning_curves(groups).axes
     assert "L2, 0.6: below, ends at 10.5 %" in [line.get_label() for line in axes.lines]
     assert axes.get_ylim()[0] > 10.5 - 40 + 1  # that of the others' first epochs, 40 points lower
-
-
-def test_points_of_one_value_step_aside_and_balance():
-    assert pictures._dodges([17.0, 40.0, 17.01, 16.99]) == [-1, 0, 0, 1]
 
 
 def test_a_learning_curve_is_the_mean_with_a_band(groups):
@@ -135,19 +179,21 @@ def test_a_default_stands_behind_the_numbers_of_a_setting(tmp_path):
 
 
 def test_no_two_of_many_methods_look_alike():
-    styles = pictures._styles([None] * pictures.MANY)
-    assert len(set(styles)) == pictures.MANY
-    assert len({style.color for style in styles}) == len(pictures.COLOURS)
+    styles = panels.styles([None] * panels.MANY)
+    assert len(set(styles)) == panels.MANY
+    assert len({style.color for style in styles}) == len(panels.COLOURS)
 
 
 def test_a_crowd_is_cut_to_the_best_and_says_so(tmp_path):
-    for number in range(pictures.MANY + 3):
+    for number in range(cost_pictures.MANY_DOTS + 3):
         write_pruned(tmp_path / f"run-{number}", top1=50.0 + number, lr=0.01 + number)
     write_unpruned(tmp_path / "teacher", top1=40.0)
-    (axes,) = pictures.accuracy_over_macs(gather([tmp_path]).groups).axes
-    heights = sorted(y for _, y in points(axes).values())
-    assert heights == [40.0, *range(50 + 4, 50 + pictures.MANY + 3)]
-    assert axes.get_title(loc="left") == f"ResNet-20, digits; the best {pictures.MANY} of {pictures.MANY + 4}"
+    groups = gather([tmp_path]).groups
+    (axes,) = cost_pictures.accuracy_over_macs(groups).axes
+    assert sorted(accuracy for accuracy, *_ in dots(axes).values()) == [*range(50 + 4, 50 + cost_pictures.MANY_DOTS + 3)]
+    assert axes.get_title(loc="left") == f"ResNet-20, digits; the best {cost_pictures.MANY_DOTS} of {cost_pictures.MANY_DOTS + 4}"
+    curves = next(axes for axes in pictures.learning_curves(groups).axes if "fine-tuning" in axes.get_title(loc="left"))
+    assert curves.get_title(loc="left").endswith(f"; the best {panels.MANY} of {cost_pictures.MANY_DOTS + 3}")
 
 
 def test_runs_that_prune_other_layers_are_not_drawn_over_each_other(tmp_path):
