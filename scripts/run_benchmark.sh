@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 DEFAULT_DATASETS="cifar10"
 SEEDS=${SEEDS:-1 2 3} MODEL=${MODEL:-resnet20} KEEP=${KEEP:-macs=0.45} RECIPE=${RECIPE:-short}
-PARTS=${PARTS:-criteria losses controls allocation hard} HARD=${HARD:-macs=0.2} LATENCY=${LATENCY:-latency=0.6}
+PARTS=${PARTS:-criteria losses controls allocation hard} HARD=${HARD:-macs=0.2} LATENCY=${LATENCY:-latency=0.7}
 start_script "$@"
 [[ $KEEP =~ ^macs=0?\.[0-9]+$ ]] || fail "KEEP=$KEEP: must be a budget such as macs=0.45, all methods have the same MACs here"
 

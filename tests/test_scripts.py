@@ -183,7 +183,7 @@ def test_the_benchmark_compares_at_one_cost_and_one_schedule():
     assert {(args.n_epochs, args.limit_batches, args.lr, args.lr_schedule, args.crop_padding) for args in methods} == {
         (5, 90, 0.05, "linear", 2)
     }
-    assert Counter(args.budget for args in methods) == {"macs=0.45": 27, "macs=0.2": 8, "latency=0.6": 2}
+    assert Counter(args.budget for args in methods) == {"macs=0.45": 27, "macs=0.2": 8, "latency=0.7": 2}
     criteria = {args.prune_mode for args in methods if args.distill == ["none"] and args.budget == "macs=0.45"}
     assert criteria == set(CRITERIA)
     losses = {args.distill[0] for args in methods if args.prune_mode == "filter-nggm" and not args.couple_channels}
@@ -192,7 +192,7 @@ def test_the_benchmark_compares_at_one_cost_and_one_schedule():
     longer = next(args for entry, args in commands if entry == "initial_train.py")
     assert (scratch.budget, scratch.s_path, scratch.t_path, scratch.n_epochs) == ("macs=0.45", None, None, 9)  # 5 * 2.35 / 1.35
     assert (longer.load_path, longer.n_epochs, whole.n_epochs) == (whole.t_path, 4, 3)  # 5 * 2.35 / 3, 5 * 2.35 / 4
-    measuring, reading = (args for args in methods if args.budget == "latency=0.6")
+    measuring, reading = (args for args in methods if args.budget == "latency=0.7")
     assert measuring.budget_table is None
     assert reading.budget_table == f"{measuring.save_dir}/{measuring.run_name}/latency_table.json"
 
