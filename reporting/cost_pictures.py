@@ -189,6 +189,8 @@ def _fit_limits(axes: Axes, points: Sequence[Point], lowest: float) -> None:
         axes.update_datalim([(point.cost, height - reach), (point.cost, height + reach)])
     axes.margins(x=0.12)
     axes.autoscale_view()
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 100.5))  # an interval of few seeds reaches further than an accuracy can
     axes.set_autoscale_on(False)
 
 

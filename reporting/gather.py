@@ -85,12 +85,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one method: the same settings, different seeds. `differs_in` tells it from groups of the same label."""
+    """The runs of one method: the same settings, different seeds. `differs_in` tells it from groups of the same label.
+
+    `mixed` holds the circumstances that its runs do not have in common, with the values of each.
+    """
 
     label: str
     records: tuple[Record, ...]
     differs_in: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    mixed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     inherited: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -326,7 +329,7 @@ def _order(group: Group) -> tuple[Any, ...]:
 
 
 def _told_apart(groups: Sequence[Group]) -> Iterator[Group]:
-    """The groups with what they differ in where their labels are the same, and with notes on what differs within."""
+    """The groups with what they differ in where their labels are the same, and with the circumstances that differ within."""
     namesakes: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
         namesakes.setdefault((*group.subject, group.label), []).append(group)
@@ -336,7 +339,7 @@ def _told_apart(groups: Sequence[Group]) -> Iterator[Group]:
             unusual = [(name, value) for name, value in group.first.settings.items() if (name, _json(value)) not in usual]
             missing = [(name, None) for name in dict(usual) if name not in group.first.settings]
             shown = tuple(flag_label(name, value) for name, value in unusual + missing)
-            yield replace(group, differs_in=shown, notes=tuple(_notes(group)))
+            yield replace(group, differs_in=shown, mixed=_mixed(group))
 
 
 def _usual_settings(settings: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
@@ -348,11 +351,9 @@ def _usual_settings(settings: Sequence[Mapping[str, Any]]) -> set[tuple[str, str
     return set(usual.items())
 
 
-def _notes(group: Group) -> Iterator[str]:
-    for name in group.first.circumstances:
-        values = sorted({record.circumstances[name] for record in group.records})
-        if len(values) > 1:
-            yield f"runs differ in {name}: {', '.join(values)}"
+def _mixed(group: Group) -> dict[str, tuple[str, ...]]:
+    values = {name: sorted({record.circumstances[name] for record in group.records}) for name in group.first.circumstances}
+    return {name: tuple(found) for name, found in values.items() if len(found) > 1}
 
 
 def _with_dense_sizes(groups: Sequence[Group]) -> list[Group]:

@@ -1,6 +1,7 @@
 """One HTML file with the table, the notes and the pictures inside; it fetches nothing and needs no network.
 
-The table sorts by a click on a heading, or on opening by `#sort=K` (column from 1; `-K` for descending).
+The table sorts by a click on a heading, or on opening by `#sort=K` (column from 1; `-K` for descending). Rows can be picked by
+dataset, network and method, there by `&method=TEXT` too, and columns one by one; of which a screen begins with those that fit.
 """
 
 import base64
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from reporting.comparison_table import ComparisonTable
 from reporting.gather import Group, Results
-from reporting.tables import Cell, headings, notes, rows
+from reporting.tables import SUBJECT_TITLES, Cell, headings, notes, rows
 from utils.errors import printable
 
 
@@ -28,21 +29,30 @@ class Picture(NamedTuple):
 
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-  max-width: 100rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; }
+:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #444; --ground: #fff; --line: #ccc; --hover: #f1f6fa; --mark: #0072b2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --soft: #b5b5b5; --ground: #16181c; --line: #3c4046; --hover: #23272e; --mark: #56b4e9; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
+  max-width: 100rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
+h1 { margin-bottom: 0; line-height: 1.2; } h2 { margin-top: 2.5rem; }
 .scroll { overflow-x: auto; }
+.choices { display: flex; flex-wrap: wrap; gap: .5rem 1.2rem; align-items: center; margin: 1rem 0; }
+.choices input[type=search], .choices select { font: inherit; max-width: 14rem; }
+.choices details label { display: block; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
-th.text, td.text { text-align: left; } td.name { white-space: normal; min-width: 16rem; }
-tbody tr:hover { background: #f1f6fa; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th.text, td.text { text-align: left; } td.name { white-space: normal; min-width: 9rem; }
+tbody tr:hover { background: var(--hover); }
 th button { all: unset; cursor: pointer; font-weight: 600; }
-th button:focus-visible { outline: 2px solid #0072b2; }
+th button:focus-visible { outline: 2px solid var(--mark); }
 th[aria-sort=ascending] button::after { content: " \\25B2"; } th[aria-sort=descending] button::after { content: " \\25BC"; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; } figcaption { max-width: 60rem; color: #444; }
+figure { margin: 1.5rem 0; } figcaption { max-width: 60rem; color: var(--soft); }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 code { font-size: 13px; overflow-wrap: anywhere; } summary { cursor: pointer; }
-@media print { th button::after { content: "" !important; } details { display: none; } figure { break-inside: avoid; } }
+@media (max-width: 600px) { body { margin: 1rem auto; padding: 0 .7rem; } th, td { padding: .3rem .4rem; } }
+@media print { th button::after { content: "" !important; } details, .choices { display: none; }
+  figure { break-inside: avoid; } }
 """
 
 SCRIPT = """
@@ -66,12 +76,44 @@ function sortBy(column, descending) {
 }
 heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () =>
   sortBy(column, head.getAttribute("aria-sort") === "ascending")));
-const asked = /^#sort=(-?)(\\d+)$/.exec(location.hash);
-if (asked && heads[asked[2] - 1]) sortBy(asked[2] - 1, asked[1] === "-");
+
+const filters = [...document.querySelectorAll("[data-filter]")];
+function filter() {
+  let shown = 0;
+  for (const row of table.tBodies[0].rows) {
+    row.hidden = !filters.every(field => {
+      const text = row.cells[field.dataset.filter].dataset.value;
+      return field.tagName === "SELECT" ? ["", text].includes(field.value)
+        : text.toLowerCase().includes(field.value.toLowerCase());
+    });
+    shown += !row.hidden;
+  }
+  document.querySelector("#shown").textContent = shown;
+}
+filters.forEach(field => field.addEventListener("input", filter));
+
+const boxes = [...document.querySelectorAll("[data-column]")];
+function show(box) {
+  for (const row of table.rows) row.cells[box.dataset.column].hidden = !box.checked;
+}
+const narrow = matchMedia("(max-width: 600px)").matches;
+boxes.forEach(box => {
+  box.checked = narrow ? "key" in box.dataset : !("spare" in box.dataset);
+  box.addEventListener("change", () => show(box));
+  show(box);
+});
+
+const asked = new URLSearchParams(location.hash.slice(1));
+const sort = /^(-?)(\\d+)$/.exec(asked.get("sort") ?? "");
+if (sort && heads[sort[2] - 1]) sortBy(sort[2] - 1, sort[1] === "-");
+if (asked.has("method")) document.querySelector("input[data-filter]").value = asked.get("method");
+filter();
 """
 GENERATOR = '<meta name="generator" content="report.py of filter-pruning-distillation">'
 FOLDER_LENGTH = 1000  # characters that are shown of a path
 TEXT_COLUMNS = 3  # dataset, network, method
+KEY_COLUMNS = ("method", "last top-1 %", "drop", "MACs")  # those that a narrow screen begins with
+SPARE_COLUMNS = ("best top-1 %", "dense file", "minutes")  # those that every screen begins without
 
 
 def page(
@@ -83,6 +125,7 @@ def page(
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{runs} finished runs of {len(groups)} methods. A click on a heading sorts.</p>",
+        _choices(groups),
         f'<div class="scroll">{_table(groups)}</div>',
         f"<p>{escape(caption)}</p>",
         *map(_comparison, comparisons),
@@ -98,6 +141,29 @@ def page(
         + "\n".join(filter(None, body))
         + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
+
+
+def _choices(groups: Sequence[Group]) -> str:
+    """Fields that pick rows, and boxes that pick columns."""
+    fields = []
+    for column, title in enumerate(SUBJECT_TITLES):
+        values = sorted({(row[column].value, row[column].text) for row in rows(groups)})
+        options = "".join(f'<option value="{escape(str(value))}">{escape(text)}</option>' for value, text in values)
+        if len(values) > 1:
+            every = f'<option value="">all {title}s</option>'
+            fields.append(f'<select aria-label="{title}" data-filter="{column}">{every}{options}</select>')
+    search = f'<input type="search" placeholder="method" aria-label="method" data-filter="{TEXT_COLUMNS - 1}">'
+    boxes = "".join(
+        f'<label><input type="checkbox" data-column="{column}"{_column_class(title)}> {escape(title)}</label>'
+        for column, title in enumerate(headings(groups))
+    )
+    shown = f'<span><span id="shown">{len(groups)}</span> shown</span>'
+    columns = f"<details><summary>columns</summary>{boxes}</details>"
+    return f'<div class="choices">{"".join(fields)}{search}{columns}{shown}</div>'
+
+
+def _column_class(title: str) -> str:
+    return " data-key" if title in KEY_COLUMNS else " data-spare" if title in SPARE_COLUMNS else ""
 
 
 def _table(groups: Sequence[Group]) -> str:

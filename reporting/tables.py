@@ -165,8 +165,21 @@ def comma_separated(groups: Sequence[Group]) -> str:
 
 
 def notes(groups: Iterable[Group]) -> list[str]:
-    """What a reader must know about single rows."""
-    return [f"{', '.join(group.subject)}, {group.name}: {note}" for group in groups for note in group.notes]
+    """What the runs of one method do not have in common, a line for each such circumstance."""
+    mixed: dict[str, list[Group]] = {}
+    for group in groups:
+        for circumstance in group.mixed:
+            mixed.setdefault(circumstance, []).append(group)
+    return [f"{_whose(found)} differ in {name}: {_values(found, name)}" for name, found in mixed.items()]
+
+
+def _whose(groups: Sequence[Group]) -> str:
+    group = groups[0]
+    return f"runs of {', '.join(group.subject)}, {group.name}" if len(groups) == 1 else f"runs of {len(groups)} methods"
+
+
+def _values(groups: Sequence[Group], circumstance: str) -> str:
+    return "; ".join(sorted({value for group in groups for value in group.mixed[circumstance]}))
 
 
 def _used(groups: Sequence[Group], measures: Collection[str] = ALL_MEASURES) -> list[Column]:

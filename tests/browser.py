@@ -14,8 +14,9 @@ FLAGS = (
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 
-def browse(page: Path, profile: Path, *, fragment: str = "") -> tuple[str, list[str]]:
-    """The document after its script ran, and what the console said."""
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", f"{page.as_uri()}{fragment}"]
+def browse(page: Path, profile: Path, *, fragment: str = "", width: int = 1400) -> tuple[str, list[str]]:
+    """The document after its script ran, `width` pixels wide, and what the console said."""
+    place = [f"--user-data-dir={profile}", f"--window-size={width},1000"]
+    command = [CHROMIUM, *FLAGS, *place, "--dump-dom", f"{page.as_uri()}{fragment}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]

@@ -41,7 +41,7 @@ def test_from_runs_to_a_page(saves, tmp_path, capsys):
     assert "| NGGM + HAP + KD, 0.6 | 2 | 96.50 ± 0.71 |" in output
     document = (tmp_path / "report" / "report.html").read_text()
     assert "<title>My runs</title>" in document
-    assert document.count("data:image/png") == 5
+    assert document.count("data:image/png") == 7
 
 
 def test_only_the_pictures_that_are_asked_for(saves, tmp_path):

@@ -98,7 +98,7 @@ def test_times_of_different_machines_are_not_averaged(tmp_path):
     assert group.statistic("latency_ms") is None
     assert group.statistic("minutes") is None
     assert group.statistic("macs").n == 2
-    assert group.notes == ("runs differ in device: NVIDIA H100, cpu, 2 threads",)
+    assert group.mixed == {"device": ("NVIDIA H100", "cpu, 2 threads")}
 
 
 def test_unpruned_networks_take_their_sizes_from_the_pruning_of_the_same_network(tmp_path):

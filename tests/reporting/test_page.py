@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -39,6 +40,46 @@ def test_skipped_runs_and_commands_are_on_it(results):
     document = render(results._replace(skipped=[Skipped("saves/broken", "damaged, cut short")]))
     assert "saves/broken: damaged, cut short" in document
     assert "<code>pruning.py --seed 1</code>" in document
+
+
+def test_what_rows_have_in_common_is_one_line(tmp_path):
+    for number, mode in enumerate(("filter-a", "filter-gm")):
+        for seed in (1, 2):
+            folder = write_pruned(tmp_path / f"{mode}-{seed}", top1=90.0, seed=seed, prune_mode=mode)
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, "git_sha": f"{seed}{number}abcdef"}))
+    document = render(gather([tmp_path]))
+    assert "<li>runs of 2 methods differ in commit: 10abcde; 11abcde; 20abcde; 21abcde</li>" in document
+    assert document.count("differ in commit") == 1
+
+
+def shown_cells(document, row):
+    cells = re.findall(r"<td[^>]*>[^<]*</td>", re.findall(r"<tr[^>]*>(.*?)</tr>", document)[row + 1])
+    return [re.sub("<[^>]*>", "", cell) for cell in cells if 'hidden=""' not in cell]
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "cells"), [(400, 4), (1400, 12)])
+def test_a_screen_begins_with_the_columns_that_fit(results, tmp_path, width, cells):
+    path = tmp_path / "page.html"
+    path.write_text(render(results))
+    document, console = browse(path, tmp_path / "profile", width=width)
+    assert console == []
+    pruned = shown_cells(document, 1)
+    assert len(pruned) == cells
+    assert {"NGGM + HAP + KD, 0.6", "97.00", "17.6 M"} <= {*pruned}
+    assert document.count("data-column=") == 15  # each can be chosen
+
+
+@needs_chromium
+def test_rows_are_picked_by_method(results, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(render(results))
+    document, console = browse(path, tmp_path / "profile", fragment="#sort=-5&method=hap")
+    rows = re.findall(r"<tr([^>]*)>", document.partition("<tbody>")[2])
+    assert [('hidden=""' in row) for row in rows] == [True, False, False]
+    assert re.search(r'id="shown">(\d+)<', document)[1] == "2"
+    assert console == []
 
 
 @needs_chromium
