@@ -5,6 +5,8 @@
 The plain step is the dense network's, cross-entropy alone, in the same mode. Criteria (`--prune-mode`) differ in how they
 choose, which is not part of a step: a step depends on the form that is trained. `compact` is hard pruning of the small
 network itself, `masked` hard pruning by zeros, `soft` is SFP between two prunings, `dense` is not pruned at all.
+
+On CUDA a row also says how much of a step the device is idle, waiting for Python.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from utils.data import Batch
 from utils.distributed import World
 from utils.engine import CrossEntropyObjective, Hooks, check_acceleration, prepare_step, sgd, train_step
 from utils.setup import choose_device, to_device
-from utils.timing import interleaved_seconds, median_ratio
+from utils.timing import idle_share, interleaved_seconds, median_ratio
 
 FORMS = ("dense", "compact", "masked", "soft")
 MODES = {"float32": (False, False), "amp": (True, False), "compile": (False, True), "compile+amp": (True, True)}  # amp, compiled
@@ -67,13 +69,22 @@ def measure(args: argparse.Namespace, *, mode: str, form: str, batch: Batch) -> 
     for loss in args.distill:
         steps[form, loss] = pruned_step(network, batch, form=form, loss=loss, keep_ratio=args.prune_rate, mode=mode)
     seconds = interleaved_seconds(steps, device=device, rounds=args.rounds)
-    return [_row(mode, *name, taken=seconds[name], plain=seconds[PLAIN], images=args.batch_size) for name in steps]
+    return [
+        _row(mode, *name, taken=seconds[name], plain=seconds[PLAIN], images=args.batch_size)
+        | _idle(steps[name], device=device, taken=seconds[name])
+        for name in steps
+    ]
 
 
 def _row(mode: str, form: str, loss: str, *, taken: Sequence[float], plain: Sequence[float], images: int) -> dict[str, Any]:
     median = statistics.median(taken)
     cost = median_ratio(taken, plain)
     return {"mode": mode, "form": form, "distill": loss, "ms": 1000 * median, "images/s": images / median, "plain steps": cost}
+
+
+def _idle(step: Callable[[], None], *, device: torch.device, taken: Sequence[float]) -> dict[str, float]:
+    share = idle_share(step, device=device, seconds=statistics.median(taken))
+    return {} if share is None else {"device idle": share}
 
 
 def plain_step(network: nn.Module, batch: Batch, *, mode: str) -> Callable[[], None]:

@@ -26,7 +26,9 @@ from utils.hits import TestHits, read_hits
 from utils.run_folder import CONFIG, HITS, KEPT_FILTERS, METRICS, SUMMARY
 
 UNPRUNED_SCRIPT = "initial_train.py"
-PLACE_FLAGS = frozenset(("seed", "run_name", "save_dir", "log_name", "data_dir", "device", "dev_idx", "workers", "evaluate"))
+PLACE_FLAGS = frozenset(
+    ("seed", "run_name", "save_dir", "log_name", "data_dir", "device", "dev_idx", "workers", "evaluate", "budget_table")
+)
 STATE_FLAGS = frozenset(("checkpoint_interval", "checkpoint_minutes", "force"))
 SCRIPT_ORDER = (UNPRUNED_SCRIPT, "pruning.py", "quantize_encode.py")
 SWITCHED_OFF = ("false", "null", "[]")

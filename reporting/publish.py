@@ -7,8 +7,10 @@ from pathlib import Path
 
 from reporting.comparison_table import ComparisonTable, comparison_tables
 from reporting.gather import Group, Results
+from reporting.headline import headline
 from reporting.page import GENERATOR, Picture, page
 from reporting.pictures import PICTURE_NAMES, draw_pictures
+from reporting.published import published_table
 from reporting.run_files import COLLECTED, is_study, write_study
 from reporting.tables import KEY_MEASURES, caption, comma_separated, markdown, markdown_by_subject, markdown_text, notes
 from utils.errors import UserError
@@ -16,6 +18,8 @@ from utils.files import write_atomic
 
 PAGE, MARKDOWN, CSV = "report.html", "table.md", "table.csv"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+HEADLINE = re.compile(r"(<!-- headline: ([^\n]*?) -->\n).*?(<!-- headline:end -->)", re.DOTALL)
+PUBLISHED = re.compile(r"(<!-- published:begin -->\n).*?(<!-- published:end -->)", re.DOTALL)
 COMPARISON = re.compile(r"(<!-- comparison: ([^\n]*?) -->\n).*?(<!-- comparison:end -->)", re.DOTALL)
 README_PICTURES = ("accuracy_macs", "bytes")
 
@@ -76,18 +80,19 @@ def with_remarks(table: str, groups: Sequence[Group], pictures: Sequence[Picture
 def update_readme(path: Path, groups: Sequence[Group], *, figures: Path, picture_names: Sequence[str] = README_PICTURES) -> None:
     """Puts tables of the key measures and pictures between the markers of a Markdown file; the PNG files go to `figures`.
 
-    Comparisons go where comments ask for them, as `reporting.comparison_table` says. Raises UserError if the file cannot be read,
-    or does not have each marker once, in order, and no such comment either.
+    Headlines, comparisons and published figures go where comments ask for them (`reporting.headline`, `.comparison_table` and
+    `.published`). Raises UserError if the file cannot be read, or has neither such a comment nor each marker once, in order.
     """
     try:
         text = path.read_text()
     except OSError as error:
         raise UserError(f"--readme {path}: cannot be read: {error.strerror}") from error
-    compared = COMPARISON.sub(lambda found: f"{found[1]}{_compared(groups, found[2])}{found[3]}", text)
-    if BEGIN not in text and compared != text:
-        write_atomic(path, compared.encode())
+    filled = _filled(text, groups)
+    if BEGIN not in text and any(marks.search(text) for marks in (HEADLINE, PUBLISHED, COMPARISON)):
+        write_atomic(path, filled.encode())
+        print(f"{len(groups)} methods -> {path}")
         return
-    text = compared
+    text = filled
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"--readme {path}: needs the lines {BEGIN} and {END} once each, for the results to go between")
     pictures = draw_pictures(groups, names=picture_names)
@@ -99,6 +104,13 @@ def update_readme(path: Path, groups: Sequence[Group], *, figures: Path, picture
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     write_atomic(path, f"{before}{BEGIN}\n{block}{END}{after}".encode())
     print(f"{len(groups)} methods, {len(pictures)} pictures -> {path}")
+
+
+def _filled(text: str, groups: Sequence[Group]) -> str:
+    """The text with what its comments ask for."""
+    text = HEADLINE.sub(lambda found: f"{found[1]}{headline(groups, found[2])}{found[3]}", text)
+    text = PUBLISHED.sub(lambda found: f"{found[1]}{published_table(groups)}{found[2]}", text)
+    return COMPARISON.sub(lambda found: f"{found[1]}{_compared(groups, found[2])}{found[3]}", text)
 
 
 def _compared(groups: Sequence[Group], asked: str) -> str:

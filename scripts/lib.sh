@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What the run_*.sh scripts share. A script lists runs with add_run, trains those listed with run_all, and ends with finish.
-# README.md explains the environment variables that start_script reads.
+# docs/experiments.md explains the environment variables that start_script reads.
 
 # Flags that initial_train.py, pruning.py and quantize_encode.py all have: they reach the training of a teacher as well.
 readonly SHARED_FLAGS="--data-dir --mean --std --batch-size --workers --crop-padding --limit-batches --lr --schedule --lr-drops --lr-schedule \
@@ -20,7 +20,7 @@ start_script() {
     [[ ${!name} =~ ^([1-9][0-9]*)?$ ]] || fail "$name=${!name}: must be a whole number of 1 or more"
   done
   [[ $DRY =~ ^[01]$ ]] || fail "DRY=$DRY: must be 1, to print the commands only, or 0"
-  FOLDERS=() COMMANDS=() NEEDED=() FAILED=() SLOTS=() LISTED=0 PRINTED=0
+  FOLDERS=() COMMANDS=() NEEDED=() FAILED=() COMPARISONS=() SLOTS=() LISTED=0 PRINTED=0
   trap 'stop 130' INT
   trap 'stop 143' TERM
   trap 'stop 129' HUP
@@ -326,11 +326,12 @@ end_runs() {
   for pid in $(jobs -rp); do kill -TERM "$pid" || true; done
 }
 
-# finish FLAG...: reports, with these flags, on the runs that are complete and names those that are not. Exits with 1 if any
-# failed.
+# finish: reports on the runs that are complete, with the tables that COMPARISONS asks for, and names those that are not. Exits
+# with 1 if any failed.
 finish() {
   local line report
-  printf -v report '%q ' "$PYTHON" report.py --skip-missing --output "$REPORT_DIR" "${FOLDERS[@]}" "$@"
+  printf -v report '%q ' "$PYTHON" report.py --skip-missing --output "$REPORT_DIR" "${FOLDERS[@]}"
+  if ((${#COMPARISONS[@]})); then report+="--compare $(printf '%q ' "${COMPARISONS[@]}")"; fi
   if [[ $DRY == 1 ]]; then print_stage "${report% }" && exit; fi
   eval "$report" || FAILED+=("report.py: exit status $?")
   if ((${#FAILED[@]})); then

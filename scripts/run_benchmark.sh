@@ -107,9 +107,17 @@ for part in $PARTS; do
   done
   run_all
 done
-if [[ " $PARTS " == *" criteria "* && " $PARTS " == *" losses "* ]]; then
-  finish --compare "PFEC, $KEEP|Random, $KEEP|L2, $KEEP|FPGM, $KEEP|NGGM, $KEEP|Taylor, $KEEP|HRank, $KEEP|CHIP, $KEEP|Network*|SFP*" \
-    --compare "NGGM + KD, $KEEP|NGGM + *, $KEEP|NGGM, $KEEP"
-else
-  finish
+if [[ " $PARTS " == *" criteria "* ]]; then
+  others="Random, $KEEP|L2, $KEEP|FPGM, $KEEP|NGGM, $KEEP|Taylor, $KEEP|Network Slimming, $KEEP|HRank, $KEEP|CHIP, $KEEP|SFP, $KEEP*"
+  COMPARISONS+=("PFEC, $KEEP|$others")
 fi
+if [[ " $PARTS " == *" losses "* ]]; then
+  COMPARISONS+=("NGGM + KD, $KEEP|NGGM + *, $KEEP|NGGM, $KEEP" "NGGM + HAP + KD, $KEEP|* + HAP + KD, $KEEP")
+fi
+if [[ " $PARTS " == *" allocation "* ]]; then
+  COMPARISONS+=("NGGM + HAP + KD, $KEEP|NGGM + HAP + KD, $KEEP*coupled|NGGM + HAP + KD, $LATENCY, coupled")
+fi
+if [[ " $PARTS " == *" controls "* ]]; then
+  COMPARISONS+=("NGGM + HAP + KD, $KEEP|NGGM, $KEEP|*, $KEEP, from new weights|unpruned*")
+fi
+finish

@@ -38,7 +38,7 @@ while (($#)); do
   esac
   shift
 done
-if [[ $entry == report.py ]]; then exit 0; fi
+if [[ $entry == report.py || $entry == -* ]]; then exit 0; fi
 mkdir -p "$folder" && echo '{}' >"$folder/config.json"
 name=$(basename "$folder")
 if [[ -n ${HOLDING-} && $name == $HOLDING* ]]; then
@@ -60,7 +60,7 @@ echo '{}' >"$folder/summary.json"
 def environment(**variables):
     """This process's environment without what the scripts would follow."""
     own = {"DRY", "JOBS", "SEEDS", "DATASETS", "MODEL", "KEEP", "T_PATH", "LOAD_PATH", "BITS", "QUAN_MODE"}
-    own |= {"RECIPE", "TEACHER_EPOCHS", "STUDENT_EPOCHS", "STUDENT_BATCHES", "PARTS", "HARD", "LATENCY"}
+    own |= {"MINUTES", "RECIPE", "TEACHER_EPOCHS", "STUDENT_EPOCHS", "STUDENT_BATCHES", "PARTS", "HARD", "LATENCY"}
     own |= {"SAVE_DIR", "DATA_DIR", "REPORT_DIR", "PYTHON", "GPUS", "CUDA_VISIBLE_DEVICES"}
     return {**{name: value for name, value in os.environ.items() if name not in own}, **variables}
 
@@ -319,7 +319,7 @@ def test_bad_arguments_end_in_one_line(arguments, variables, message, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [
-        ([], {}, "name one of the scripts: run_ablation.sh run_pruning.sh"),
+        ([], {}, "name one of the scripts: run_ablation.sh run_benchmark.sh"),
         (["--partition=gpu", "run_nothing.sh"], {}, "name one of the scripts"),
         (["run_pruning.sh"], {"GRACE": "soon"}, "GRACE=soon: must be a whole number of seconds"),
         (["run_pruning.sh"], {}, "sbatch: not found"),
@@ -353,6 +353,37 @@ def calls(workplace):
     lines = [line.split(" ", 2) for line in notes.read_text().splitlines()]
     notes.write_text("")
     return [arguments for _, event, arguments in lines if event == "start"]
+
+
+def test_a_gpu_gets_its_work_in_the_order_of_its_worth_and_each_step_once(workplace):
+    assert call("run_gpu", "--n-epochs", "1", SEEDS="1 2", FAILING="nggm-hap", **workplace).returncode == 1
+    check, tests, *first = calls(workplace)
+    assert check.startswith("-c import") and tests == "-m pytest -q -m gpu"
+    benchmarks = [line for line in first if line.startswith("-m")]
+    assert [(re.search(r"--model (\S+)", line)[1], re.search(r"--modes (\S+)", line)[1]) for line in benchmarks] == [
+        (network, mode)
+        for network in ("resnet56", "resnet110", "resnet50")
+        for mode in ("float32", "amp", "compile", "compile+amp")
+    ]
+    seeds = [re.search(r"--seed (\d)", line)[1] for line in first if line.startswith(("initial", "pruning"))]
+    assert seeds == ["1"] * 5 + ["2"] * 5
+    assert first[-2].startswith("report.py --skip-missing --collect ") and "--compare FPGM, 0.6|*, 0.6" in first[-1]
+    assert call("run_gpu", "--n-epochs", "1", SEEDS="1 2", **workplace).returncode == 0
+    check, *second = calls(workplace)
+    assert [line.split()[0] for line in second] == ["pruning.py", "pruning.py", "report.py", "report.py"]
+
+
+def test_a_gpu_script_ends_in_time_and_every_run_saves_its_state(workplace):
+    setting = {"SEEDS": "1", "HOLDING": "vanilla", "MINUTES": "1", **workplace}
+    script = (ROOT / "scripts" / "run_gpu.sh").read_text().replace("sleep $((60 * MINUTES))", "sleep 2")
+    (Path(workplace["SAVE_DIR"]).parent / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "lib.sh", Path(workplace["SAVE_DIR"]).parent / "scripts" / "lib.sh")
+    path = Path(workplace["SAVE_DIR"]).parent / "scripts" / "run_gpu.sh"
+    path.write_text(script)
+    ended = subprocess.run(["bash", str(path)], env=environment(**setting), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 143
+    (state,) = Path(workplace["SAVE_DIR"]).glob("vanilla*/state")
+    assert state.read_text() == "saved\n"
 
 
 def test_a_failed_run_stops_no_other_and_the_next_call_goes_on(workplace):

@@ -1,8 +1,9 @@
 """Fair timings on a noisy machine: what is compared runs in turn, and ratios are taken within one round."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -85,3 +86,29 @@ def _mean_seconds(function: Callable[[], object], repeats: int, *, device: torch
             function()
 
     return seconds_of(all_of_them, device=device) / repeats
+
+
+def idle_share(function: Callable[[], object], *, device: torch.device, seconds: float, repeats: int = 5) -> float | None:
+    """How much of the `seconds` that `function` takes a CUDA device runs nothing; None on other devices.
+
+    What it runs is seen by the profiler, which makes the host slower but not the device: hence `seconds`, taken without it.
+    """
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(repeats):
+            function()
+        _synchronise(device)
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = covered([(event.time_range.start, event.time_range.end) for event in on_device]) / 1e6  # from microseconds
+    return max(0.0, 1 - busy / repeats / seconds)
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """The length that intervals cover together, wherever they overlap."""
+    total, reached = 0.0, -math.inf
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total

@@ -110,6 +110,13 @@ def test_unpruned_networks_take_their_sizes_from_the_pruning_of_the_same_network
     assert sizes["resnet56"] is None
 
 
+def test_a_run_that_measured_a_table_of_times_and_those_that_took_it_are_one_method(tmp_path):
+    for seed, table in enumerate((None, "saves/0/latency_table.json")):
+        write_pruned(tmp_path / str(seed), top1=90.0, seed=seed, budget="latency=0.5", budget_table=table)
+    (group,) = gather([tmp_path]).groups
+    assert len(group.records) == 2
+
+
 def test_two_folders_of_images_are_two_datasets(tmp_path):
     for place in ("/data/cats", "/elsewhere/cats", "/data/dogs"):
         write_pruned(tmp_path / place.replace("/", "-"), top1=90.0, dataset="folder", data_dir=place, seed=len(place))

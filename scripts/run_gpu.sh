@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# What to do with a CUDA machine, in the order of its worth: the tests that need one, what steps cost in every form and mode, and
+# ResNet-56 on CIFAR-10 as the papers train it, with one seed, then with more; last the steps of larger networks. A step that is
+# done is skipped, and a training goes on where it was stopped, so that it can be called until it ends:
+#   MINUTES=9 scripts/run_gpu.sh --data-dir data
+# It ends in one study, $SAVE_DIR/gpu.jsonl.gz, and one table. Arguments are passed on to every training.
+# Variables: MINUTES, after which it stops and saves; SEEDS DATASETS MODEL KEEP DATA_DIR SAVE_DIR REPORT_DIR PYTHON RECIPE
+# TEACHER_EPOCHS STUDENT_EPOCHS; DRY=1 only prints the commands.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib.sh
+DEFAULT_DATASETS="cifar10"
+SEEDS=${SEEDS:-1 2 3} MINUTES=${MINUTES:-}
+start_script "$@"
+[[ $MINUTES =~ ^([1-9][0-9]*)?$ ]] || fail "MINUTES=$MINUTES: must be a whole number of 1 or more"
+if [[ $DRY == 0 ]]; then
+  "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || fail "no CUDA device was found here"
+fi
+if [[ -n $MINUTES && $DRY == 0 ]]; then
+  (sleep $((60 * MINUTES)) && kill -TERM $$) &
+  WATCH=$!
+  trap 'kill $WATCH 2>/dev/null || true' EXIT
+fi
+
+# once NAME COMMAND...: runs the command, unless it has ended well before.
+once() {
+  local done_file=$SAVE_DIR/gpu-steps/$1
+  shift
+  if [[ -f $done_file ]]; then return; fi
+  if [[ $DRY == 1 ]]; then
+    print_stage "$(printf '%q ' "$@")"
+    return
+  fi
+  mkdir -p "${done_file%/*}"
+  echo "$*"
+  if "$@" & wait $!; then touch "$done_file"; else FAILED+=("$*"); fi
+}
+
+step_costs() {
+  local mode
+  for mode in float32 amp compile compile+amp; do
+    once "step_cost-$1-$mode" "$PYTHON" -m benchmarks.step_cost --device cuda --model "$1" --forms dense compact masked soft \
+      --distill none hap --modes "$mode" --output "$SAVE_DIR/gpu-steps/step_cost-$1-$mode.json"
+  done
+}
+
+# study SEED...: the teacher of each seed, then its prunings
+study() {
+  local dataset seed
+  local SEEDS=$*
+  find_teachers_by_seed
+  run_all
+  for dataset in $DATASETS; do
+    for seed in $SEEDS; do
+      TEACHERS[$dataset]=${TEACHERS["$dataset $seed"]}
+      add_pruning gm "$dataset" "$seed" filter-gm none "${PASSED[@]}"
+      add_pruning nggm "$dataset" "$seed" filter-nggm none "${PASSED[@]}"
+      add_pruning nggm-hap "$dataset" "$seed" filter-nggm hap "${PASSED[@]}"
+      add_pruning r-hap "$dataset" "$seed" filter-r hap "${PASSED[@]}"
+    done
+  done
+  run_all
+}
+
+PASSED+=(--checkpoint-minutes 2)
+mapfile -t SHARED < <(shared_arguments)
+once tests "$PYTHON" -m pytest -q -m gpu
+step_costs resnet56
+read -ra ALL_SEEDS <<<"$SEEDS"
+study "${ALL_SEEDS[0]}"
+if ((${#ALL_SEEDS[@]} > 1)); then study "${ALL_SEEDS[@]:1}"; fi
+for network in resnet110 resnet50; do step_costs "$network"; done
+if [[ $DRY == 0 ]]; then
+  "$PYTHON" report.py --skip-missing --collect "$SAVE_DIR/gpu.jsonl.gz" "${FOLDERS[@]}" || FAILED+=("report.py --collect")
+fi
+COMPARISONS=("FPGM, $KEEP|*, $KEEP")
+finish
