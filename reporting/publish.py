@@ -10,7 +10,7 @@ from reporting.gather import Group, Results
 from reporting.headline import headline
 from reporting.page import GENERATOR, Picture, page
 from reporting.pictures import PICTURE_NAMES, draw_pictures
-from reporting.published import published_table
+from reporting.published import matched_table, published_table
 from reporting.run_files import COLLECTED, is_study, write_study
 from reporting.tables import KEY_MEASURES, caption, comma_separated, markdown, markdown_by_subject, markdown_text, notes
 from utils.errors import UserError
@@ -50,6 +50,7 @@ def write_report(
     """The page, the table as Markdown and CSV, and the pictures as files of their own."""
     _make_folder(folder, "--output")
     pictures = [*draw_pictures(results.groups, names=picture_names), *extra_pictures]
+    comparisons = [*comparisons, *filter(None, [matched_table(results.groups)])]
     for name in PICTURE_NAMES:  # an earlier report may have had pictures that this one has not
         (folder / f"{name}.png").unlink(missing_ok=True)
     for picture in pictures:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from reporting.comparison_table import ComparisonTable
 from reporting.gather import Group
 from reporting.naming import method_label, model_label
 from reporting.tables import markdown_table
@@ -57,6 +58,14 @@ def published_table(groups: Sequence[Group]) -> str:
     """Every published figure as a row of Markdown, with ours where there are runs."""
     rows = [_row(figure, beside(figure, groups)) for figure in published_figures()]
     return markdown_table(HEADINGS, rows, text_columns=2)
+
+
+def matched_table(groups: Sequence[Group]) -> ComparisonTable | None:
+    """Those published figures that there are runs for; None if there are none."""
+    pairs = [(figure, beside(figure, groups)) for figure in published_figures()]
+    rows = tuple(tuple(_row(figure, ours)) for figure, ours in pairs if ours is not None)
+    caption = "Drops of top-1 accuracy, and how far ours is from that of the paper, in points; above 0 ours loses more."
+    return ComparisonTable("Beside published figures", HEADINGS, rows, caption) if rows else None
 
 
 def _row(figure: Published, ours: Group | None) -> list[str]:

@@ -5,9 +5,9 @@ import json
 import pytest
 from saved_runs import write_pruned
 
-from reporting.gather import gather
-from reporting.publish import update_readme
-from reporting.published import beside, published_figures, published_table
+from reporting.gather import Results, gather
+from reporting.publish import update_readme, write_report
+from reporting.published import beside, matched_table, published_figures, published_table
 
 
 @pytest.fixture
@@ -47,6 +47,13 @@ def test_a_page_gets_the_table_where_it_asks_for_it(groups, tmp_path):
     page.write_text("# Title\n<!-- published:begin -->\nold\n<!-- published:end -->\nend\n")
     update_readme(page, groups, figures=tmp_path)
     assert page.read_text() == f"# Title\n<!-- published:begin -->\n{published_table(groups)}<!-- published:end -->\nend\n"
+
+
+def test_a_report_has_those_that_there_are_runs_for(groups, tmp_path):
+    write_report(tmp_path / "report", Results(groups, []), title="Title")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<h2>Beside published figures</h2>" in page and "<td>+0.90</td>" in page and "not measured" not in page
+    assert matched_table([group for group in groups if group.first.dataset == "cifar100"]) is None
 
 
 def test_every_figure_is_an_accuracy_and_a_share_with_a_source():
