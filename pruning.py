@@ -157,8 +157,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--prune-rates {rates_file(args)}: a file stands alone, without proportions beside it")
     if args.prune_steps > args.n_epochs:
         raise UserError(f"--prune-steps {args.prune_steps}: one an epoch, but --n-epochs {args.n_epochs} are fewer")
-    if args.prune_steps > 1 and args.train_form == "compact":
-        raise UserError(f"--train-form compact: not with --prune-steps {args.prune_steps}, whose network has no one small form")
+    if args.prune_steps > 1 and args.train_form == "compact" and args.ema is not None:
+        raise UserError(f"--ema {args.ema:g}: not with --train-form compact and --prune-steps, whose steps have a network each")
     if args.soft_prune and args.ema is not None:
         raise UserError(f"--ema {args.ema:g}: not with --soft-prune, an average of what is cleared now and then is not pruned")
     check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
@@ -245,7 +245,7 @@ def schedule_of(
         steps=args.prune_steps,
         last_epoch=args.n_epochs - 1,
         form="masked"
-        if choose.is_whole
+        if choose.is_whole or (args.prune_steps > 1 and args.ema is not None)
         else training_form(args.train_form, choose.data.device, amp=args.amp, compiled=args.compile),
         images=choose.data.example,
         warn=run.warn,

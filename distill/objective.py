@@ -73,6 +73,9 @@ class DistillationObjective(Objective):
         self.weights = {name: weight for name, _, weight in weighted}
         self.rises = nn.ModuleDict({name: _Rise(epochs) for name, epochs in (rise_epochs or {}).items()})
 
+    def exchange(self, network: nn.Module) -> None:
+        self.student = network
+
     def begin_epoch(self, epoch: int) -> None:
         """Sets the weights that rise to those of `epoch`, counted from 0."""
         for rise in self.rises.values():

@@ -269,6 +269,11 @@ class NarrowNetwork(nn.Module):
         dense[entries] = value
         return dense
 
+    def narrowed(self, key: str, value: Tensor) -> Tensor:
+        """What this network keeps of `value`, of the shape of the dense tensor `key`: the inverse of `widened`."""
+        entries = self.__parts.entries.get(self.__home(key))
+        return value if entries is None else value[entries]
+
     def load_dense_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes what this network keeps out of a dense network's state dict. Raises UserError for one of another network."""
         name, dense = self.__parts.origin.name, self.__parts.origin.state
@@ -277,7 +282,7 @@ class NarrowNetwork(nn.Module):
             if isinstance(value, Tensor) and (key not in state or state[key].shape != dense[key].shape):
                 found = f"shape {tuple(state[key].shape)}" if key in state else "nothing"
                 raise UserError(f"{key}: {name} needs shape {tuple(dense[key].shape)}, found {found}")
-            own[key] = state[key][self.__parts.entries[key]] if key in self.__parts.entries else state[key]
+            own[key] = self.narrowed(key, state[key]) if isinstance(value, Tensor) else state[key]
         if hasattr(state, "_metadata"):
             own._metadata = state._metadata
         self.load_state_dict(own)

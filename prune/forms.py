@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from prune.choice import FilterChoice
-from prune.schedule import GradualPruning, HardPruning, PhysicalPruning, PruningSchedule, SoftPruning
+from prune.schedule import (
+    GradualPhysicalPruning,
+    GradualPruning,
+    HardPruning,
+    PhysicalPruning,
+    PruningSchedule,
+    SoftPruning,
+)
 from utils.distributed import any_process
 from utils.errors import UserError
 
@@ -31,54 +38,52 @@ def build_schedule(
     """What keeps `network` pruned; hard pruning makes its one choice here, or takes it from the state of a resumed run.
 
     `soft_interval` is the number of epochs between soft prunings, None for hard pruning. In several `steps` that goes on over the
-    first epochs, in the masked network, and `on_choice(schedule, step)` hears of the later ones. In one it trains the network in
-    `form`, compact or masked, and a resumed run in the one that it began with. With form auto it is the compact one if that
-    evaluates and trains as the masked one does on `images`, which is proved before; if not, `warn` is told why, and the masked
-    one is trained. Raises UserError where form compact does not pass.
+    first epochs, and `on_choice(schedule, step)` hears of the later ones. It trains the network in `form`, compact or masked, and
+    a resumed run in the one that it began with. With form auto it is the compact one if that evaluates and trains as the masked
+    one does on `images`, which is proved before; if not, `warn` is told why, and the masked one is trained. Raises UserError
+    where form compact does not pass.
     """
     if soft_interval is not None:
         return SoftPruning(network, choose, interval=soft_interval, last_epoch=last_epoch)
+    small, masked = PhysicalPruning, HardPruning
     if steps > 1:
-        kept = state["resume"]["hooks"]["kept"] if state is not None else None
-        return GradualPruning(
-            network,
-            lambda step, kept: choose.at_step(step, steps, kept)(),
-            steps=steps,
-            on_choice=on_choice,
-            kept=kept,
-            example=images,
-        )
+        gradual = {"choose_at": lambda step, kept: choose.at_step(step, steps, kept)(), "steps": steps, "on_choice": on_choice}
+        small, masked = (_with_steps(kind, gradual) for kind in (GradualPhysicalPruning, GradualPruning))
     if state is not None:
-        return (PhysicalPruning if _was_trained_small(state) else HardPruning)(
-            network, state["resume"]["hooks"]["kept"], example=images
-        )
-    kept = choose()
+        return (small if _was_trained_small(state) else masked)(network, state["resume"]["hooks"]["kept"], example=images)
+    kept = choose() if steps == 1 else choose.at_step(0, steps, None)()
     if form == "masked":
-        return HardPruning(network, kept, example=images)
-    schedule, reason = _proved(network, kept, images)
+        return masked(network, kept, example=images)
+    schedule, reason = _proved(small, network, kept, images)
     if any_process(schedule is None):
         schedule, reason = None, reason or "another process found a difference"
     if schedule is None and form == "compact":
         raise UserError(f"--train-form compact: {reason}; choose masked")
     if schedule is None:
         warn(f"trains the large network with zeros, not the small one: {reason}")
-    return schedule or HardPruning(network, kept, example=images)
+    return schedule or masked(network, kept, example=images)
+
+
+def _with_steps(kind: type, gradual: Mapping[str, Any]) -> Callable[..., PruningSchedule]:
+    return lambda network, kept, *, example: kind(network, kept=kept, example=example, **gradual)
 
 
 def check_compact_form(network: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> None:
     """Raises UserError if `network`, which stays as it is, cannot be trained in its compact form."""
     try:
-        schedule, reason = _proved(copy.deepcopy(network), kept, images)
+        schedule, reason = _proved(PhysicalPruning, copy.deepcopy(network), kept, images)
     except (RuntimeError, TypeError) as error:
         schedule, reason = None, f"{type(network).__name__} cannot be copied ({str(error).splitlines()[0]})"
     if schedule is None:
         raise UserError(f"--train-form compact: {reason}; choose masked")
 
 
-def _proved(network: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> tuple[PhysicalPruning | None, str | None]:
+def _proved(
+    small: Callable[..., PhysicalPruning], network: nn.Module, kept: Mapping[str, Tensor], images: Tensor
+) -> tuple[PhysicalPruning | None, str | None]:
     """Pruning in compact form once it is proved right, or why it is not."""
     try:
-        schedule = PhysicalPruning(network, kept, example=images)
+        schedule = small(network, kept, example=images)
         schedule.prove(images)
     except UserError as error:
         return None, str(error)

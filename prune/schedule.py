@@ -32,7 +32,7 @@ class PruningSchedule(Hooks):
     """
 
     def __init__(self, model: nn.Module, *, example: Tensor | None = None):
-        self.model = model
+        self.model, self._example = model, example
         convs = prunable_layers(model, linear=True, example=example)
         layers = (*convs, *shared_norms(model, convs))
         self.layers: dict[str, PrunableLayer | SharedNorm] = {layer.name: layer for layer in layers}
@@ -104,8 +104,17 @@ class GradualPruning(HardPruning):
 
     def after_epoch(self, epoch: int) -> None:
         if epoch + 1 < self._steps:
+            self._clear_dead_inputs()
             self.load_state_dict({"kept": self._choose_at(epoch + 1, self.kept)})
             self._on_choice(self, epoch + 1)
+
+    def _clear_dead_inputs(self) -> None:
+        """Weights that only read what is gone must not count in the scores of a filter: in the small network there are none."""
+        try:
+            small = narrow(self.model, self.live_channels(self.kept), example=self._example)
+        except UserError:  # of a network that has no small form they are not known
+            return
+        self.model.load_state_dict(small.dense_state_dict(idle=self.model.state_dict()))
 
     def is_final(self, epoch: int) -> bool:
         return epoch + 2 >= self._steps
@@ -121,8 +130,11 @@ class PhysicalPruning(PruningSchedule):
 
     def __init__(self, model: nn.Module, kept: Mapping[str, Tensor], *, example: Tensor | None = None):
         super().__init__(model, example=example)
-        self.kept = HardPruning(model, kept, example=example).kept
-        self._network = narrow(model, self.live_channels(self.kept), example=example)
+        self._cut(kept)
+
+    def _cut(self, kept: Mapping[str, Tensor]) -> None:
+        self.kept = HardPruning(self.model, kept, example=self._example).kept
+        self._network = narrow(self.model, self.live_channels(self.kept), example=self._example)
         quicken_batch_norms(self._network)
         self._zeros = _Zeros()
         for key, pruned in self._pruned_rows().items():
@@ -147,6 +159,40 @@ class PhysicalPruning(PruningSchedule):
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"compact": True}
+
+
+class GradualPhysicalPruning(PhysicalPruning):
+    """`GradualPruning` of the same arguments, with the filters gone from the network that is trained: each step cuts a new one.
+
+    The momentum of what stays goes over to it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        choose_at: Callable[[int, Mapping[str, Tensor] | None], dict[str, Tensor]],
+        *,
+        steps: int,
+        on_choice: Callable[[PruningSchedule, int], None],
+        kept: Mapping[str, Tensor] | None = None,
+        example: Tensor | None = None,
+    ):
+        self._choose_at, self._steps, self._on_choice = choose_at, steps, on_choice
+        super().__init__(model, choose_at(0, None) if kept is None else kept, example=example)
+
+    def after_epoch(self, epoch: int) -> nn.Module | None:
+        if epoch + 1 >= self._steps:
+            return None
+        self.model.load_state_dict(self._network.dense_state_dict(idle=self.model.state_dict()))
+        self._cut(self._choose_at(epoch + 1, self.kept))
+        self._on_choice(self, epoch + 1)
+        return self._network
+
+    def is_final(self, epoch: int) -> bool:
+        return epoch + 2 >= self._steps
+
+    def carried(self, key: str, value: Tensor, *, before: nn.Module) -> Tensor:
+        return self._network.narrowed(key, before.widened(key, value))
 
 
 class _Zeros:

@@ -229,7 +229,7 @@ COMMANDS = [
         ["--channel-multiple auto", "needs --budget latency=SHARE"],
     ),
     (PRUNE, "--s-model resnet20 --prune-rates 0.6 --prune-steps 3 --n-epochs 2", ["--prune-steps 3", "--n-epochs 2 are fewer"]),
-    (PRUNE, "--s-model resnet20 --prune-rates 0.6 --prune-steps 3 --train-form compact", ["--train-form", "--prune-steps 3"]),
+    (PRUNE, "--s-model resnet20 --prune-rates 0.6 --prune-steps 2 --train-form compact --ema 0.9", ["--ema 0.9", "--prune-st"]),
     (PRUNE, "--s-model resnet20 --prune-steps 3", ["--prune-steps 3", "only with --prune-rates below 1"]),
     (PRUNE, "--s-model resnet20 --sensitivity layers.txt", ["--sensitivity layers.txt", "must end in .json"]),
     (PRUNE, "--s-model resnet20 --sensitivity nowhere/layers.json", ["--sensitivity nowhere/layers.json", "cannot be written"]),

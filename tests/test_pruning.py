@@ -141,6 +141,22 @@ def test_gradual_pruning_ends_where_one_step_does_and_its_best_network_is_as_sma
     assert [step.partition(":")[0] for step in steps] == ["2 of 3", "3 of 3"]
 
 
+@pytest.mark.parametrize("more", [["--distill", "hap"], ["--distill", "afd", "--couple-channels"]], ids=["hap", "afd, coupled"])
+def test_gradual_pruning_of_the_small_network_is_that_of_the_masked_one(prune, more):
+    options = ["--prune-mode", "filter-a", "--n-epochs", "4", "--prune-steps", "3", "--lr", "1e-4", *more]
+    folders = [prune(*options, "--train-form", form, name=form) for form in ("compact", "masked")]
+    small, masked = (load_network(folder / "model_last.pt", flag="--s-path") for folder in folders)
+    assert small.kept == masked.kept
+    for key, value in masked.network.state_dict().items():
+        if "num_batches" not in key:
+            found = small.network.state_dict()[key]
+            dead = (found == 1) if key.endswith("running_var") else (found == 0)  # the masked one has statistics of what is gone
+            torch.testing.assert_close(torch.where(dead, value, found), value, rtol=1e-3, atol=1e-4)
+    states = [torch.load(folder / "model_last.pt", weights_only=True)["resume"] for folder in folders]
+    sizes = [sum(each["momentum_buffer"].numel() for each in state["optimizer"]["state"].values()) for state in states]
+    assert sizes[0] < 0.7 * sizes[1]
+
+
 def test_the_small_network_is_small_and_the_same(prune):
     folder = prune("--prune-mode", "filter-a")
     dense, small = (load_network(folder / name, flag="--s-path") for name in ("model_best.pt", "model_compact.pt"))

@@ -36,6 +36,7 @@ GRADUAL = Recipe(
     "--t-path {teacher} --s-copy-t --prune-mode filter-gm --prune-rates 0.4 --prune-steps 3 --distill hap "
     "--run-name run --n-epochs 4 --limit-batches 2 --batch-size 16 --schedule --lr-drops",
 )
+GRADUAL_MASKED = GRADUAL._replace(name="gradual-masked", flags=f"{GRADUAL.flags} --train-form masked")
 INT8 = Recipe(
     "int8",
     "quantize_encode",
@@ -141,12 +142,13 @@ class TestKilled:
         assert differences(untouched(recipe) / RUN, tmp_path / RUN) == []
 
 
+@pytest.mark.parametrize("recipe", [GRADUAL, GRADUAL_MASKED], ids=["compact", "masked"])
 @pytest.mark.parametrize("place", [0.35, 0.55, 0.75])
-def test_gradual_pruning_goes_on_between_its_steps(place, tmp_path, untouched, trained_run):
-    reference = untouched(GRADUAL)
+def test_gradual_pruning_goes_on_between_its_steps(recipe, place, tmp_path, untouched, trained_run):
+    reference = untouched(recipe)
     fatal = int(place * len(moments_of(reference)))
-    assert begin(GRADUAL, tmp_path, trained_run, fatal=fatal) == -signal.SIGKILL
-    assert finish(GRADUAL, tmp_path, trained_run) == 0, output(tmp_path)
+    assert begin(recipe, tmp_path, trained_run, fatal=fatal) == -signal.SIGKILL
+    assert finish(recipe, tmp_path, trained_run) == 0, output(tmp_path)
     assert differences(reference / RUN, tmp_path / RUN) == []
 
 

@@ -40,6 +40,10 @@ class Objective(nn.Module):
     def begin_epoch(self, epoch: int) -> None:
         """Called before the first step of `epoch`, counted from 0, and when it is gone on with."""
 
+    def exchange(self, network: nn.Module) -> None:
+        """Trains `network`, which gives outputs of the same shapes, in place of the one so far."""
+        raise NotImplementedError
+
 
 class CrossEntropyObjective(Objective):
     """Plain training: the cross-entropy of `network`, its targets softened by `label_smoothing` (a share from 0 to below 1)."""
@@ -54,6 +58,9 @@ class CrossEntropyObjective(Objective):
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         return loss, logits.detach(), {}
 
+    def exchange(self, network: nn.Module) -> None:
+        self.network = network
+
 
 class Hooks:
     """What a method may do beside the steps, such as keeping pruned filters at zero; this one does nothing."""
@@ -61,8 +68,16 @@ class Hooks:
     def after_step(self) -> None:
         """Called after every optimizer step."""
 
-    def after_epoch(self, epoch: int) -> None:
-        """Called after the last step of `epoch`, counted from 0, before anything is evaluated or saved."""
+    def after_epoch(self, epoch: int) -> nn.Module | None:
+        """Called after the last step of `epoch`, counted from 0, before anything is evaluated or saved.
+
+        May give another network to train from now on.
+        """
+        return None
+
+    def carried(self, key: str, value: Tensor, *, before: nn.Module) -> Tensor:
+        """`value`, which belongs to the parameter `key` of the network `before`, in the shape of the one that took its place."""
+        return value
 
     def is_final(self, epoch: int) -> bool:
         """Whether the network that `epoch` ends with has the form in which the training ends."""
@@ -218,7 +233,8 @@ class TrainingPlan:
 class Trainer:
     """One training, from its first step or from a saved state on.
 
-    `objective` is trained through `step`, what `prepare_step` made of it; `network` is the part of it that is evaluated;
+    `objective` is trained through what `prepare(objective)` makes of it, as `prepare_step` does; `network` is the part of it that
+    is evaluated, which hooks may exchange for another between epochs; that one `place(network)` puts where it trains.
     `describe(network, kept)` gives the checkpoint that others read, called with the network as it ships and `hooks.shipped()`.
     """
 
@@ -226,7 +242,7 @@ class Trainer:
         self,
         objective: nn.Module,
         *,
-        step: Callable[..., Any],
+        prepare: Callable[[nn.Module], Callable[..., Any]],
         network: nn.Module,
         describe: Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Any]],
         optimizer: torch.optim.Optimizer,
@@ -234,8 +250,10 @@ class Trainer:
         run: Run,
         plan: TrainingPlan,
         hooks: Hooks | None = None,
+        place: Callable[[nn.Module], nn.Module] = lambda network: network,
     ):
-        self.objective, self.step, self.network, self.describe = objective, step, network, describe
+        self.objective, self.prepare, self.network, self.describe, self.place = objective, prepare, network, describe, place
+        self.step = prepare(objective)
         self.optimizer, self.data, self.run, self.plan = optimizer, data, run, plan
         self.hooks = hooks or Hooks()
         self.epoch, self.batch = 0, 0  # epochs and, in the current one, batches that are done
@@ -319,7 +337,9 @@ class Trainer:
         broadcast_from_main(self.network.buffers())
         if self.average is not None:
             broadcast_from_main(self.average.buffers(self.network))
-        self.hooks.after_epoch(self.epoch)
+        other = self.hooks.after_epoch(self.epoch)
+        if other is not None:
+            self._exchange(self.place(other))
         self._check_finite()
         began = time.monotonic()
         with self._shipped() as kept:
@@ -342,6 +362,28 @@ class Trainer:
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.data.device)
         if self.epoch % self.plan.checkpoint_interval == 0 or self.epoch == self.plan.n_epochs:
             self._save_last(checkpoint)
+
+    def _exchange(self, network: nn.Module) -> None:
+        """Goes on with another network; what stays of the parameters keeps its momentum."""
+        before, momentum = self.network, self.optimizer.state
+        carried = {
+            name: self.hooks.carried(name, momentum[parameter]["momentum_buffer"], before=before)
+            for name, parameter in before.named_parameters()
+            if momentum.get(parameter, {}).get("momentum_buffer") is not None
+        }
+        self.objective.exchange(network)
+        self.network = network
+        settings = {name: value for name, value in self.optimizer.param_groups[0].items() if name != "params"}
+        self.optimizer = torch.optim.SGD(list(self.objective.parameters()), **settings)
+        own = {parameter: name for name, parameter in network.named_parameters()}
+        for parameter in self.optimizer.param_groups[0]["params"]:
+            if own.get(parameter) in carried:
+                self.optimizer.state[parameter]["momentum_buffer"] = carried[own[parameter]].contiguous(
+                    memory_format=torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
+                )
+            elif parameter in momentum:
+                self.optimizer.state[parameter] = momentum[parameter]
+        self.step = self.prepare(self.objective)
 
     def _has_no_best(self) -> bool:
         """Whether the first epoch of its kind has ended: one before the network has its final form is no rival of those after."""

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,7 @@ def train(
     """Trains `objective` as the flags say, from `state` on where there is one; arguments and result are those of `Trainer`."""
     trainer = Trainer(
         objective,
-        step=prepare_step(objective, device=data.device, world=data.world, compiled=args.compile),
+        prepare=partial(prepare_step, device=data.device, world=data.world, compiled=args.compile),
         network=network,
         describe=describe,
         optimizer=sgd(objective.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay),
@@ -285,6 +286,7 @@ def train(
         run=run,
         plan=plan,
         hooks=hooks,
+        place=partial(to_device, device=data.device, sync_bn=args.sync_bn),
     )
     if state is not None:
         trainer.load_state_dict(state["resume"])

@@ -46,7 +46,7 @@ def trainer(run: Run, objective: nn.Module, *, hooks: Hooks | None = None, **pla
     plan = TrainingPlan(LearningRate(**{"lr": 0.1, "n_epochs": 2, **rate}), **plan)
     return Trainer(
         objective,
-        step=objective,
+        prepare=lambda objective: objective,
         network=objective.network,
         describe=lambda network, kept: {"state_dict": {name: value.clone() for name, value in network.state_dict().items()}},
         optimizer=sgd(objective.parameters(), lr=plan.learning_rate.lr, momentum=0.9, weight_decay=1e-3),

@@ -116,7 +116,7 @@ def train(folder, name, **plan):
     objective = CrossEntropyObjective(net)
     trainer = Trainer(
         objective,
-        step=objective,
+        prepare=lambda objective: objective,
         network=net,
         describe=lambda net, kept: {"state_dict": {name: value.clone() for name, value in net.state_dict().items()}},
         optimizer=sgd(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0),
