@@ -72,7 +72,7 @@ def _table(subject: tuple[str, str], groups: Sequence[Group], baseline: str) -> 
         f"{model_label(model)} on {dataset}, beside {baseline}",
         tuple(HEADINGS[column] for column in filled),
         tuple(tuple(row[column] for column in filled) for row in rows),
-        _caption(found, [group for group in groups if group.name not in {baseline, *found.differences}], groups),
+        _caption(found, groups),
     )
 
 
@@ -94,10 +94,12 @@ def _text(figure: Statistic | None, show: Callable[[Statistic], str]) -> str:
     return "" if figure is None else show(figure)
 
 
-def _caption(found: Comparison, left_out: Sequence[Group], groups: Sequence[Group]) -> str:
+def _caption(found: Comparison, groups: Sequence[Group]) -> str:
     count = len(found.differences)
+    compared = [group for group in groups if group.name in {found.baseline, *found.differences}]
+    left_out = [group.name for group in groups if group not in compared]
     reach = max((difference.high - difference.low) / 2 for difference in found.differences.values())
-    picked = max(group.statistic("best_top1").mean - group.statistic("last_top1").mean for group in groups)
+    picked = max(group.statistic("best_top1").mean - group.statistic("last_top1").mean for group in compared)
     images = "the seed and the draw of test images" if found.covers_images else "the seed alone"
     seeds = ", ".join(map(str, found.seeds))
     sentences = [
@@ -108,5 +110,5 @@ def _caption(found: Comparison, left_out: Sequence[Group], groups: Sequence[Grou
         f"The best epoch as picked on the test set would add up to {picked:.2f} points.",
     ]
     if left_out:
-        sentences.append(f"Not compared, for want of a seed: {', '.join(group.name for group in left_out)}.")
+        sentences.append(f"Not compared, for want of a seed: {'; '.join(left_out)}.")
     return " ".join(sentences)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The benchmark that decides: criteria, losses, allocations and controls at equal MACs and one schedule, a teacher for each seed.
-# It ends in a report that says which rows are not told apart. On CIFAR-10 as a folder of images, and shorter than usual:
+# It ends in a report that says which rows are not told apart; after each part $SAVE_DIR/benchmark.jsonl.gz has all runs so far. On
+# CIFAR-10 as a folder of images, and shorter than usual:
 #   DATA_DIR=cifar10-jpeg STUDENT_EPOCHS=2 STUDENT_BATCHES=98 scripts/run_benchmark.sh --dataset folder
 # Variables: PARTS, of criteria losses controls allocation hard leading; HARD, the budget of the part hard; LATENCY, that of time;
 # and as in every script DATASETS SEEDS MODEL KEEP RECIPE TEACHER_EPOCHS STUDENT_EPOCHS STUDENT_BATCHES T_PATH DATA_DIR SAVE_DIR
@@ -106,6 +107,7 @@ for part in $PARTS; do
     done
   done
   run_all
+  collect_study "$SAVE_DIR/benchmark.jsonl.gz"
 done
 if [[ " $PARTS " == *" criteria "* ]]; then
   others="Random, $KEEP|L2, $KEEP|FPGM, $KEEP|NGGM, $KEEP|Taylor, $KEEP|Network Slimming, $KEEP|HRank, $KEEP|CHIP, $KEEP|SFP, $KEEP*"

@@ -70,8 +70,6 @@ read -ra ALL_SEEDS <<<"$SEEDS"
 study "${ALL_SEEDS[0]}"
 if ((${#ALL_SEEDS[@]} > 1)); then study "${ALL_SEEDS[@]:1}"; fi
 for network in resnet110 resnet50; do step_costs "$network"; done
-if [[ $DRY == 0 ]]; then
-  "$PYTHON" report.py --skip-missing --collect "$SAVE_DIR/gpu.jsonl.gz" "${FOLDERS[@]}" || FAILED+=("report.py --collect")
-fi
+collect_study "$SAVE_DIR/gpu.jsonl.gz"
 COMPARISONS=("FPGM, $KEEP|*, $KEEP")
 finish
