@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     if not world.is_main:
         return
     size = {"checkpoint_bytes": (run.folder / BEST).stat().st_size, **profile_network(network, data.example[:1])}
-    summary = {**setup.summary_head(args, SCRIPT, run, objective=objective, data=data), "model": file.model, **result, **size}
+    summary = {**setup.summary_head(args, SCRIPT, run), "model": file.model, **result, **size}
     run.save_json(SUMMARY, summary)
     run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / BEST}")
     run.close()

@@ -134,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
     )
     leave()  # the rest is for the main process alone
     if world.is_main:
-        head = setup.summary_head(args, SCRIPT, run, objective=objective, data=data)
+        head = setup.summary_head(args, SCRIPT, run)
         finish(run, result, model=student.model, data=data.alone(), config=setup.flags_of(args), head=head)
     run.close()
 

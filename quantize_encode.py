@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
     )
     leave()  # the rest is for the main process alone
     if world.is_main:
-        head = setup.summary_head(args, SCRIPT, run, objective=objective, data=data)
+        head = setup.summary_head(args, SCRIPT, run)
         finish(args, run, result, data.alone(), head=head)
     run.close()
 

@@ -15,7 +15,7 @@ from utils.errors import UserError
 
 SCRIPT = "report.py"
 DOCS = Path(__file__).resolve().parent / "docs"
-COMMITTED_RESULTS, FIGURES = DOCS / "studies" / "results.jsonl.gz", DOCS / "figures"
+COMMITTED_RESULTS, FIGURES = DOCS / "studies" / "benchmark.jsonl.gz", DOCS / "figures"
 
 
 def get_args_parser() -> cli.Parser:

@@ -2,10 +2,11 @@
 
 Methods are compared over the seeds that they share: each seed has its teacher, its order of images, and the same test images.
 A difference has two sources of error. What the seed does is estimated from the table of methods by seeds, as the residual of
-its rows and columns, over all methods together: with three seeds no single pair could say it. What the draw of the test images
-does is estimated from the pair itself, image by image, as in the analysis of several readers of the same cases (Dorfman, Berbaum
-and Metz, Investigative Radiology 1992; degrees of freedom after Hillis, Statistics in Medicine 2007). Intervals and p-values are
-Bonferroni's for the number of comparisons.
+its rows and columns, over all methods together, for with three seeds no single pair could say it; a method that differs from seed
+to seed far more than the others is left out of that and judged by itself. What the draw of the test images does is estimated
+from the pair, image by image, as in the analysis of several readers of the same cases (Dorfman, Berbaum and Metz, Investigative
+Radiology 1992; degrees of freedom after Hillis, Statistics in Medicine 2007). Intervals and p-values are Bonferroni's for the
+number of comparisons.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from scipy import stats
 from utils.hits import TestHits
 
 LEVEL = 0.95
+FAR_MORE = 10.0  # times the median variance: of three seeds that is reached by chance once in a thousand methods
 
 
 class Scores(NamedTuple):
@@ -41,12 +43,16 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Differences from the baseline by method; `seeds` they rest on, and whether the draw of test images is part of the error."""
+    """Differences from the baseline by method; `seeds` they rest on, and whether the draw of test images is part of the error.
+
+    `unlike` are the methods whose error is their own, for they differ far more from seed to seed.
+    """
 
     baseline: str
     seeds: tuple[int, ...]
     differences: dict[str, Difference]
     covers_images: bool
+    unlike: tuple[str, ...] = ()
 
 
 def compare(methods: Mapping[str, Scores], baseline: str) -> Comparison | None:
@@ -58,20 +64,30 @@ def compare(methods: Mapping[str, Scores], baseline: str) -> Comparison | None:
     complete = {name: scores for name, scores in methods.items() if set(seeds) <= scores.accuracies.keys()}
     if len(seeds) < 2 or len(complete) < 2:
         return None
-    table = np.array([[scores.accuracies[seed] for seed in seeds] for scores in complete.values()])  # (methods, seeds)
-    of_seeds, freedom = residual_variance(table)
     own = methods[baseline]
     others = {name: scores for name, scores in complete.items() if name != baseline}
+    paired = {name: np.array([each.accuracies[seed] - own.accuracies[seed] for seed in seeds]) for name, each in others.items()}
+    unlike = _unlike({name: float(values.var(ddof=1)) for name, values in paired.items()})
+    alike = [scores for name, scores in complete.items() if name not in unlike]
+    table = np.array([[scores.accuracies[seed] for seed in seeds] for scores in alike])  # (methods, seeds)
+    of_seeds, freedom = residual_variance(table) if len(alike) > 1 else (0.0, 0)
     covers_images = all(_are_comparable(scores.hits, own.hits, seeds) for scores in others.values())
     differences = {}
     for name, scores in others.items():
-        mean = float(np.mean([scores.accuracies[seed] - own.accuracies[seed] for seed in seeds]))
         images = 0.0
         if covers_images:
             images = image_variance(*([each.hits[seed].hits for seed in seeds] for each in (scores, own)))
-        seed_part = 2 * of_seeds / len(seeds)
-        differences[name] = _difference(mean, seed_part=seed_part, image_part=images, freedom=freedom, count=len(others))
-    return Comparison(baseline, seeds, differences, covers_images)
+        error = (paired[name].var(ddof=1), len(seeds) - 1) if name in unlike else (2 * of_seeds, freedom)
+        seed_part = float(error[0]) / len(seeds)
+        mean = float(paired[name].mean())
+        differences[name] = _difference(mean, seed_part=seed_part, image_part=images, freedom=error[1], count=len(others))
+    return Comparison(baseline, seeds, differences, covers_images, tuple(unlike))
+
+
+def _unlike(variances: Mapping[str, float]) -> list[str]:
+    """The methods of which a pair's differences vary far more than those of the others."""
+    usual = float(np.median(list(variances.values())))
+    return [name for name, variance in variances.items() if len(variances) > 2 and variance > FAR_MORE * usual > 0]
 
 
 def residual_variance(table: np.ndarray) -> tuple[float, int]:

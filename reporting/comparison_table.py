@@ -6,6 +6,7 @@ In a Markdown file such a text stands in a comment, `<!-- comparison: BASELINE |
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from reporting.comparison import LEVEL, Comparison, Scores, compare, interval_of_seeds
 from reporting.gather import Group, Statistic, by_subject
 from reporting.naming import model_label
-from reporting.tables import bytes_text, markdown_table, pflops_text, scaled_text
+from reporting.tables import bytes_text, markdown_table, markdown_text, pflops_text, scaled_text
 from utils.errors import UserError, shown
 
 BETTER, WORSE, SAME = "better", "worse", "not told apart"
@@ -30,7 +31,7 @@ class ComparisonTable(NamedTuple):
     caption: str
 
     def markdown(self) -> str:
-        return f"{markdown_table(self.headings, self.rows, text_columns=1)}\n{self.caption}\n"
+        return f"{markdown_table(self.headings, self.rows, text_columns=1)}\n{markdown_text(self.caption)}\n"
 
 
 def comparison_tables(groups: Sequence[Group], text: str) -> list[ComparisonTable]:
@@ -64,16 +65,22 @@ def _table(subject: tuple[str, str], groups: Sequence[Group], baseline: str) -> 
     found = compare({group.name: _scores(group) for group in groups}, baseline)
     if found is None:
         return None
-    ranked = sorted(groups, key=lambda group: -group.statistic("last_top1").mean)
-    rows = [_row(group, found) for group in ranked if group.name == baseline or group.name in found.differences]
+    left_out = [group.name for group in groups if group.name not in {baseline, *found.differences}]
+    compared = [_over(group, found.seeds) for group in groups if group.name not in left_out]
+    rows = [_row(group, found) for group in sorted(compared, key=lambda group: -group.statistic("last_top1").mean)]
     filled = [column for column in range(len(HEADINGS)) if any(row[column] for row in rows)]
     dataset, model = subject
     return ComparisonTable(
         f"{model_label(model)} on {dataset}, beside {baseline}",
         tuple(HEADINGS[column] for column in filled),
         tuple(tuple(row[column] for column in filled) for row in rows),
-        _caption(found, groups),
+        _caption(found, compared, left_out),
     )
+
+
+def _over(group: Group, seeds: Sequence[int]) -> Group:
+    """The group with the runs of these seeds alone."""
+    return replace(group, records=tuple(record for record in group.records if record.seed in seeds))
 
 
 def _row(group: Group, found: Comparison) -> tuple[str, ...]:
@@ -94,11 +101,9 @@ def _text(figure: Statistic | None, show: Callable[[Statistic], str]) -> str:
     return "" if figure is None else show(figure)
 
 
-def _caption(found: Comparison, groups: Sequence[Group]) -> str:
+def _caption(found: Comparison, compared: Sequence[Group], left_out: Sequence[str]) -> str:
     count = len(found.differences)
-    compared = [group for group in groups if group.name in {found.baseline, *found.differences}]
-    left_out = [group.name for group in groups if group not in compared]
-    reach = max((difference.high - difference.low) / 2 for difference in found.differences.values())
+    reach = max((each.high - each.low) / 2 for name, each in found.differences.items() if name not in found.unlike)
     picked = max(group.statistic("best_top1").mean - group.statistic("last_top1").mean for group in compared)
     images = "the seed and the draw of test images" if found.covers_images else "the seed alone"
     seeds = ", ".join(map(str, found.seeds))
@@ -109,6 +114,8 @@ def _caption(found: Comparison, groups: Sequence[Group]) -> str:
         f"0 in it, as here for differences below about {reach:.1f} points.",
         f"The best epoch as picked on the test set would add up to {picked:.2f} points.",
     ]
+    if found.unlike:
+        sentences.append(f"By itself, for its seeds differ far more: {'; '.join(found.unlike)}.")
     if left_out:
         sentences.append(f"Not compared, for want of a seed: {'; '.join(left_out)}.")
     return " ".join(sentences)

@@ -139,9 +139,10 @@ def _fewer(points: Sequence[Point], count: int) -> list[Point]:
 def _draw_curves(axes: Axes, points: Sequence[Point]) -> None:
     lowest = lowest_shown([point.accuracy for point in points])
     curves = _curves(points)
+    names = _names_of(curves)
     shown = [point for point in points if point.accuracy >= lowest]
     _fit_limits(axes, points, lowest)
-    for curve, style in zip(curves, styles(curves), strict=True):
+    for curve, name, style in zip(curves, names, styles(curves), strict=True):
         above = [point for point in curve if point.accuracy >= lowest]
         look = {"color": style.color, "marker": style.marker, "markersize": 6}
         if above:
@@ -153,7 +154,7 @@ def _draw_curves(axes: Axes, points: Sequence[Point]) -> None:
                 linestyle=style.linestyle,
                 linewidth=1,
                 capsize=2,
-                label=legend_name(_name_of(curve)),
+                label=legend_name(name),
                 **look,
             )
         for point in (point for point in curve if point.accuracy < lowest):
@@ -178,8 +179,11 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return front
 
 
-def _name_of(curve: Sequence[Point]) -> str:
-    return curve[0].group.name if len(curve) == 1 else method_label(curve[0].group.first.settings, with_size=False)
+def _names_of(curves: Sequence[Sequence[Point]]) -> list[str]:
+    """A name for each curve: that of its method without the sizes, where no other has it."""
+    short = [method_label(curve[0].group.first.settings, with_size=False) for curve in curves]
+    alone = [len(curve) == 1 or short.count(name) > 1 for curve, name in zip(curves, short, strict=True)]
+    return [curve[0].group.name if own else name for curve, name, own in zip(curves, short, alone, strict=True)]
 
 
 def _fit_limits(axes: Axes, points: Sequence[Point], lowest: float) -> None:

@@ -26,10 +26,11 @@ def headline(groups: Sequence[Group], method: str) -> str:
     low, high = interval_of_seeds([record.measures["last_top1"] for record in group.records])
     accuracy, mean = group.statistic("last_top1").mean, {name: figure.mean for name, figure in figures.items()}
     dataset, model = group.subject
+    device = markdown_text(group.first.circumstances["device"])
     return (
-        f"{model_label(model)} on {markdown_text(dataset)}, pruned and distilled by {markdown_text(method)}: "
+        f"{model_label(model)} on {markdown_text(dataset)}, {markdown_text(method)}: "
         f"**{accuracy:.2f} %** top-1 [{low:.2f}, {high:.2f}] of {accuracy + mean['drop']:.2f} %, "
-        f"{mean['dense_macs'] / mean['macs']:.1f} times fewer multiply-accumulates, {mean['speedup']:.1f} times as fast on the "
-        f"CPU of the runs, {bytes_text(figures['compact_bytes'])} in place of {bytes_text(figures['dense_bytes'])} "
+        f"{mean['dense_macs'] / mean['macs']:.1f} times fewer multiply-accumulates, {mean['speedup']:.1f} times as fast on "
+        f"{device}, {bytes_text(figures['compact_bytes'])} in place of {bytes_text(figures['dense_bytes'])} "
         f"({len(group.records)} seeds, 95 % interval).\n"
     )

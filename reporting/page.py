@@ -103,7 +103,7 @@ boxes.forEach(box => {
   show(box);
 });
 
-const asked = new URLSearchParams(location.hash.slice(1));
+const asked = new URLSearchParams(location.hash.slice(1).replaceAll("+", "%2B"));
 const sort = /^(-?)(\\d+)$/.exec(asked.get("sort") ?? "");
 if (sort && heads[sort[2] - 1]) sortBy(sort[2] - 1, sort[1] === "-");
 if (asked.has("method")) document.querySelector("input[data-filter]").value = asked.get("method");

@@ -18,9 +18,11 @@ from utils.files import write_atomic
 
 PAGE, MARKDOWN, CSV = "report.html", "table.md", "table.csv"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-HEADLINE = re.compile(r"(<!-- headline: ([^\n]*?) -->\n).*?(<!-- headline:end -->)", re.DOTALL)
-PUBLISHED = re.compile(r"(<!-- published:begin -->\n).*?(<!-- published:end -->)", re.DOTALL)
-COMPARISON = re.compile(r"(<!-- comparison: ([^\n]*?) -->\n).*?(<!-- comparison:end -->)", re.DOTALL)
+INSIDE = r"((?!<!-- )[^\n]*\n)*?"  # lines of a block, none of which begins another
+HEADLINE = re.compile(rf"(<!-- headline: ([^\n]*?) -->\n){INSIDE}(<!-- headline:end -->)")
+PUBLISHED = re.compile(rf"(<!-- published:begin -->\n){INSIDE}(<!-- published:end -->)")
+COMPARISON = re.compile(rf"(<!-- comparison: ([^\n]*?) -->\n){INSIDE}(<!-- comparison:end -->)")
+BLOCKS = {"headline": HEADLINE, "published": PUBLISHED, "comparison": COMPARISON}
 README_PICTURES = ("accuracy_macs", "bytes")
 
 
@@ -88,8 +90,9 @@ def update_readme(path: Path, groups: Sequence[Group], *, figures: Path, picture
         text = path.read_text()
     except OSError as error:
         raise UserError(f"--readme {path}: cannot be read: {error.strerror}") from error
+    _check_blocks(path, text)
     filled = _filled(text, groups)
-    if BEGIN not in text and any(marks.search(text) for marks in (HEADLINE, PUBLISHED, COMPARISON)):
+    if BEGIN not in text and any(block.search(text) for block in BLOCKS.values()):
         write_atomic(path, filled.encode())
         print(f"{len(groups)} methods -> {path}")
         return
@@ -107,11 +110,21 @@ def update_readme(path: Path, groups: Sequence[Group], *, figures: Path, picture
     print(f"{len(groups)} methods, {len(pictures)} pictures -> {path}")
 
 
+def _check_blocks(path: Path, text: str) -> None:
+    """Raises UserError unless every block that begins ends as well, before another one begins."""
+    for name, block in BLOCKS.items():
+        whole, marks = len(block.findall(text)), len(re.findall(rf"^<!-- {name}:", text, re.MULTILINE))
+        if marks != 2 * whole:
+            raise UserError(
+                f"--readme {path}: each <!-- {name}: ... --> needs its <!-- {name}:end -->, both on lines of their own"
+            )
+
+
 def _filled(text: str, groups: Sequence[Group]) -> str:
     """The text with what its comments ask for."""
-    text = HEADLINE.sub(lambda found: f"{found[1]}{headline(groups, found[2])}{found[3]}", text)
-    text = PUBLISHED.sub(lambda found: f"{found[1]}{published_table(groups)}{found[2]}", text)
-    return COMPARISON.sub(lambda found: f"{found[1]}{_compared(groups, found[2])}{found[3]}", text)
+    text = HEADLINE.sub(lambda found: f"{found[1]}{headline(groups, found[2])}{found[4]}", text)
+    text = PUBLISHED.sub(lambda found: f"{found[1]}{published_table(groups)}{found[3]}", text)
+    return COMPARISON.sub(lambda found: f"{found[1]}{_compared(groups, found[2])}{found[4]}", text)
 
 
 def _compared(groups: Sequence[Group], asked: str) -> str:

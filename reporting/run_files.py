@@ -7,6 +7,7 @@ of its files: `{"run": NAME, "files": {"config.json": {...}, "metrics.jsonl": [.
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from utils.untrusted import check_nesting, open_regular
 
 SUFFIX = ".jsonl.gz"
 COLLECTED = (CONFIG, SUMMARY, METRICS, KEPT_FILTERS, HITS)
-MAX_RUN_BYTES, MAX_STUDY_BYTES = 50_000_000, 500_000_000  # of what a study says is small
+MAX_RUN_BYTES, MAX_STUDY_BYTES = 10_000_000, 200_000_000  # of what a study says is small
 MAX_RUNS = 100_000
 
 
@@ -123,7 +124,7 @@ def read_study(path: Path) -> list[StudyFiles]:
                 runs[name] = StudyFiles(path / name, files, runs)
     except UserError as error:
         raise UserError(f"{path} {error}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged, or no study: {printable(str(error))}") from error
     return list(runs.values())
 
@@ -142,11 +143,16 @@ def _run(line: bytes, number: int) -> tuple[str, dict[str, Any]]:
         run = json.loads(line)
         check_nesting(run)
         name, files = run["run"], run["files"]
-        if not isinstance(name, str) or not isinstance(files, dict) or Path(name).name != name:
+        if not isinstance(name, str) or not isinstance(files, dict) or not _is_name(name):
             raise ValueError("no run")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"is damaged in line {number}: not that of a run ({type(error).__name__})") from error
     return name, files
+
+
+def _is_name(name: str) -> bool:
+    """Whether a folder could be called so, wherever it is unpacked."""
+    return name not in ("", ".", "..") and name.isprintable() and Path(name).name == name
 
 
 def write_study(path: Path, runs: Iterable[RunFiles]) -> None:

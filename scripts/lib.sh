@@ -326,10 +326,10 @@ end_runs() {
   for pid in $(jobs -rp); do kill -TERM "$pid" || true; done
 }
 
-# collect_study FILE.jsonl.gz: puts what a report reads of the runs that are complete into this file.
+# collect_study FILE.jsonl.gz: puts what a report reads of the runs that are complete into this file, beside what it has.
 collect_study() {
   if [[ $DRY == 1 ]]; then return; fi
-  "$PYTHON" report.py --skip-missing --collect "$1" "${FOLDERS[@]}" >/dev/null || FAILED+=("report.py --collect $1: exit status $?")
+  "$PYTHON" report.py --skip-missing --collect "$1" "$1" "${FOLDERS[@]}" >/dev/null || FAILED+=("report.py --collect $1: exit status $?")
 }
 
 # finish: reports on the runs that are complete, with the tables that COMPARISONS asks for, and names those that are not. Exits

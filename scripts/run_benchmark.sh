@@ -48,14 +48,17 @@ controls() {
   local epochs share=${KEEP#macs=}
   scaled() { awk -v e="$epochs" -v s="$share" "BEGIN { n = int(e * (3 * s + 1) / ($1) + 0.5); print (n > 1 ? n : 1) }"; }
   recipe "$dataset" student
-  epochs=$(sed -E 's/.*--n-epochs ([0-9]+).*/\1/' <<<"${RECIPE_FLAGS[*]}")
+  epochs=$(sed -E 's/.*--n-epochs ([0-9]+).*/\1/' <<<"${RECIPE_FLAGS[*]} ${SHARED[*]}")
   add_run pruning.py scratch "$dataset" "$seed" '' --s-model "$MODEL" --budget "$KEEP" --prune-mode filter-r \
-    "${RECIPE_FLAGS[@]}" --n-epochs "$(scaled '3 * s')" --lr 0.2 "${SHARED[@]}"
+    "${RECIPE_FLAGS[@]}" "${SHARED[@]}" --n-epochs "$(scaled '3 * s')" --lr 0.2
   add_run initial_train.py longer "$dataset" "$seed" "$teacher" --load-path "$teacher" "${RECIPE_FLAGS[@]}" \
-    --n-epochs "$(scaled 3)" "${SHARED[@]}"
+    "${SHARED[@]}" --n-epochs "$(scaled 3)"
+  add_row nggm none
+  add_row nggm hap
+  recipe "$dataset" student
   distillation "$dataset" hap
   add_run pruning.py whole-hap "$dataset" "$seed" "$teacher" --t-path "$teacher" --s-copy-t "${DISTILLATION[@]}" \
-    "${RECIPE_FLAGS[@]}" --n-epochs "$(scaled 4)" "${SHARED[@]}"
+    "${RECIPE_FLAGS[@]}" "${SHARED[@]}" --n-epochs "$(scaled 4)"
 }
 
 # allocation: how the budget is spent. The first run of all measures the layers for the budget of time, alone, and the others take
@@ -122,4 +125,6 @@ fi
 if [[ " $PARTS " == *" controls "* ]]; then
   COMPARISONS+=("NGGM + HAP + KD, $KEEP|NGGM, $KEEP|*, $KEEP, from new weights|unpruned*")
 fi
+if [[ " $PARTS " == *" hard "* ]]; then COMPARISONS+=("NGGM + KD, $HARD|*, $HARD"); fi
+if [[ " $PARTS " == *" leading "* ]]; then COMPARISONS+=("NGGM + KD, $KEEP|*, $KEEP"); fi
 finish

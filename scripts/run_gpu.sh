@@ -17,7 +17,7 @@ if [[ $DRY == 0 ]]; then
   "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || fail "no CUDA device was found here"
 fi
 if [[ -n $MINUTES && $DRY == 0 ]]; then
-  (sleep $((60 * MINUTES)) && kill -TERM $$) &
+  (exec >/dev/null 2>&1 && sleep $((60 * MINUTES)) && kill -TERM $$) & # without the script's output, which it would hold open
   WATCH=$!
   trap 'kill $WATCH 2>/dev/null || true' EXIT
 fi

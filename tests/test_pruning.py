@@ -155,6 +155,8 @@ def test_gradual_pruning_of_the_small_network_is_that_of_the_masked_one(prune, m
     states = [torch.load(folder / "model_last.pt", weights_only=True)["resume"] for folder in folders]
     sizes = [sum(each["momentum_buffer"].numel() for each in state["optimizer"]["state"].values()) for state in states]
     assert sizes[0] < 0.7 * sizes[1]
+    flops = [json.loads((folder / "summary.json").read_text())["training_flops"] for folder in folders]
+    assert 0.6 * flops[1] < flops[0] < 0.95 * flops[1]  # of networks that get smaller, the teacher's share the same
 
 
 def test_the_small_network_is_small_and_the_same(prune):

@@ -25,6 +25,7 @@ from utils.errors import Interrupted, NonFiniteLoss, UserError, printable
 from utils.hits import TestHits, gather_hits
 from utils.learning_rate import LearningRate
 from utils.metrics import Sums
+from utils.profile import training_flops
 from utils.recalibration import recalibrated_batch_norm
 from utils.run_folder import AVERAGE, BEST, HITS, LAST, TRAINED
 from utils.runs import Run
@@ -259,12 +260,13 @@ class Trainer:
         self.epoch, self.batch = 0, 0  # epochs and, in the current one, batches that are done
         self.sums = Sums(data.device)
         self.average = WeightAverage(network, plan.ema_decay) if plan.ema_decay is not None else None
+        self.earlier = {"flops": 0, "epochs": 0}  # what networks took that were exchanged for others since
         self.best: dict[str, float] | None = None
         self.last: dict[str, float] | None = None
         self._saved_at = time.monotonic()
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the end and gives `{"last": ..., "best": ...}`, each with epoch, loss, top1, top5.
+        """Trains to the end and gives `{"last": ..., "best": ...}`, each with epoch, loss, top1, top5, and `training_flops`.
 
         Raises Interrupted once the state is saved after a signal, NonFiniteLoss if training diverges.
         """
@@ -272,7 +274,12 @@ class Trainer:
             while self.epoch < self.plan.n_epochs:
                 self._train_epoch(signals)
                 self._finish_epoch()
-        return {"last": self.last, "best": self.best}
+        flops = self.earlier["flops"] + self._flops(self.plan.n_epochs - self.earlier["epochs"])
+        return {"last": self.last, "best": self.best, "training_flops": flops}
+
+    def _flops(self, epochs: int) -> int:
+        """Of the steps of so many epochs of the network that is trained now."""
+        return training_flops(self.objective, self.data.example[:1]) * self.data.train_images * epochs
 
     def _train_epoch(self, signals: StopSignals) -> None:
         self.objective.train()
@@ -365,6 +372,8 @@ class Trainer:
 
     def _exchange(self, network: nn.Module) -> None:
         """Goes on with another network; what stays of the parameters keeps its momentum."""
+        epochs = self.epoch + 1
+        self.earlier = {"flops": self.earlier["flops"] + self._flops(epochs - self.earlier["epochs"]), "epochs": epochs}
         before, momentum = self.network, self.optimizer.state
         carried = {
             name: self.hooks.carried(name, momentum[parameter]["momentum_buffer"], before=before)
@@ -383,6 +392,7 @@ class Trainer:
                 )
             elif parameter in momentum:
                 self.optimizer.state[parameter] = momentum[parameter]
+        torch.compiler.reset()  # it gives up on code that it has compiled for too many networks
         self.step = self.prepare(self.objective)
 
     def _has_no_best(self) -> bool:
@@ -451,6 +461,7 @@ class Trainer:
         return {
             "epoch": self.epoch,
             "batch": self.batch,
+            "earlier": dict(self.earlier),
             "best": self.best,
             "last": self.last,
             "sums": _gather(self.sums.state_dict(), self.run.world),
@@ -466,6 +477,7 @@ class Trainer:
         rank = self.run.world.rank
         try:
             self.epoch, self.batch, self.best, self.last = state["epoch"], state["batch"], state["best"], state["last"]
+            self.earlier = state.get("earlier", self.earlier)  # states of older versions have none
             self.sums.load_state_dict(state["sums"][rank])
             self.objective.load_state_dict(state["objective"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -21,7 +21,6 @@ from utils.image_choice import Origins, agreed_normalisation, check_class_names,
 from utils.image_spec import read_image_spec
 from utils.learning_rate import LearningRate
 from utils.lease import Lease
-from utils.profile import training_flops
 from utils.run_folder import CONFIG, check_entries, check_save_dir, check_text_log
 from utils.run_state import check_best, check_state, read_state
 from utils.runs import Run
@@ -301,11 +300,11 @@ def log_beginning(run: Run, announced: str, plan: TrainingPlan, fallback: str | 
         run.warn(remark)
 
 
-def summary_head(args: argparse.Namespace, script: str, run: Run, *, objective: nn.Module, data: ImageData) -> dict[str, Any]:
+def summary_head(args: argparse.Namespace, script: str, run: Run) -> dict[str, Any]:
     """What every summary.json begins with.
 
-    `seconds` is the wall time of all epochs, `training_flops` what all steps of the training took, of a teacher its forward
-    passes included, without evaluations and the pass that scores filters.
+    `seconds` is the wall time of all epochs. What the training gave follows, `training_flops` among it: what all steps took, of
+    a teacher its forward passes included, without evaluations and the pass that scores filters.
     """
     return {
         "script": script,
@@ -313,7 +312,6 @@ def summary_head(args: argparse.Namespace, script: str, run: Run, *, objective: 
         "dataset": args.dataset,
         "seed": args.seed,
         "seconds": round(run.seconds(), 3),
-        "training_flops": training_flops(objective, data.example[:1]) * data.train_images * args.n_epochs,
     }
 
 

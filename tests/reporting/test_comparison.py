@@ -38,6 +38,19 @@ def test_more_methods_share_their_residual_and_each_interval_grows():
     assert (found.mean, found.high - found.mean) == pytest.approx((0.5, reach))
 
 
+def test_a_method_that_falls_apart_in_some_seeds_does_not_spoil_the_others():
+    steady = [[80.0, 81.0, 80.5], [80.4, 81.6, 80.8], [80.3, 81.1, 81.1]]
+    alone, spoilt = (compare(without_hits(*steady, *more), "a") for more in ([], [[10.0, 75.0, 79.0]]))
+    assert (alone.unlike, spoilt.unlike) == ((), ("d",))
+    for name in ("b", "c"):  # one comparison more, and nothing else
+        factor = stats.t.ppf(1 - 0.025 / 3, 4) / stats.t.ppf(1 - 0.025 / 2, 4)
+        reaches = [found.differences[name].high - found.differences[name].mean for found in (alone, spoilt)]
+        assert reaches[1] == pytest.approx(factor * reaches[0])
+    wild = [-70.0, -6.0, -1.5]
+    own = stats.ttest_rel(wild, [0.0, 0.0, 0.0]).confidence_interval(1 - 0.05 / 3)
+    assert (spoilt.differences["d"].low, spoilt.differences["d"].high) == pytest.approx(tuple(own))
+
+
 def test_the_draw_of_images_by_analysis_of_variance():
     # two seeds, four images; differences in points 100, 0, 0, 100 and 100, 0, -100, 0
     ours, theirs = np.array([[1, 1, 0, 1], [1, 1, 0, 0]], bool), np.array([[0, 1, 0, 0], [0, 1, 1, 0]], bool)
@@ -142,6 +155,19 @@ def test_a_table_says_who_is_better_and_who_is_left_out(saves):
     assert "+8.20 [" in table.markdown()
     assert "Not compared, for want of a seed: NGGM, 0.6." in table.caption
     assert "the seed and the draw of test images" in table.caption
+
+
+def test_accuracies_are_over_the_seeds_of_the_comparison(saves):
+    write_pruned(saves / "gm-4", top1=10.0, prune_mode="filter-gm", distill=["none"], seed=4)
+    (table,) = comparison_tables(gather([saves]).groups, "PFEC, 0.6 | FPGM, 0.6")
+    best = table.rows[0]
+    assert (best[0], best[1]) == ("FPGM, 0.6", "3") and best[2].startswith("98.87 [")
+
+
+def test_names_in_a_caption_are_no_markup(saves):
+    write_pruned(saves / "hostile", top1=92.0, prune_mode="<img src=x>", distill=["none"], seed=1)
+    (table,) = comparison_tables(gather([saves]).groups, "PFEC, 0.6 | *")
+    assert "<img" in table.caption and "<img" not in table.markdown()
 
 
 @pytest.mark.parametrize("text", ["PFEC", "PFEC, 0.6", "PFEC, 0.6 | NGGM, 0.6", "NGGM, 0.6 | PFEC, 0.6"])

@@ -73,6 +73,23 @@ def test_a_readme_without_both_markers_stays_as_it_is(tmp_path, results, text):
     assert not (tmp_path / "figures").exists()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- comparison: A -->\nmine\n",
+        "<!-- comparison: A -->\nmine\n<!-- comparison: B -->\n<!-- comparison:end -->\n",
+        "<!-- headline: A --> \n<!-- headline:end -->\n",
+        "<!-- published:end -->\n<!-- published:begin -->\n",
+    ],
+)
+def test_a_block_that_does_not_end_takes_nothing_with_it(tmp_path, results, text):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(UserError, match="both on lines of their own"):
+        update_readme(page, results.groups, figures=tmp_path)
+    assert page.read_text() == text
+
+
 def test_a_readme_that_is_not_there(tmp_path, results):
     with pytest.raises(UserError, match=r"--readme .*nowhere: cannot be read"):
         update_readme(tmp_path / "nowhere", results.groups, figures=tmp_path)

@@ -14,6 +14,12 @@ from reporting.run_files import read_study
 from reporting.tables import comma_separated
 from utils.errors import UserError
 
+NO_NAMES = ("../a", "..", ".", "", "a/b", "a\0b", "\ud800")
+
+
+def damaged_in_the_middle(content):
+    return content[:12] + bytes(byte ^ 0xFF for byte in content[12:16]) + content[16:]
+
 
 @pytest.fixture
 def saves(tmp_path):
@@ -66,7 +72,8 @@ def test_studies_and_folders_are_read_together(saves, tmp_path):
         (gzip.compress(b'{"run": "a", "files": {}}'), "cut off"),
         (gzip.compress(b'{"run": "a", "files": {}}\n')[:-9], "damaged"),
         (gzip.compress(b"[]\n"), "line 1"),
-        (gzip.compress(b'{"run": "../a", "files": {}}\n'), "line 1"),
+        *((gzip.compress(json.dumps({"run": name, "files": {}}).encode() + b"\n"), "line 1") for name in NO_NAMES),
+        (damaged_in_the_middle(gzip.compress(b'{"run": "a", "files": {"x": "' + bytes(range(48, 90)) * 9 + b'"}}\n')), "damaged"),
         (gzip.compress(b'{"run": "a", "files": {}}\n' * 2), "line 2: a second run"),
         (gzip.compress(b'{"run": "a", "files": ' + b"[" * 9000 + b"]" * 9000 + b"}\n"), "line 1"),
     ],
