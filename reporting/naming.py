@@ -21,6 +21,7 @@ CRITERIA = {
 }
 SOFT_CRITERIA = {"filter-a": "SFP (L1)", "filter-l2": "SFP", "filter-gm": "SFP (GM)"}
 MODELS = {"alexnet": "AlexNet"}
+LOSSES = {"reviewkd": "ReviewKD"}  # those that are not written in capitals
 STANDARDISED = ("kd", "dkd")  # losses that --kd-standardize changes
 ORIGIN_FLAGS = ("t_path", "s_path", "load_path")
 
@@ -99,7 +100,7 @@ def _losses(settings: Mapping[str, Any]) -> list[str]:
     with_kd = settings.get("distill") != ["none"] and settings.get("alpha")
     standardised = STANDARDISED if settings.get("kd_standardize") else ()
     shown = [*names, *(["kd"] if with_kd else [])]
-    return [value_text(f"{'standardised ' if name in standardised else ''}{name.upper()}") for name in shown]
+    return [value_text(("standardised " if name in standardised else "") + LOSSES.get(name, name.upper())) for name in shown]
 
 
 def _size(settings: Mapping[str, Any]) -> str:

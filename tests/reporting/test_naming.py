@@ -37,6 +37,7 @@ QUANTIZED = {"script": "quantize_encode.py", "quan_mode": "conv-quan", "quan_bit
         ({**PRUNED, "prune_rates": [1.0], "budget": "macs=0.5", "s_copy_t": True}, "PFEC, macs=0.5"),
         ({**PRUNED, "distill": ["kd"], "kd_standardize": True}, "PFEC + standardised KD, 0.6"),
         ({**PRUNED, "distill": ["hap"], "kd_standardize": True}, "PFEC + HAP + standardised KD, 0.6"),
+        ({**PRUNED, "distill": ["reviewkd"], "alpha": 0.0}, "PFEC + ReviewKD, 0.6"),
         (QUANTIZED, "network, quantized (conv, 5 bits)"),
         ({**QUANTIZED, **{f"load_path {name}": value for name, value in PRUNED.items()}}, "PFEC, 0.6, quantized (conv, 5 bits)"),
     ],
