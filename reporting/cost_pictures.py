@@ -91,7 +91,10 @@ def _point(group: Group, cost: float) -> Point:
 
 
 def _is_unpruned(point: Point) -> bool:
-    return point.group.first.script == UNPRUNED_SCRIPT
+    """Whether the network is whole, trained as such or distilled without pruning."""
+    small, dense = point.group.statistic("macs"), point.group.statistic("dense_macs")
+    is_whole = small is not None and dense is not None and small.mean == dense.mean
+    return is_whole or point.group.first.script == UNPRUNED_SCRIPT
 
 
 def _costs_the_same(points: Sequence[Point], *, log: bool) -> bool:

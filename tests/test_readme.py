@@ -1,4 +1,4 @@
-"""The README against the code: every flag, every command, every file that it names, and the two extensions that it shows."""
+"""README and docs/ against the code: every flag, every command, every file that they name, and the examples that they show."""
 
 import importlib
 import re
@@ -14,10 +14,22 @@ from utils import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+SCRIPT_CALL = re.compile(r"(?:^|\s)(?:initial_train|pruning|quantize_encode|export|predict|report)\.py\s")
 ENTRY_SCRIPTS = ("initial_train.py", "pruning.py", "quantize_encode.py", "export.py", "predict.py", "report.py")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-PYTHON_BLOCKS = [block for language, block in BLOCKS if language == "python"]
-COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks(README, "bash") for line in block.splitlines()]
+COMMANDS_OF_DOCS = {line for text in DOCS.values() for block in blocks(text, "bash") for line in block.splitlines()}
+
+
+def is_call(line):
+    """Whether a line calls an entry script for a network that is there; `nets.py` is an example, run by other tests."""
+    return SCRIPT_CALL.search(line) is not None and "nets.py" not in line
 
 
 def parser_of(script):
@@ -30,8 +42,7 @@ def flags_of(script):
 
 
 def test_every_flag_is_explained_once_and_no_other():
-    section = README.split("## Every flag\n")[1].split("\n## ")[0]
-    _, *parts = re.split(r"^(`\w+\.py`.*:)$", section, flags=re.MULTILINE)
+    _, *parts = re.split(r"^(`\w+\.py`.*:)$", DOCS["flags.md"], flags=re.MULTILINE)
     explained = {script: [] for script in ENTRY_SCRIPTS}
     for heading, table in zip(parts[::2], parts[1::2], strict=True):
         for script in re.findall(r"\w+\.py", heading):
@@ -42,7 +53,7 @@ def test_every_flag_is_explained_once_and_no_other():
 
 
 def test_defaults_in_the_tables_are_those_of_the_code():
-    rows = re.findall(r"^\| `(--[a-z0-9-]+)[^|]*\| `([^`<]+)` \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(--[a-z0-9-]+)[^|]*\| `([^`<]+)` \|", DOCS["flags.md"], re.MULTILINE)
     named = {flag.removeprefix("--").replace("-", "_"): text for flag, text in rows}
     defaults = {action.dest: action.default for action in parser_of("pruning.py")._actions}
     compared = {name: text for name, text in named.items() if defaults.get(name) is not None}
@@ -53,10 +64,12 @@ def test_defaults_in_the_tables_are_those_of_the_code():
         assert type(default)(text) == default, name
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if ".py" in line])
+@pytest.mark.parametrize(
+    "line", [line for line in sorted({*COMMANDS, *COMMANDS_OF_DOCS}) if SCRIPT_CALL.search(line) and "nets.py" not in line]
+)
 def test_every_command_parses(line):
-    words = shlex.split(line)
-    position = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    words = shlex.split(line.partition(" >")[0])
+    position = next(i for i, word in enumerate(words) if word in ENTRY_SCRIPTS)
     parser = parser_of(words[position])
     if "--resume" in words:
         parser.parse_args(words[position + 1 :])
@@ -75,16 +88,30 @@ def test_the_two_commands_are_there():
     )
 
 
-def test_every_file_that_it_names_is_there():
-    named = set(re.findall(r"\]\(((?!https?:)[^)#]+)\)", README)) | set(
-        re.findall(r"\bscripts/\w+\.sh|requirements[\w-]*\.txt", README)
-    )
-    assert len(named) > 10
-    assert {path for path in named if not (ROOT / path).is_file()} == set()
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}" for name in DOCS)])
+def test_every_file_that_a_page_names_is_there(name):
+    text, folder = (ROOT / name).read_text(), (ROOT / name).parent
+    named = {folder / path for path in re.findall(r"\]\(((?!https?:)[^)#]+)[)#]", text)}
+    named |= {ROOT / path for path in re.findall(r"\bscripts/\w+\.sh|requirements[\w-]*\.txt", text)}
+    assert {str(path) for path in named if not path.exists()} == set()
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}" for name in DOCS)])
+def test_every_section_that_a_page_names_is_there(name):
+    folder = (ROOT / name).parent
+    for path, section in re.findall(r"\]\(((?!https?:)[^)#]*)#([^)]+)\)", (ROOT / name).read_text()):
+        target = (folder / path if path else ROOT / name).read_text()
+        titles = re.findall(r"^#+ (.*)$", target, re.MULTILINE)
+        assert section in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def test_the_readme_is_short_and_names_every_page():
+    assert len(README.splitlines()) <= 160
+    assert {name for name in DOCS if f"docs/{name}" not in README} == set()
 
 
 def test_variables_of_the_environment_are_those_of_the_scripts():
-    tables = README + (ROOT / "docs" / "clusters.md").read_text()
+    tables = DOCS["experiments.md"] + DOCS["clusters.md"]
     explained = set(re.findall(r"`([A-Z_]+)`", "".join(re.findall(r"^\| (`[A-Z_`, ]+) \|", tables, re.MULTILINE))))
     code = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.sh"))
     assert explained == set(re.findall(r"\b([A-Z_]+)=\$\{\1:-", code)) | {"PYTHON"}
@@ -116,7 +143,7 @@ def test_the_examples_of_a_criterion_and_a_loss_work_as_they_stand(tmp_path):
     for package in ("models", "prune", "distill", "deploy", "utils"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pruning.py", tmp_path)
-    criterion, loss = PYTHON_BLOCKS[-2:]
+    criterion, loss = blocks(DOCS["extending.md"], "python")
     with open(tmp_path / "prune/criteria.py", "a") as file:
         file.write("\n\n" + criterion)
     (tmp_path / "distill/fitnet.py").write_text(loss)
@@ -139,7 +166,7 @@ def test_the_lines_that_use_a_small_network_work_as_they_stand(runtime, trained_
     if runtime != "small":
         pytest.importorskip(runtime)
     pytest.importorskip("onnxruntime")
-    (block,) = (own for own in PYTHON_BLOCKS if own.startswith(f"import {runtime}\n"))
+    (block,) = (own for own in blocks(README, "python") if own.startswith(f"import {runtime}\n"))
     section = README.split("## Use the small network\n")[1].split("\n## ")[0]
     words = [line.replace("saves/pruned", str(trained_run)) for line in COMMANDS if "export.py" in line and line in section]
     wanted = re.search(r"small[\w.-]*\.onnx", block)

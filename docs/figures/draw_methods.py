@@ -1,4 +1,4 @@
-"""Draws the README's pictures of NGGM and HAP from small examples that are computed, not sketched.
+"""Draws the pictures of NGGM and HAP in docs/methods.md from small examples that are computed, not sketched.
 
 From the repository's root: `python3 -m docs.figures.draw_methods [--output DIR]`. Takes about half a minute on a CPU.
 """
