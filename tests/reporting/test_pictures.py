@@ -83,6 +83,16 @@ def test_methods_of_one_cost_are_rows_with_the_best_on_top(groups):
     assert "17.6 M" in axes.get_xlabel()
 
 
+def test_a_whole_network_that_was_distilled_is_a_line_as_the_unpruned_one(groups, tmp_path):
+    folder = write_pruned(tmp_path / "whole", top1=98.5, prune_rates=[1.0], s_copy_t=True)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["compact"]["compact"]["macs"] = summary["compact"]["dense"]["macs"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (axes,) = cost_pictures.accuracy_over_macs(gather([tmp_path]).groups).axes
+    assert {"unpruned", "unpruned + HAP + KD"} <= {line.get_label() for line in axes.lines}
+    assert "unpruned + HAP + KD" not in dots(axes)
+
+
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12))
 def test_the_front_is_what_nothing_dominates(places):
     front = cost_pictures.pareto_front([cost_pictures.Point(None, accuracy, None, cost) for cost, accuracy in places])
