@@ -85,16 +85,15 @@ def _over(group: Group, seeds: Sequence[int]) -> Group:
 
 def _row(group: Group, found: Comparison) -> tuple[str, ...]:
     difference = found.differences.get(group.name)
-    values = [record.measures["last_top1"] for record in group.records]
-    interval = interval_of_seeds(values)
-    accuracy = f"{np.mean(values):.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    interval, count = interval_of_seeds(group.accuracies), str(len(group.records))
+    accuracy = f"{np.mean(group.accuracies):.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
     figures = [_text(group.statistic(name), show) for name, show in (("macs", scaled_text), ("training_pflops", pflops_text))]
     size = _text(group.statistic("compact_bytes"), bytes_text)
     if difference is None:
-        return group.name, str(len(values)), accuracy, "", "", "baseline", *figures, size
+        return group.name, count, accuracy, "", "", "baseline", *figures, size
     verdict = SAME if not difference.is_told_apart else BETTER if difference.mean > 0 else WORSE
     between = f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
-    return group.name, str(len(values)), accuracy, between, f"{difference.p:.2g}", verdict, *figures, size
+    return group.name, count, accuracy, between, f"{difference.p:.2g}", verdict, *figures, size
 
 
 def _text(figure: Statistic | None, show: Callable[[Statistic], str]) -> str:

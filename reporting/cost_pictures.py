@@ -86,7 +86,7 @@ def _accuracy_over(
 
 
 def _point(group: Group, cost: float) -> Point:
-    interval = interval_of_seeds([record.measures["last_top1"] for record in group.records])
+    interval = interval_of_seeds(group.accuracies)
     return Point(group, group.statistic("last_top1").mean, None if interval is None else (interval[1] - interval[0]) / 2, cost)
 
 
@@ -97,9 +97,13 @@ def _is_unpruned(point: Point) -> bool:
     return is_whole or point.group.first.script == UNPRUNED_SCRIPT
 
 
+def _pruned_costs(points: Sequence[Point]) -> list[float]:
+    return [point.cost for point in points if not _is_unpruned(point)]
+
+
 def _costs_the_same(points: Sequence[Point], *, log: bool) -> bool:
     """Whether an axis of costs, linear or logarithmic, would show the pruned networks one above the other."""
-    costs = [point.cost for point in points if not _is_unpruned(point)]
+    costs = _pruned_costs(points)
     if len(costs) < 3:
         return False
     longest = max(costs) if log else max(point.cost for point in points)
@@ -107,7 +111,7 @@ def _costs_the_same(points: Sequence[Point], *, log: bool) -> bool:
 
 
 def _range(points: Sequence[Point], text: Callable[[float], str]) -> str:
-    costs = [point.cost for point in points if not _is_unpruned(point)]
+    costs = _pruned_costs(points)
     ends = dict.fromkeys([text(min(costs)), text(max(costs))])
     return " to ".join(ends)
 

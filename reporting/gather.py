@@ -112,6 +112,11 @@ class Group:
         """Dataset and network: only within one subject are methods compared."""
         return self.first.dataset, self.first.model
 
+    @property
+    def accuracies(self) -> list[float]:
+        """Top-1 after the last epoch of each run, in percent."""
+        return [record.measures["last_top1"] for record in self.records]
+
     def statistic(self, measure: str) -> Statistic | None:
         """Over the group's runs; None unless every one of them has the measure, times also on the same kind of machine."""
         values = [record.measures.get(measure, self.inherited.get(measure)) for record in self.records]
@@ -278,7 +283,7 @@ def _dataset_name(flags: Mapping[str, Any]) -> str:
 def _last_hits(files: RunFiles, summary: Mapping[str, Any]) -> TestHits | None:
     """Those of the last epoch; None for a run of an older version, or where they are of an epoch before the last."""
     document = files.read(HITS) if files.has(HITS) else None
-    if document is None or not isinstance(document, dict) or document.get("epoch") != summary["last"].get("epoch"):
+    if not isinstance(document, dict) or document.get("epoch") != summary["last"].get("epoch"):
         return None
     return read_hits(document)
 

@@ -23,7 +23,7 @@ def headline(groups: Sequence[Group], method: str) -> str:
     figures = {name: group.statistic(name) for name in NEEDED}
     if None in figures.values():
         raise UserError(f"headline {shown(method)}: has no {next(name for name in NEEDED if figures[name] is None)}")
-    low, high = interval_of_seeds([record.measures["last_top1"] for record in group.records])
+    low, high = interval_of_seeds(group.accuracies)
     accuracy, mean = group.statistic("last_top1").mean, {name: figure.mean for name, figure in figures.items()}
     dataset, model = group.subject
     device = markdown_text(group.first.circumstances["device"])

@@ -120,13 +120,13 @@ def page(
     results: Results, *, title: str, caption: str, pictures: Iterable[Picture], comparisons: Iterable[ComparisonTable] = ()
 ) -> str:
     """The whole document; every text from a run is escaped."""
-    groups = results.groups
+    groups, body_rows = results.groups, rows(results.groups)
     runs = sum(len(group.records) for group in groups)
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{runs} finished runs of {len(groups)} methods. A click on a heading sorts.</p>",
-        _choices(groups),
-        f'<div class="scroll">{_table(groups)}</div>',
+        _choices(groups, body_rows),
+        f'<div class="scroll">{_table(groups, body_rows)}</div>',
         f"<p>{escape(caption)}</p>",
         *map(_comparison, comparisons),
         _listing("What differs within a row", notes(groups)),
@@ -143,11 +143,11 @@ def page(
     )
 
 
-def _choices(groups: Sequence[Group]) -> str:
+def _choices(groups: Sequence[Group], body_rows: Sequence[Sequence[Cell]]) -> str:
     """Fields that pick rows, and boxes that pick columns."""
     fields = []
     for column, title in enumerate(SUBJECT_TITLES):
-        values = sorted({(row[column].value, row[column].text) for row in rows(groups)})
+        values = sorted({(row[column].value, row[column].text) for row in body_rows})
         options = "".join(f'<option value="{escape(str(value))}">{escape(text)}</option>' for value, text in values)
         if len(values) > 1:
             every = f'<option value="">all {title}s</option>'
@@ -166,12 +166,12 @@ def _column_class(title: str) -> str:
     return " data-key" if title in KEY_COLUMNS else " data-spare" if title in SPARE_COLUMNS else ""
 
 
-def _table(groups: Sequence[Group]) -> str:
+def _table(groups: Sequence[Group], body_rows: Sequence[Sequence[Cell]]) -> str:
     heads = "".join(
         f'<th scope="col" aria-sort="none"{_text_class(column)}><button>{escape(title)}</button></th>'
         for column, title in enumerate(headings(groups))
     )
-    body = "\n".join(f"<tr>{''.join(map(_data_cell, range(len(row)), row))}</tr>" for row in rows(groups))
+    body = "\n".join(f"<tr>{''.join(map(_data_cell, range(len(row)), row))}</tr>" for row in body_rows)
     return f'<table class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
 
 

@@ -58,8 +58,8 @@ def write_report(
     for picture in pictures:
         write_atomic(folder / picture.file_name, picture.png)
     table = f"{markdown(results.groups)}\n{caption(results.groups)}\n"
-    document = "\n".join([with_remarks(table, results.groups, pictures, folder="."), *map(_titled, comparisons)])
-    write_atomic(folder / MARKDOWN, document.encode())
+    text = "\n".join([with_remarks(table, results.groups, pictures, folder="."), *map(_titled, comparisons)])
+    write_atomic(folder / MARKDOWN, text.encode())
     write_atomic(folder / CSV, comma_separated(results.groups).encode())
     document = page(results, title=title, caption=caption(results.groups), pictures=pictures, comparisons=comparisons)
     write_atomic(folder / PAGE, document.encode())

@@ -165,18 +165,23 @@ add_vanilla() {
   add_run initial_train.py vanilla "$dataset" "$seed" '' --model "$MODEL" "${RECIPE_FLAGS[@]}" "$@"
 }
 
+# find_teacher DATASET SEED [SEED]: FILE becomes the teacher's file: T_PATH, with the last seed in it, or that of a training.
+find_teacher() {
+  if [[ -n $T_PATH ]]; then
+    given_file T_PATH "$T_PATH" "$1" "${3-}"
+  else
+    add_vanilla "$1" "$2" "${SHARED[@]}"
+    FILE=$FOLDER/model_best.pt
+  fi
+}
+
 # find_teachers: TEACHERS holds the teacher's file of each dataset: T_PATH, or that of a training with the first seed.
 find_teachers() {
   local dataset
   declare -gA TEACHERS=()
   for dataset in $DATASETS; do
-    if [[ -z $T_PATH ]]; then
-      add_vanilla "$dataset" "${SEEDS%% *}" "${SHARED[@]}"
-      TEACHERS[$dataset]=$FOLDER/model_best.pt
-    else
-      given_file T_PATH "$T_PATH" "$dataset"
-      TEACHERS[$dataset]=$FILE
-    fi
+    find_teacher "$dataset" "${SEEDS%% *}"
+    TEACHERS[$dataset]=$FILE
   done
 }
 
@@ -186,13 +191,8 @@ find_teachers_by_seed() {
   declare -gA TEACHERS=()
   for dataset in $DATASETS; do
     for seed in $SEEDS; do
-      if [[ -z $T_PATH ]]; then
-        add_vanilla "$dataset" "$seed" "${SHARED[@]}"
-        TEACHERS["$dataset $seed"]=$FOLDER/model_best.pt
-      else
-        given_file T_PATH "$T_PATH" "$dataset" "$seed"
-        TEACHERS["$dataset $seed"]=$FILE
-      fi
+      find_teacher "$dataset" "$seed" "$seed"
+      TEACHERS["$dataset $seed"]=$FILE
     done
   done
 }

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 DEFAULT_DATASETS="cifar10"
 SEEDS=${SEEDS:-1 2 3} MINUTES=${MINUTES:-}
-start_script "$@"
+start_script "$@" --checkpoint-minutes 2
 [[ $MINUTES =~ ^([1-9][0-9]*)?$ ]] || fail "MINUTES=$MINUTES: must be a whole number of 1 or more"
 if [[ $DRY == 0 ]]; then
   "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || fail "no CUDA device was found here"
@@ -62,8 +62,6 @@ study() {
   run_all
 }
 
-PASSED+=(--checkpoint-minutes 2)
-mapfile -t SHARED < <(shared_arguments)
 once tests "$PYTHON" -m pytest -q -m gpu
 step_costs resnet56
 read -ra ALL_SEEDS <<<"$SEEDS"
