@@ -262,7 +262,7 @@ def _threads(count: int | None) -> Iterator[None]:
 def read_table(path: str | os.PathLike, *, flag: str, network: nn.Module, image: Tensor) -> LatencyTable:
     """A table that a run left. Raises UserError for anything else, and for the table of another network."""
     origin = f"{flag} {path}"
-    document = read_json(path)
+    document = read_json(path, flag=flag)
     try:
         table = LatencyTable(**document)
         table.layers = {

@@ -66,7 +66,7 @@ def check_file(path: Path) -> None:
 def _begun(path: Path, head: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    document = read_json(path)
+    document = read_json(path, flag="--sensitivity")
     if not isinstance(document, dict) or {name: document.get(name) for name in head} != json.loads(json.dumps(head)):
         raise UserError(f"--sensitivity {path}: exists, and is of another network or setting; choose another name")
     return document
@@ -84,7 +84,7 @@ def read_rates(path: str | os.PathLike, layers: Sequence[PrunableLayer], *, drop
     its end, and for one of another network.
     """
     origin = f"--prune-rates {path}"
-    document = read_json(path)
+    document = read_json(path, flag="--prune-rates")
     rates: dict[str, float] = {}
     try:
         proportions, whole = document["proportions"], document["top1"]

@@ -222,7 +222,11 @@ COMMANDS = [
         "--s-model resnet20 --budget latency=0.5 --budget-table a --budget-batch-size 8",
         ["--budget-batch-size 8", "only without --budget-table"],
     ),
-    (PRUNE, "--s-model resnet20 --budget latency=0.5 --budget-table nowhere.json", ["nowhere.json", "No such file"]),
+    (
+        PRUNE,
+        "--s-model resnet20 --budget latency=0.5 --budget-table nowhere.json",
+        ["--budget-table nowhere.json", "No such file"],
+    ),
     (
         PRUNE,
         "--s-model resnet20 --budget macs=0.5 --channel-multiple auto",

@@ -110,21 +110,22 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file. Raises UserError, naming the file, if it is missing, no ordinary file, or no JSON."""
+def read_json(path: str | os.PathLike, *, flag: str | None = None) -> Any:
+    """Reads a JSON file. Raises UserError, naming it and its `flag`, if it is missing, no ordinary file, or no JSON."""
+    name = f"{flag} {path}" if flag else path
     try:
         with open_regular(path) as file:
             value = json.loads(file.read())
         check_nesting(value)
         return value
     except UserError as error:
-        raise UserError(f"{path} {error}") from error
+        raise UserError(f"{name} {error}") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {name}: {error.strerror}") from error
     except RecursionError as error:
-        raise UserError(f"{path} is damaged: nested without an end") from error
+        raise UserError(f"{name} is damaged: nested without an end") from error
     except ValueError as error:
-        raise UserError(f"{path} is damaged: not valid JSON ({printable(str(error))})") from error
+        raise UserError(f"{name} is damaged: not valid JSON ({printable(str(error))})") from error
 
 
 def digest(value: Any) -> str:
