@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ def _grids(
                 (key, inputs, outputs): layer_runner(kind, inputs, outputs, runtime, images)
                 for inputs, outputs in kind.pairs(measured_widths(kind.inputs, multiple), measured_widths(kind.outputs, multiple))
             }
-            for place, times in timed_in_turn(runners, device=images.device, rounds=ROUNDS).items():
+            for place, times in _timed(runners, runtime, images, rounds=ROUNDS).items():
                 samples.setdefault(place, []).extend(times)
     grids = {}
     for key, kind in kinds.items():
@@ -139,6 +140,12 @@ def _grids(
         times = [[float(np.median(samples[(key, *kind.pair(row, column))])) for column in outputs] for row in inputs]
         grids[key] = (inputs, outputs, rising(times))
     return grids
+
+
+def _timed(runners: Mapping[Any, Callable[[], object]], runtime: str, images: Tensor, *, rounds: int) -> dict[Any, list[float]]:
+    """The runners in turn, each with its own threads awake and no others: PyTorch's are shared, a session has its own."""
+    pausing = runtime != "torch" and torch.get_num_threads() > 1
+    return timed_in_turn(runners, device=images.device, rounds=rounds, pausing=pausing)
 
 
 def _widest(layers: Mapping[str, LayerKind]) -> dict[str, LayerKind]:
@@ -177,7 +184,7 @@ def _sweep(kind: LayerKind, runtime: str, images: Tensor) -> dict[str, float]:
     half = min(kind.inputs, kind.outputs) // 2
     widths = range(max(1, half // 2, half - SWEEP_CHANNELS), min(2 * half, half + SWEEP_CHANNELS) + 1)
     runners = {str(width): layer_runner(kind, width, width, runtime, images) for width in widths}
-    times = timed_in_turn(runners, device=images.device, rounds=SWEEPS * ROUNDS)
+    times = _timed(runners, runtime, images, rounds=SWEEPS * ROUNDS)
     return {width: float(np.median(values)) for width, values in times.items()}
 
 
@@ -205,7 +212,7 @@ def calibrate(
 
     `small()` gives the network, in evaluation, that is chosen by the table as it is then, and the widths of its layers. Each is
     measured beside `dense`: the steeper the slope, the less is pruned. In the end the slope of the slowest network within the
-    budget stays, or of the fastest.
+    budget stays, or of the fastest. Raises UserError if that is slower than the tolerance allows.
     """
     found: dict[float, float] = {}  # the share that was measured, by slope; 0 where a tenth of each layer seemed too slow
     beside = Comparison(table, dense, image)
@@ -228,6 +235,9 @@ def calibrate(
             table.slope = max(1 - taken, 0.01) * table.dense_seconds / saved
     usable = {slope: taken for slope, taken in found.items() if taken}
     table.slope = max(usable, key=lambda slope: (usable[slope] <= share, -abs(share - usable[slope])))
+    if usable[table.slope] > share + TOLERANCE * share:
+        least = math.ceil(1000 * usable[table.slope]) / 1000
+        raise UserError(f"--budget latency={share:g}: no network was measured to be so fast here, latency={least:g} is the least")
 
 
 class Comparison:

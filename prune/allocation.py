@@ -19,6 +19,7 @@ from utils.errors import UserError, shown
 ALLOCATIONS = ("uniform", "global")
 FLOOR = 0.1  # of its groups that every family keeps under a budget
 RATIO_STEPS = 1000
+CLOSE = 0.02  # of the dense cost: so near a budget is met
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,14 @@ def counts_within(
     check_payable(budget, families, cost=cost)
     ladder = _LADDERS[allocation](families, lambda counts: cost(counts)[budget.kind])
     highest = bisect.bisect_left(ladder, True, key=lambda counts: not fits(counts)) - 1
-    most = [min(len(family.groups), count + family.step) for family, count in zip(families, ladder[highest], strict=True)]
-    return _topped_up(families, ladder[highest], fits, most=most if allocation == "uniform" else whole)
+    if allocation == "uniform":
+        most = [min(len(family.groups), count + family.step) for family, count in zip(families, ladder[highest], strict=True)]
+        return _topped_up(families, ladder[highest], fits, most=most)
+    counts = _topped_up(families, ladder[highest], fits, most=whole)
+    other = _exchanged(ladder, highest, fits) if cost(counts)[budget.kind] < limit - CLOSE * cost(whole)[budget.kind] else None
+    if other is None:
+        return counts
+    return max(counts, _topped_up(families, other, fits, most=whole), key=lambda counts: cost(counts)[budget.kind])
 
 
 def check_payable(budget: Budget, families: Sequence[Family], *, cost: Callable[[Counts], Mapping[str, int]]) -> None:
@@ -165,13 +172,16 @@ def _uniform_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) -
 
 
 def _global_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) -> list[Counts]:
-    """The counts when the groups of all families come back one after the other, the most valuable for its cost first."""
-    whole = _whole(families)
+    """The counts when the groups of all families come back one after the other, the most valuable for its cost first.
+
+    A group costs what its whole family does above its floor, by their number: where times rise in steps, a single one of them
+    may seem to be free.
+    """
+    whole, counts = _whole(families), list(_fewest(families))
     prices = []
-    for place, family in enumerate(families):
-        fewer = tuple(count - (other == place and count > 1) for other, count in enumerate(whole))
-        prices.append(max(cost(whole) - cost(fewer), 1) if not family.is_fixed else 1)
-    counts = list(_fewest(families))
+    for place, floor in enumerate(counts):
+        least = tuple(floor if other == place else count for other, count in enumerate(whole))
+        prices.append(max((cost(whole) - cost(least)) / max(whole[place] - floor, 1), 1))
     order = sorted(
         (-family.scores[rank] / price, place, -rank)
         for place, (family, price) in enumerate(zip(families, prices, strict=True))
@@ -188,6 +198,24 @@ def _global_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) ->
 
 
 _LADDERS = {"uniform": _uniform_ladder, "global": _global_ladder}
+
+
+def _exchanged(ladder: Sequence[Counts], highest: int, fits: Callable[[Counts], bool]) -> Counts | None:
+    """The counts one rung above what fits, less the groups that came back last of other families, as many as it takes."""
+    if highest + 1 == len(ladder):
+        return None
+
+    def place_at(rung: int) -> int:
+        return next(place for place, count in enumerate(ladder[rung]) if count != ladder[rung - 1][place])
+
+    counts, dear = list(ladder[highest + 1]), place_at(highest + 1)
+    for rung in range(highest, 0, -1):
+        place = place_at(rung)
+        if place != dear:
+            counts[place] = ladder[rung - 1][place]
+            if fits(tuple(counts)):
+                return tuple(counts)
+    return None
 
 
 def _topped_up(families: Sequence[Family], counts: Counts, fits: Callable[[Counts], bool], *, most: Sequence[int]) -> Counts:

@@ -26,8 +26,11 @@ def interleaved_seconds(
     `pausing` the threads of one fall asleep before the next begins, on a CPU, where they would take its time.
     """
     stopwatches = {name: partial(seconds_of, function, device=device) for name, function in functions.items()}
-    pause = PAUSE_SECONDS if pausing and device.type == "cpu" else 0.0
-    return interleaved(stopwatches, rounds=rounds, warmups=warmups, pause_seconds=pause)
+    return interleaved(stopwatches, rounds=rounds, warmups=warmups, pause_seconds=_pause_seconds(pausing, device))
+
+
+def _pause_seconds(pausing: bool, device: torch.device) -> float:
+    return PAUSE_SECONDS if pausing and device.type == "cpu" else 0.0
 
 
 def interleaved(
@@ -68,7 +71,12 @@ def median_ratio(seconds: Sequence[float], unit: Sequence[float]) -> float:
 
 
 def timed_in_turn(
-    functions: Mapping[Any, Callable[[], object]], *, device: torch.device, rounds: int, least_seconds: float = 5e-4
+    functions: Mapping[Any, Callable[[], object]],
+    *,
+    device: torch.device,
+    rounds: int,
+    least_seconds: float = 5e-4,
+    pausing: bool = False,
 ) -> dict[Any, list[float]]:
     """As `interleaved_seconds`, of functions that may take microseconds: short ones run several times in a measurement."""
     stopwatches = {}
@@ -77,7 +85,7 @@ def timed_in_turn(
         taken = seconds_of(function, device=device)
         repeats = min(100, max(1, round(least_seconds / max(taken, 1e-9))))
         stopwatches[name] = partial(_mean_seconds, function, repeats, device=device)
-    return interleaved(stopwatches, rounds=rounds, warmups=0)
+    return interleaved(stopwatches, rounds=rounds, warmups=0, pause_seconds=_pause_seconds(pausing, device))
 
 
 def _mean_seconds(function: Callable[[], object], repeats: int, *, device: torch.device) -> float:

@@ -68,9 +68,34 @@ def cost_of(*prices):
 def test_global_keeps_the_best_scores_per_cost():
     dear, cheap = family(10, scores=[5.0] * 10), family(10, name="b", scores=[1.0] * 10)
     prices = cost_of(10, 1)  # 0.5 against 1 for each unit of cost
-    assert counts_within(Budget("macs", 0.5), [dear, cheap], cost=prices, allocation="global") == (4, 10)
+    assert counts_within(Budget("macs", 0.46), [dear, cheap], cost=prices, allocation="global") == (4, 10)
     prices = cost_of(2, 1)
     assert counts_within(Budget("macs", 0.5), [dear, cheap], cost=prices, allocation="global") == (7, 1)
+
+
+def test_global_takes_a_dear_group_in_the_place_of_cheap_ones_to_come_close():
+    dear, cheap = family(10, scores=[1.0] * 10), family(10, name="b", scores=[1.0] * 10)
+    prices = cost_of(10, 3)  # all the cheap ones come back first, and 5 dear ones cost 80 of 89.7
+    assert counts_within(Budget("macs", 0.69), [dear, cheap], cost=prices, allocation="global") == (6, 9)
+
+
+def test_a_group_costs_its_share_of_what_its_family_does():
+    steps, even = family(16, scores=[1.0] * 16), family(16, name="b", scores=[1.1] * 16)
+
+    def in_steps(counts):  # as times of blocks of eight channels: the last of a block seem to be free
+        return {"macs": 100 * (8 * -(-counts[0] // 8) + counts[1])}
+
+    counts = counts_within(Budget("macs", 0.5), [steps, even], cost=in_steps, allocation="global")
+    assert counts == (8, 8)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.833, 0.75, 0.7, 0.6, 0.4, 0.3])
+def test_global_comes_close_to_every_budget_of_coupled_channels(share):
+    torch.manual_seed(0)
+    network, images = build_model("resnet20", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
+    choice = chosen(network, images, budget=Budget("macs", share), allocation="global", coupled=True)
+    macs = choice.cost({name: channels.tolist() for name, channels in choice().items()})["macs"]
+    assert share - 0.02 <= macs / profile_network(network, images[:1])["macs"] <= share
 
 
 def test_uniform_takes_the_same_of_all_and_spends_the_rest():
