@@ -52,13 +52,14 @@ class Family:
     """The groups of the same convolutions, the lowest score first.
 
     `scores` are comparable between families. The number that stays is a multiple of `step`, or all; under a budget all stay
-    where `is_fixed`.
+    where `is_fixed`, and never more than the last `left`: the others are gone already.
     """
 
     groups: tuple[ChannelGroup, ...]
     scores: tuple[float, ...]
     step: int = 1
     keep_ratio: float = 1.0
+    left: int | None = None
 
     @property
     def is_fixed(self) -> bool:
@@ -68,9 +69,13 @@ class Family:
         return keep_count(len(self.groups), keep_ratio, multiple=self.step)
 
     @property
+    def most(self) -> int:
+        return len(self.groups) if self.left is None else self.left
+
+    @property
     def floor(self) -> int:
         """The fewest that stay under a budget: a tenth, up to the next step."""
-        return min(len(self.groups), self.step * max(1, math.ceil(FLOOR * len(self.groups) / self.step)))
+        return min(self.most, self.step * max(1, math.ceil(FLOOR * len(self.groups) / self.step)))
 
 
 def rank(
@@ -78,7 +83,8 @@ def rank(
 ) -> list[Family]:
     """Families of groups by their scores: the mean over a group of its filters' `scores` (F,), each layer's divided by its mean.
 
-    Of equal scores the lower index comes first. Raises UserError where layers that go together have different `ratios`; one
+    A filter whose score is NaN counts in no mean, nor does a layer without scores. Of equal scores the lower index comes first.
+    Raises UserError where layers that go together have different `ratios`; one
     that keeps all of its filters keeps those of the others.
     """
     normalised = {name: _over_mean(values.double()).tolist() for name, values in scores.items()}
@@ -86,15 +92,16 @@ def rank(
 
 
 def _over_mean(scores: Tensor) -> Tensor:
-    mean = scores.mean()
-    return scores / mean if mean > 0 else scores
+    mean = scores.nanmean()
+    return (scores / mean if mean > 0 else scores).nan_to_num(0)
 
 
 def _ranked(
     groups: Sequence[ChannelGroup], scores: Mapping[str, list[float]], *, ratios: Mapping[str, float], multiple: int
 ) -> Family:
     def score(group: ChannelGroup) -> float:
-        return sum(scores[name][channel] for name, channel in group.filters) / len(group.filters)
+        scored = [scores[name][channel] for name, channel in group.filters if name in scores]
+        return sum(scored) / len(scored) if scored else 0.0
 
     layers = groups[0].layers
     own = {ratios[name] for name in layers}
@@ -117,35 +124,50 @@ def uniform_counts(families: Sequence[Family]) -> Counts:
 
 
 def counts_within(
-    budget: Budget, families: Sequence[Family], *, cost: Callable[[Counts], Mapping[str, int]], allocation: str
+    budget: Budget,
+    families: Sequence[Family],
+    *,
+    cost: Callable[[Counts], Mapping[str, int]],
+    allocation: str,
+    dense: Mapping[str, int] | None = None,
 ) -> Counts:
     """How many groups of each family stay so that the network costs no more than the budget, and hardly less.
 
-    `cost(counts)` gives the cost of the network by kind. At least a tenth of each family stays. Raises UserError for a
-    budget that does not pay for that.
+    `cost(counts)` gives the cost of the network by kind, `dense` that of the dense one where families have lost groups before.
+    At least a tenth of each family stays. Raises UserError for a budget that does not pay for that.
     """
     whole = _whole(families)
-    limit = budget.share * cost(whole)[budget.kind]
+    dense_cost = (dense or cost(whole))[budget.kind]
+    limit = budget.share * dense_cost
 
     def fits(counts: Counts) -> bool:
         return cost(counts)[budget.kind] <= limit
 
-    check_payable(budget, families, cost=cost)
+    check_payable(budget, families, cost=cost, dense=dense)
+    if fits(whole):  # what is left is cheap enough as it is
+        return whole
     ladder = _LADDERS[allocation](families, lambda counts: cost(counts)[budget.kind])
     highest = bisect.bisect_left(ladder, True, key=lambda counts: not fits(counts)) - 1
     if allocation == "uniform":
-        most = [min(len(family.groups), count + family.step) for family, count in zip(families, ladder[highest], strict=True)]
+        most = [min(family.most, count + family.step) for family, count in zip(families, ladder[highest], strict=True)]
         return _topped_up(families, ladder[highest], fits, most=most)
     counts = _topped_up(families, ladder[highest], fits, most=whole)
-    other = _exchanged(ladder, highest, fits) if cost(counts)[budget.kind] < limit - CLOSE * cost(whole)[budget.kind] else None
+    other = _exchanged(ladder, highest, fits) if cost(counts)[budget.kind] < limit - CLOSE * dense_cost else None
     if other is None:
         return counts
     return max(counts, _topped_up(families, other, fits, most=whole), key=lambda counts: cost(counts)[budget.kind])
 
 
-def check_payable(budget: Budget, families: Sequence[Family], *, cost: Callable[[Counts], Mapping[str, int]]) -> None:
+def check_payable(
+    budget: Budget,
+    families: Sequence[Family],
+    *,
+    cost: Callable[[Counts], Mapping[str, int]],
+    dense: Mapping[str, int] | None = None,
+) -> None:
     """Raises UserError for a budget that does not pay for the tenth of each family that stays."""
-    whole, least = (cost(counts(families))[budget.kind] for counts in (_whole, _fewest))
+    whole = (dense or cost(_whole(families)))[budget.kind]
+    least = cost(_fewest(families))[budget.kind]
     if least > budget.share * whole:
         share = math.ceil(1000 * least / whole) / 1000
         raise UserError(
@@ -154,18 +176,19 @@ def check_payable(budget: Budget, families: Sequence[Family], *, cost: Callable[
 
 
 def _whole(families: Sequence[Family]) -> Counts:
-    return tuple(len(family.groups) for family in families)
+    return tuple(family.most for family in families)
 
 
 def _fewest(families: Sequence[Family]) -> Counts:
-    return tuple(len(family.groups) if family.is_fixed else family.floor for family in families)
+    return tuple(family.most if family.is_fixed else family.floor for family in families)
 
 
 def _uniform_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) -> list[Counts]:
     """The counts at every proportion, from the floor to the whole network."""
     return [
         tuple(
-            len(family.groups) if family.is_fixed else max(family.floor, family.count(step / RATIO_STEPS)) for family in families
+            family.most if family.is_fixed else min(family.most, max(family.floor, family.count(step / RATIO_STEPS)))
+            for family in families
         )
         for step in range(round(FLOOR * RATIO_STEPS), RATIO_STEPS + 1)
     ]
@@ -185,13 +208,13 @@ def _global_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) ->
     order = sorted(
         (-family.scores[rank] / price, place, -rank)
         for place, (family, price) in enumerate(zip(families, prices, strict=True))
-        for rank in range(len(family.groups) - counts[place])
+        for rank in range(len(family.groups) - family.most, len(family.groups) - counts[place])
     )
     ladder, come_back = [tuple(counts)], list(counts)
     for _, place, _ in order:
         come_back[place] += 1
         family = families[place]
-        if come_back[place] % family.step == 0 or come_back[place] == len(family.groups):
+        if come_back[place] % family.step == 0 or come_back[place] == family.most:
             counts[place] = come_back[place]
             ladder.append(tuple(counts))
     return ladder

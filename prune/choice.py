@@ -37,7 +37,7 @@ class FilterChoice:
     (`prune.groups`). A `budget` says what the network that is left may cost, and takes the place of the ratios below 1;
     `allocation` says how it is spent, and `seconds` what a budget of time has to know (`prune.cost`).
     `earlier` holds the channels that an earlier pruning has left, by layer: what it removed stays removed. If the choice is
-    `nested` that counts among what this one removes.
+    `nested`, or there is a budget, that counts among what this one removes, and what is left is scored by itself.
     """
 
     network: nn.Module
@@ -72,7 +72,7 @@ class FilterChoice:
         if self.coupled or self.budget is not None:
             families = self._families({layer.name: torch.ones(layer.filters) for layer in self.layers})
             if self.budget is not None:
-                check_payable(self.budget, families, cost=partial(self._cost_of, families))
+                check_payable(self.budget, families, cost=partial(self._cost_of, families), dense=self._dense_cost)
 
     def __call__(self) -> dict[str, Tensor]:
         if self.takes_nothing:
@@ -102,7 +102,7 @@ class FilterChoice:
             counts = uniform_counts(families)
         else:
             cost = partial(self._cost_of, families)
-            counts = counts_within(self.budget, families, cost=cost, allocation=self.allocation)
+            counts = counts_within(self.budget, families, cost=cost, allocation=self.allocation, dense=self._dense_cost)
         return {name: torch.tensor(channels) for name, channels in self._kept(families, counts).items()}
 
     def one_by_one(self, proportions: Sequence[float]) -> Iterator[tuple[list[str], int, list[dict[str, Tensor]]]]:
@@ -119,9 +119,12 @@ class FilterChoice:
             yield layers, filters, [{name: torch.tensor(channels) for name, channels in each.items()} for each in kept]
 
     def _scores(self) -> dict[str, Tensor]:
+        """Of the filters that are left, where that counts; a layer that lacks what the criterion reads has to keep all."""
+        reads_norms = "bn_weight" in CRITERIA[self.criterion].inputs
         return score_filters(
-            self.layers,
+            [layer for layer in self.layers if not reads_norms or layer.bn_weight is not None],
             criterion=self.criterion,
+            left=self.earlier if self._goes_on else None,
             **self._sampled(),
             generator=generator(self.seed, "filters"),
             **self.options,
@@ -138,34 +141,62 @@ class FilterChoice:
             nested=kept is not None,
         )
 
+    @property
+    def _goes_on(self) -> bool:
+        """Whether what an earlier pruning has removed counts among what this one removes."""
+        return bool(self.earlier) and (self.nested or self.budget is not None)
+
+    @cached_property
+    def _left(self) -> dict[str, set[int]]:
+        return {name: set(channels) for name, channels in self.earlier.items()} if self._goes_on else {}
+
     def _families(self, scores: Mapping[str, Tensor]) -> list[Family]:
-        families = rank(self._groups, scores, ratios=self.ratios, multiple=self.multiple)
-        return [self._gone_first(family) for family in families] if self.nested else families
+        ratios = self.ratios
+        if not self.coupled and self.budget is None:  # a depthwise convolution follows, whatever its own filters score
+            leaders = {name for groups in self._groups for name in groups[0].layers[:1]}
+            scores = {name: values for name, values in scores.items() if name in leaders}
+            ratios = {**ratios, **{name: ratios[groups[0].layers[0]] for groups in self._groups for name in groups[0].layers}}
+        families = rank(self._groups, scores, ratios=ratios, multiple=self.multiple)
+        return [self._gone_first(family) for family in families] if self._goes_on else families
 
     def _gone_first(self, family: Family) -> Family:
-        """The family with the groups in front that an earlier pruning has removed: they are the first to go."""
-        left = {name: set(channels) for name, channels in self.earlier.items()}
+        """The family with the groups in front that an earlier pruning has removed, which go first and do not come back.
 
-        def is_left(place: int) -> bool:
-            return all(channel in left.get(name, (channel,)) for name, channel in family.groups[place].filters)
+        A group of which it has left some filters comes after them.
+        """
 
-        order = sorted(range(len(family.groups)), key=is_left)  # stable
+        def filters_left(place: int) -> int:
+            return sum(channel in self._left.get(name, (channel,)) for name, channel in family.groups[place].filters)
+
+        order = sorted(range(len(family.groups)), key=filters_left)  # stable
         groups, scores = (tuple(values[place] for place in order) for values in (family.groups, family.scores))
-        return replace(family, groups=groups, scores=scores)
+        return replace(family, groups=groups, scores=scores, left=sum(filters_left(place) > 0 for place in order))
 
     def _cost_of(self, families: Sequence[Family], counts: Sequence[int]) -> dict[str, int]:
         return self.cost(self._kept(families, counts))
+
+    @cached_property
+    def _dense_cost(self) -> dict[str, int]:
+        everything = (*self.layers, *shared_norms(self.network, self.layers))
+        return self.cost({layer.name: range(layer.filters) for layer in everything})
 
     def _kept(self, families: Sequence[Family], counts: Sequence[int]) -> dict[str, list[int]]:
         shared = {name for groups in self._groups for group in groups for name, _ in group.norms}
         filters = {layer.name: layer.filters for layer in self.layers}
         norms = {norm.name: norm.filters for norm in shared_norms(self.network, self.layers) if norm.name in shared}
-        return kept_channels(families, counts, filters=filters | norms)
+        kept = kept_channels(families, counts, filters=filters | norms)
+        if not self._goes_on:
+            return kept
+        earlier = {name: sorted(self._left[name]) for name in self._left.keys() - kept.keys()}
+        return {name: [each for each in kept[name] if each in self._left.get(name, (each,))] for name in kept} | earlier
 
     @cached_property
     def _groups(self) -> list[list[ChannelGroup]]:
         if not self.coupled:
-            return single_groups(self.layers)
+            follows = self.budget is not None  # without one, a follower whose own proportion is 1 keeps everything
+            return single_groups(
+                [layer if follows or self.ratios[layer.name] < 1 else replace(layer, follows=None) for layer in self.layers]
+            )
         return channel_groups(self.network, self.layers, example=self.data.example)
 
     @cached_property
@@ -183,15 +214,19 @@ class FilterChoice:
         """MACs of an image and parameters of the network with the channels `kept`."""
         return self._cost(self._with_norms(kept))
 
+    def share_of_macs(self, kept: Mapping[str, Tensor]) -> float:
+        """What is left of the dense network's multiply-accumulates with the channels `kept`."""
+        return self.cost({name: channels.tolist() for name, channels in kept.items()})["macs"] / self._dense_cost["macs"]
+
     def widths(self, kept: Mapping[str, Tensor]) -> Widths:
         """The channels that each layer reads and gives in the network with the channels `kept`."""
         return self._cost.widths(
             self._with_norms({name: [int(channel) for channel in channels] for name, channels in kept.items()})
         )
 
-    def outcome(self) -> tuple[NarrowNetwork, Widths]:
-        """What is left of the network by this choice, and the widths of its layers."""
-        kept = self()
+    def outcome(self, kept: Mapping[str, Tensor] | None = None) -> tuple[NarrowNetwork, Widths]:
+        """What is left of the network with the channels `kept`, or else by this choice, and the widths of its layers."""
+        kept = self() if kept is None else kept
         return self.small_network(kept), self.widths(kept)
 
     def small_network(self, kept: Mapping[str, Tensor]) -> NarrowNetwork:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layer_roles import BATCH_NORMS, classifying_layers, depthwise_producers, hidden_layers, norm_pairs
-from prune.criteria import CRITERIA
+from prune.criteria import CRITERIA, Criterion
 from utils.errors import UserError, naming
 
 
@@ -242,17 +242,34 @@ def score_filters(
     criterion: str,
     gradients: Mapping[str, Tensor] | None = None,
     feature_maps: Mapping[str, Tensor] | None = None,
+    left: Mapping[str, Sequence[int]] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """The scores (F,) of each layer's filters, by its name, on the CPU; `options` are what the criterion may ask for.
 
+    Where `left` has the layer, those of its filters alone are scored, as if there were no others, whose scores are NaN.
     Raises UserError, with the layer's name, where the criterion lacks its gradient or a batch norm.
     """
     scores = {}
     for layer in layers:
-        sampled = {"grad": (gradients or {}).get(layer.name), "feature_maps": (feature_maps or {}).get(layer.name)}
+        read = {"weight": layer.module.weight, "bn_weight": layer.bn_weight}
+        read |= {"grad": (gradients or {}).get(layer.name), "feature_maps": (feature_maps or {}).get(layer.name)}
+        rows = torch.tensor(sorted((left or {}).get(layer.name, range(layer.filters))), dtype=torch.int64)
         with naming(layer.name):
-            scores[layer.name] = CRITERIA[criterion](layer.module.weight, bn_weight=layer.bn_weight, **sampled, **options).cpu()
+            scores[layer.name] = _of_rows(CRITERIA[criterion], rows, read, **options)
+    return scores
+
+
+def _of_rows(criterion: Criterion, rows: Tensor, read: Mapping[str, Tensor | None], **options: Any) -> Tensor:
+    """The scores of the filters `rows` of what is `read` of a layer, NaN for others; random ones are drawn for all."""
+    filters = len(read["weight"])
+    if len(rows) == filters or "generator" in criterion.inputs:
+        return criterion(**read, **options).cpu()
+    scores = torch.full((filters,), torch.nan)
+    if len(rows):
+        scores[rows] = criterion(
+            **{name: of if of is None else of[rows.to(of.device)] for name, of in read.items()}, **options
+        ).cpu()
     return scores
 
 

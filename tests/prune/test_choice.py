@@ -1,0 +1,107 @@
+"""What a choice does after another one: in steps, under a budget, and beside layers that keep everything."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from models import build_model
+from prune.allocation import FLOOR, Budget
+from prune.choice import FilterChoice
+from prune.criteria import CRITERIA
+from prune.masks import keep_ratios, prunable_layers, score_filters
+from prune.schedule import HardPruning
+from utils.profile import profile_network
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Depthwise(nn.Module):
+    """pw - norm - dw - norm - last - norm - head."""
+
+    def __init__(self, *, norm: bool = True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.pw, self.dw = nn.Conv2d(3, 16, 1, bias=False), nn.Conv2d(16, 16, 3, groups=16, bias=False)
+        self.last, self.head = nn.Conv2d(16, 16, 1, bias=False), nn.Linear(16, 3)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) if norm or place == 2 else nn.Identity() for place in range(3))
+
+    def forward(self, x):
+        for norm, layer in zip(self.norms, (self.pw, self.dw, self.last), strict=True):
+            x = norm(layer(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def choice(network, rates=(FLOOR,), *, criterion="filter-l2", exclude=(), **options):
+    layers, data = prunable_layers(network), SimpleNamespace(example=IMAGES)
+    return FilterChoice(
+        network, layers, keep_ratios(layers, rates, exclude=exclude), criterion=criterion, data=data, seed=1, **options
+    )
+
+
+def in_steps(choose, steps):
+    kept = None
+    for step in range(steps):
+        kept = choose.at_step(step, steps, kept)()
+        HardPruning(choose.network, kept)
+    return {name: channels.tolist() for name, channels in kept.items()}
+
+
+@pytest.mark.parametrize(("rates", "exclude"), [((0.5,), ()), ((0.5,), ("dw",)), ((0.5, 0.9, 0.5), ())])
+def test_steps_end_where_one_shot_does(rates, exclude):
+    at_once = {name: kept.tolist() for name, kept in choice(Depthwise(), rates, exclude=exclude)().items()}
+    assert in_steps(choice(Depthwise(), rates, exclude=exclude), 2) == at_once
+    assert len(at_once["pw"]) == 8 and len(at_once["dw"]) == (16 if exclude else 8)
+
+
+@pytest.mark.parametrize("options", [{"budget": Budget("macs", 0.7)}, {"coupled": True}, {}], ids=["budget", "coupled", "rates"])
+def test_a_layer_that_keeps_everything_needs_nothing_that_the_criterion_reads(options):
+    network = Depthwise(norm=False)
+    choose = choice(network, (0.5,), criterion="filter-bn", exclude=["pw", "dw"], **options)
+    choose.check()
+    for step in (choose, choose.at_step(1, 2, choose.at_step(0, 2, None)())):
+        kept = step()
+        assert len(kept["pw"]) == len(kept["dw"]) == 16 and 1 <= len(kept["last"]) < 16
+
+
+@pytest.mark.parametrize("share", [0.6, 0.4])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_budget_is_met_by_a_network_that_was_pruned_before(coupled, share):
+    torch.manual_seed(0)
+    network = build_model("resnet20", num_classes=10)
+    first = choice(network, budget=Budget("macs", 0.7), allocation="global", coupled=coupled)()
+    HardPruning(network, first)
+    earlier = {name: kept.tolist() for name, kept in first.items()}
+    again = choice(network, budget=Budget("macs", share), earlier=earlier, coupled=coupled)
+    kept = {name: channels.tolist() for name, channels in again().items()}
+    assert all(set(kept[name]) <= set(channels) for name, channels in earlier.items()), "what is gone stays gone"
+    assert share - 0.02 <= again.cost(kept)["macs"] / profile_network(network, IMAGES[:1])["macs"] <= share
+
+
+def test_what_is_cheap_enough_already_stays_as_it_is():
+    torch.manual_seed(0)
+    network = build_model("resnet20", num_classes=10)
+    first = choice(network, budget=Budget("macs", 0.5))()
+    again = choice(network, budget=Budget("macs", 0.6), earlier={name: kept.tolist() for name, kept in first.items()})()
+    assert all(again[name].equal(kept) for name, kept in first.items())
+
+
+@pytest.mark.parametrize("criterion", ["filter-gm", "filter-nggm", "filter-a", "filter-r"])
+def test_filters_that_are_gone_count_in_no_others_score(criterion):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 12, 3))
+    [layer], left = prunable_layers(nn.Sequential(*network, nn.Flatten(), nn.Linear(3, 3)))[:1], [0, 2, 3, 7, 11]
+    gradients = {layer.name: torch.randn_like(layer.module.weight)}
+    options = {"gamma": 0.5, "gm_distance": "euclidean", "gradients": gradients if criterion == "filter-nggm" else None}
+    generator = torch.Generator().manual_seed(0)
+    [scores] = score_filters([layer], criterion=criterion, left={layer.name: left}, generator=generator, **options).values()
+    if criterion == "filter-r":
+        assert not scores.isnan().any(), "random scores are the same at every step"
+        return
+    assert scores.isnan().nonzero().flatten().tolist() == [each for each in range(12) if each not in left]
+    alone = nn.Conv2d(3, 5, 3)
+    with torch.no_grad():
+        alone.weight.copy_(layer.module.weight[left])
+    grad = gradients[layer.name][left] if criterion == "filter-nggm" else None
+    assert scores[left].equal(CRITERIA[criterion](alone.weight, grad, gamma=0.5, gm_distance="euclidean"))
