@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from models import NAMES, check_model
 from models.network_file import NetworkFile
 from prune.allocation import FLOOR, parse_budget
 from prune.choice import FilterChoice
-from prune.flags import AUTO, add_pruning_flags, rates_file
+from prune.flags import AUTO, add_pruning_flags, rates_file, say_what_trains
 from prune.forms import build_schedule, check_compact_form, training_form
 from prune.masks import PrunableLayer, keep_ratios, prunable_layers
 from prune.networks import build_networks, network_names, path_of, read_checked, read_files
 from prune.preview import print_pruning
 from prune.record import describe_pruned, finish, log_accuracy, log_pruning, log_step
 from prune.schedule import SOFT_CRITERIA, PruningSchedule, check_soft_state
-from prune.sensitivity import check_file, measure_sensitivity, read_rates
+from prune.sensitivity import READ_BY_SENSITIVITY, check_file, measure_sensitivity, read_rates
 from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import World, leave
@@ -33,7 +33,7 @@ from utils.engine import evaluate
 from utils.errors import UserError
 from utils.files import read_json, write_atomic
 from utils.recalibration import check_recalibration
-from utils.run_folder import SENSITIVITY
+from utils.run_folder import LATENCY_TABLE, SENSITIVITY
 from utils.runs import Run
 from utils.seed import seed_everything
 
@@ -57,6 +57,7 @@ def get_args_parser() -> cli.Parser:
     cli.add_averaging_flags(parser)
     cli.add_run_flags(parser, log_name="pruning.txt")
     say_which_networks_count(parser)
+    say_what_trains(parser)
     return parser
 
 
@@ -102,7 +103,9 @@ def main(args: argparse.Namespace) -> None:
         check_compact_form(student.network, choose.without_pass()(), data.example)
     plan = replace(setup.training_plan(args), recalibrate_bn_batches=args.recalibrate_bn)
     if args.dry_run:
-        return print_pruning(args, plan, student, choose, loss=loss, describe=partial(describe, table) if table else None)
+        return print_pruning(
+            args, plan, student, choose, loss=loss, describe=partial(describe, table, multiple=choose.multiple) if table else None
+        )
 
     networks = {"--t-path": teacher.network} if teacher is not None else {}
     if args.s_path is not None:
@@ -112,10 +115,11 @@ def main(args: argparse.Namespace) -> None:
         run.save_json(SENSITIVITY, read_json(rates_file(args)))
     setup.log_beginning(run, announced, plan, fallback, data=data)
     before = {} if state else log_accuracy(run, teacher=teacher, student=student, data=data, is_copy=args.s_copy_t)
-    schedule = schedule_of(args, student, choose, run=run, state=state)
+    schedule = schedule_of(args, student, choose, table, run=run, state=state)
     if state is None:
         if table is not None:
-            log_chosen(run, table, student.network, choose.small_network(schedule.kept), choose.widths(schedule.kept), data)
+            run.save_json(LATENCY_TABLE, asdict(table))
+            log_time(args, run, table, choose, schedule, step=0)
         log_pruning(
             run, before, schedule=schedule, student=student, data=data, recalibrate_bn_batches=plan.recalibrate_bn_batches
         )
@@ -206,7 +210,7 @@ def sensitivity(args: argparse.Namespace, student: NetworkFile, choose: FilterCh
 
     data, path = choose.data.alone(), Path(args.sensitivity)
     setting = {"network": student.model, "dataset": data.dataset.name, "images": len(data.dataset.test.labels)}
-    setting |= {name: getattr(args, name) for name in ("prune_mode", "couple_channels", "seed", "limit_batches", "samp_batches")}
+    setting |= {name: getattr(args, name) for name in READ_BY_SENSITIVITY}
     document = measure_sensitivity(choose, path, setting=setting, top1_of=lambda net: evaluate(net, data, amp=args.amp)["top1"])
     picture = path.with_suffix(".png")
     write_atomic(picture, draw_sensitivity(document))
@@ -235,7 +239,13 @@ def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageDat
 
 
 def schedule_of(
-    args: argparse.Namespace, student: NetworkFile, choose: FilterChoice, *, run: Run, state: Mapping[str, Any] | None
+    args: argparse.Namespace,
+    student: NetworkFile,
+    choose: FilterChoice,
+    table: LatencyTable | None,
+    *,
+    run: Run,
+    state: Mapping[str, Any] | None,
 ) -> PruningSchedule:
     """What keeps the student pruned."""
     return build_schedule(
@@ -249,9 +259,25 @@ def schedule_of(
         else training_form(args.train_form, choose.data.device, amp=args.amp, compiled=args.compile),
         images=choose.data.example,
         warn=run.warn,
-        on_choice=partial(log_step, run, steps=args.prune_steps),
+        on_choice=partial(log_later_step, args, run, table, choose),
         state=state,
     )
+
+
+def log_later_step(
+    args: argparse.Namespace, run: Run, table: LatencyTable | None, choose: FilterChoice, schedule: PruningSchedule, step: int
+) -> None:
+    log_step(run, schedule, step, steps=args.prune_steps)
+    log_time(args, run, table, choose, schedule, step=step)
+
+
+def log_time(
+    args: argparse.Namespace, run: Run, table: LatencyTable | None, choose: FilterChoice, schedule: PruningSchedule, *, step: int
+) -> None:
+    """Measures, under a budget of time, the network of the last step, and logs it."""
+    if table is not None and step + 1 == args.prune_steps:
+        setting = {"share": choose.budget.share, "multiple": choose.multiple, "data": choose.data}
+        log_chosen(run, table, choose.network, choose.outcome(schedule.kept), **setting)
 
 
 def score(args: argparse.Namespace, *, device: torch.device, world: World) -> None:

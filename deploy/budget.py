@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from deploy.latency import Comparison, LatencyTable, Widths, calibrate, measure_table, read_table
+from deploy.latency import TOLERANCE, Comparison, LatencyTable, Widths, calibrate, measure_table, read_table
 from utils.data import ImageData
-from utils.distributed import same_everywhere
+from utils.distributed import from_main
 from utils.errors import UserError, naming
 from utils.run_folder import LATENCY_TABLE
 from utils.runs import Run
@@ -36,34 +36,51 @@ def obtain_table(
     if args.resume is not None and recorded.exists():
         return read_table(recorded, flag="--resume", network=network, image=data.example)
     if args.budget_table is not None:
-        return read_table(args.budget_table, flag="--budget-table", network=network, image=data.example)
-    table = None
-    if data.world.is_main:
+        table = read_table(args.budget_table, flag="--budget-table", network=network, image=data.example)
+        if multiple is None and not table.sweep:
+            raise UserError(
+                f"--channel-multiple auto: --budget-table {args.budget_table} did not look for the best one, "
+                f"it has widths in multiples of {table.multiple}; give a number"
+            )
+        return table
+
+    def measured() -> LatencyTable:
         setting = {"runtime": args.budget_runtime, "batch_size": args.budget_batch_size, "threads": args.budget_threads}
         with naming(f"--budget-runtime {args.budget_runtime}"):
-            table = measure_table(network, data.example, **setting, multiple=multiple, narrowest=narrowest)
-        calibrate(table, share, network, chosen_by(table), data.example)
-    return same_everywhere([table])[0]
+            found = measure_table(network, data.example, **setting, multiple=multiple, narrowest=narrowest)
+        calibrate(found, share, network, chosen_by(found), data.example)
+        return found
+
+    return from_main(measured)
 
 
-def describe(table: LatencyTable, widths: Widths) -> str:
-    """What the table says of the network whose layers have `widths`."""
+def describe(table: LatencyTable, widths: Widths, *, multiple: int) -> str:
+    """What the table says of the network whose layers have `widths`, of which those that lose channels are multiples."""
     seconds = table.seconds(widths)
     return (
         f"latency by {table.runtime}, batch {table.batch_size}, {table.threads} threads, channels in multiples of "
-        f"{table.multiple}: dense {1000 * table.dense_seconds:.2f} ms, predicted {1000 * seconds:.2f} ms, "
+        f"{multiple}: dense {1000 * table.dense_seconds:.2f} ms, predicted {1000 * seconds:.2f} ms, "
         f"{seconds / table.dense_seconds:.3f} of it"
     )
 
 
-def log_chosen(run: Run, table: LatencyTable, network: nn.Module, small: nn.Module, widths: Widths, data: ImageData) -> None:
-    """Measures the small network beside the dense one, logs both times, and keeps them with the table in the run's folder."""
+def log_chosen(
+    run: Run, table: LatencyTable, network: nn.Module, chosen: Chosen, *, share: float, multiple: int, data: ImageData
+) -> None:
+    """Measures the `chosen` network beside the dense one, logs both times, and keeps them with the table in the run's folder.
+
+    Where it takes more than its `share` by more than the tolerance, that is a warning: it may be another criterion's choice
+    than the one by which the table was set, or another machine's.
+    """
     if not data.world.is_main:
         return
+    small, widths = chosen
     table.measured = {"predicted": table.seconds(widths) / table.dense_seconds}
-    run.log(describe(table, widths))
+    run.log(describe(table, widths, multiple=multiple))
     try:
-        table.measured["measured"] = Comparison(table, network, data.example).share_of(small)
+        taken = table.measured["measured"] = Comparison(table, network, data.example).share_of(small)
+        if taken > share + TOLERANCE * share:
+            run.warn(f"--budget latency={share:g}: the network takes {taken:.3f} of the dense one's time here")
         run.log(f"measured here: {table.measured['measured']:.3f} of the dense network's time")
     except UserError as error:  # a table may come from elsewhere
         run.log(f"not measured here: {error}")

@@ -11,13 +11,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deploy.layers import LayerKind, kinds_of_layers, layer_runner
+from deploy.layers import LayerKind, kinds_of_layers, layer_runner, random_input
 from deploy.runtimes import RUNTIMES, Runner, median_seconds
 from utils.environment import cpu_name
 from utils.errors import UserError, shown
@@ -128,8 +129,9 @@ def _grids(
     samples: dict[tuple[str, int, int], list[float]] = {}
     for _ in range(SWEEPS):
         for key, kind in kinds.items():
+            draw = cache(random_input)
             runners = {
-                (key, inputs, outputs): layer_runner(kind, inputs, outputs, runtime, images)
+                (key, inputs, outputs): layer_runner(kind, inputs, outputs, runtime, images, draw=draw)
                 for inputs, outputs in kind.pairs(measured_widths(kind.inputs, multiple), measured_widths(kind.outputs, multiple))
             }
             for place, times in _timed(runners, runtime, images, rounds=ROUNDS).items():

@@ -116,15 +116,29 @@ def _padding(layer: nn.Conv2d) -> tuple[tuple[int, int], ...]:
     return tuple((pad, pad) for pad in layer.padding)
 
 
-def layer_runner(kind: LayerKind, inputs: int, outputs: int, runtime: str, images: Tensor) -> Callable[[], object]:
-    """What runs a layer of this kind with such widths, random weights and inputs, for as many images as `images` has."""
+def random_input(shape: tuple[int, ...], runtime: str, device: torch.device) -> Tensor:
+    given = torch.randn(shape, device=device)
+    return given.to(memory_format=torch.channels_last) if runtime == "torch" and len(shape) == 4 else given
+
+
+def layer_runner(
+    kind: LayerKind,
+    inputs: int,
+    outputs: int,
+    runtime: str,
+    images: Tensor,
+    *,
+    draw: Callable[[tuple[int, ...], str, torch.device], Tensor] = random_input,
+) -> Callable[[], object]:
+    """What runs a layer of this kind with such widths and random weights, for as many images as `images` has.
+
+    It is given what `draw` says, which may be the same for all runners of one input width.
+    """
     inputs, outputs = kind.pair(inputs, outputs)
     kind = replace(kind, inputs=inputs, outputs=outputs)
     shape = (len(images), kind.size[0], inputs) if kind.is_linear else (len(images), inputs, *kind.size)
-    given = torch.randn(shape, device=images.device)
+    given = draw(shape, runtime, images.device)
     if runtime == "torch":
-        if not kind.is_linear:
-            given = given.to(memory_format=torch.channels_last)
         layer = _module(kind).to(images.device, memory_format=torch.channels_last).eval()
 
         def run() -> Tensor:

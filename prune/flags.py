@@ -78,14 +78,22 @@ def prunes(args: argparse.Namespace) -> bool:
     return args.budget is not None or args.sensitivity is not None or rates_file(args) is not None or min(args.prune_rates) < 1
 
 
+def say_what_trains(parser: cli.Parser) -> None:
+    """Refuses, beside --sensitivity, whatever only has an effect on a run; called once all flags are there."""
+    names = ["soft_prune", "prune_interval", "prune_steps", "budget", "allocation", "train_form", "prune_rates", "recalibrate_bn"]
+    names += ["save_dir", "run_name", "log_name", "resume", "auto_resume", "dry_run", "compile", "sync_bn"]
+    names += ["checkpoint_interval", "checkpoint_minutes"]
+    for title in ("training", "averaging", "distillation"):
+        names += parser.names_in(title)
+    names.remove("crop_padding")  # of the batches that filters are scored by
+    parser.counts_only(*names, where=lambda args: args.sensitivity is None, only="without --sensitivity, which trains nothing")
+
+
 def _say_what_counts(parser: cli.Parser) -> None:
     below = "--prune-rates below 1 or a --budget, where filters are pruned"
     where_pruned = ("prune_mode", "soft_prune", "exclude_layers", "channel_multiple", "couple_channels", "prune_linear")
     parser.counts_only(*where_pruned, where=prunes, only=f"with {below}")
     parser.counts_only("prune_rates", where=lambda args: args.budget is None, only="without --budget")
-    alone = ["soft_prune", "prune_steps", "budget", "train_form", "prune_rates", "distill", "alpha", "betas", "n_epochs", "lr"]
-    alone += ["lr_schedule", "schedule", "lr_drops", "run_name", "log_name", "resume", "auto_resume", "dry_run"]
-    parser.counts_only(*alone, where=lambda args: args.sensitivity is None, only="without --sensitivity, which trains nothing")
     parser.counts_only(
         "sensitivity_drop",
         where=lambda args: rates_file(args) is not None,

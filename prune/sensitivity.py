@@ -20,6 +20,23 @@ from utils.errors import UserError, shown
 from utils.files import digest, read_json, write_json
 
 SUFFIX = ".json"
+READ_BY_SENSITIVITY = (  # the flags that scores and accuracies depend on
+    "prune_mode",
+    "gamma",
+    "gm_distance",
+    "samp_batches",
+    "couple_channels",
+    "channel_multiple",
+    "exclude_layers",
+    "prune_linear",
+    "seed",
+    "batch_size",
+    "limit_batches",
+    "crop_padding",
+    "mean",
+    "std",
+    "amp",
+)
 PROPORTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 

@@ -238,6 +238,10 @@ COMMANDS = [
     (PRUNE, "--s-model resnet20 --sensitivity layers.txt", ["--sensitivity layers.txt", "must end in .json"]),
     (PRUNE, "--s-model resnet20 --sensitivity nowhere/layers.json", ["--sensitivity nowhere/layers.json", "cannot be written"]),
     (PRUNE, "--s-model resnet20 --sensitivity a.json --n-epochs 3", ["--n-epochs 3", "only without --sensitivity"]),
+    *(
+        (PRUNE, f"--s-model resnet20 --sensitivity a.json {flags}", [flags, "only without --sensitivity"])
+        for flags in ("--recalibrate-bn 2", "--ema 0.9", "--momentum 0.5", "--warmup-epochs 1", "--checkpoint-minutes 2")
+    ),
     (
         PRUNE,
         "--s-model resnet20 --prune-rates 0.6 --sensitivity-drop 2",

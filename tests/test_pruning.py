@@ -104,6 +104,22 @@ def test_a_budget_of_time_is_measured_once_and_its_table_makes_the_same_choice_e
     assert sum(len(layer["kept"]) for layer in fewer.values()) < sum(map(len, kept.values()))
 
 
+@pytest.mark.usefixtures("times_by_work")
+def test_the_network_of_the_last_step_is_the_one_that_is_timed(prune, tmp_path):
+    options = ["--budget", "latency=0.7", "--couple-channels", "--prune-mode", "filter-a", "--budget-threads", "1"]
+    folder = prune(*options, "--prune-steps", "2", rates=())
+    table = json.loads((folder / "latency_table.json").read_text())
+    assert 0.6 < table["measured"]["predicted"] <= 0.7 and 0.6 < table["measured"]["measured"] <= 0.735
+    log = (tmp_path / "pruning.txt").read_text()
+    assert log.count("latency by") == 1 and "WARNING: --budget" not in log
+
+    slower = tmp_path / "slower.json"
+    slower.write_text(json.dumps({**table, "slope": table["slope"] * 1.5}))
+    options = [*options[:-2], "--budget-table", str(slower)]
+    prune(*options, rates=(), name="slower")
+    assert "WARNING: --budget latency=0.7: the network takes 0." in (tmp_path / "pruning.txt").read_text()
+
+
 def test_proportions_follow_from_what_each_layer_loses_alone(prune, trained_run, tmp_path, run_script):
     file = tmp_path / "layers.json"
     options = ["--t-path", str(trained_run / "model_best.pt"), "--s-copy-t", "--prune-mode", "filter-l2"]

@@ -55,6 +55,10 @@ class Parser(argparse.ArgumentParser):
         """
         self.rules.append(Rule(frozenset(names), where, only))
 
+    def names_in(self, title: str) -> list[str]:
+        """The flags of the argument group of this title, as they are called in the namespace."""
+        return [name for group in self._action_groups if group.title == title for name in names_of(group)]
+
     def names(self) -> set[str]:
         """All flags so far, as they are called in the namespace."""
         return {action.dest for action in self._actions} - {"help"}

@@ -1,9 +1,10 @@
 """Many processes, one training: what `torchrun` started, and plain single-process runs in the same form."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor
 from utils.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
+PATIENCE = timedelta(days=1)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,17 @@ def same_everywhere(values: Sequence[object]) -> list[object]:
     if dist.is_initialized():
         dist.broadcast_object_list(shared, src=0)
     return shared
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """What `compute()` gives in the main process, in every process; the others wait for it however long it takes."""
+    if not dist.is_initialized():
+        return compute()
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    shared = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared, src=0, group=patient)
+    dist.destroy_process_group(patient)
+    return shared[0]
 
 
 def broadcast_from_main(tensors: Iterable[Tensor]) -> None:

@@ -81,6 +81,7 @@ def timed_in_turn(
     """As `interleaved_seconds`, of functions that may take microseconds: short ones run several times in a measurement."""
     stopwatches = {}
     for name, function in functions.items():
+        time.sleep(_pause_seconds(pausing, device))
         function()
         taken = seconds_of(function, device=device)
         repeats = min(100, max(1, round(least_seconds / max(taken, 1e-9))))
