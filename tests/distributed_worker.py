@@ -31,7 +31,7 @@ from prune.masks import choose_filters, keep_ratios, prunable_layers
 from utils import cli, engine, profile
 from utils.data import Batch, ImageData
 from utils.datasets import Dataset, SmallImages
-from utils.distributed import World, join, leave, sum_over_processes, world_from_environment
+from utils.distributed import World, from_main, join, leave, sum_over_processes, world_from_environment
 from utils.engine import CrossEntropyObjective, prepare_step, sgd, train_step
 from utils.errors import Interrupted
 from utils.files import save_checkpoint
@@ -179,9 +179,20 @@ def numbered_data(world: World, *, train_images: int = 8, test_images: int = 8, 
     return ImageData(dataset, batch_size=batch_size, seed=1, device=CPU, world=world)
 
 
+def computed_by_the_main_process(world: World) -> dict[str, Tensor]:
+    return {"rank": torch.tensor(from_main(lambda: world.rank))}
+
+
 SCENARIOS: dict[str, Callable[[World], dict[str, Tensor]]] = {
     scenario.__name__: scenario
-    for scenario in (gradients_of_a_step, scores_and_choices, parameters_after_afd, recalibrated_statistics, tested_images)
+    for scenario in (
+        gradients_of_a_step,
+        scores_and_choices,
+        parameters_after_afd,
+        recalibrated_statistics,
+        tested_images,
+        computed_by_the_main_process,
+    )
 }
 
 

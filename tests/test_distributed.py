@@ -95,6 +95,10 @@ def test_recalibrated_statistics_are_the_same_bits_everywhere(found):
         torch.testing.assert_close(of_main[name], statistic, rtol=0.02, atol=1e-6 if "var" not in name else 0.01)
 
 
+def test_all_have_what_the_main_process_computed(found):
+    assert [process["computed_by_the_main_process"]["rank"].item() for process in found] == [0, 0]
+
+
 def test_every_test_image_counts_once(found):
     seen = [process["tested_images"]["seen"].tolist() for process in found]
     assert sorted([*seen[0], *seen[1]]) == list(range(21)) and all(seen)
