@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
@@ -24,7 +25,7 @@ class Call:
     carriers: frozenset[str]
     shared: frozenset[str]
 
-    @property
+    @cached_property
     def module(self) -> nn.Module:
         return self.model.get_submodule(self.node.target)
 

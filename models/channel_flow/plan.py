@@ -1,5 +1,6 @@
 """Gives every node of a graph its step, by the rule of its operation."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -107,4 +108,4 @@ def _shared_layers(graph: fx.Graph, model: nn.Module) -> frozenset[str]:
         if node.op == "get_attr" and not is_mode(node):
             owners.setdefault(id(attribute(model, node.target)), set()).add(node.target)
     tied = [name for names in owners.values() if len(names) > 1 for name in names]
-    return frozenset(tied) | frozenset(name for name in calls if calls.count(name) > 1)
+    return frozenset(tied) | frozenset(name for name, times in Counter(calls).items() if times > 1)

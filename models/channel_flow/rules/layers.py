@@ -72,7 +72,7 @@ def _evened(channels: Sequence[int], groups: Sequence[int], size: int) -> tuple[
             members[channel // size].append(channel)
     count = max(1, *(len(own) for own in members.values()))
     for group, own in members.items():
-        spare = [channel for channel in range(group * size, (group + 1) * size) if channel not in own]
+        spare = sorted({*range(group * size, (group + 1) * size)} - {*own}) if len(own) < count else []
         members[group] = sorted(own + spare[: count - len(own)])
     return tuple(channel for group in groups for channel in members[group])
 
