@@ -1,7 +1,8 @@
 """How many channels each layer keeps: a proportion of each, or what a budget of the whole network's cost pays for.
 
 `uniform`: every layer the same proportion, as the papers on filter criteria do. `global`: the groups of all layers are ranked
-together by score per unit of cost, each layer's scores divided by their mean so that layers can be compared.
+together by the sum of their filters' scores per unit of cost, each layer's scores divided by their mean so that layers can be
+compared.
 """
 
 import bisect
@@ -197,8 +198,8 @@ def _uniform_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) -
 def _global_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) -> list[Counts]:
     """The counts when the groups of all families come back one after the other, the most valuable for its cost first.
 
-    A group costs what its whole family does above its floor, by their number: where times rise in steps, a single one of them
-    may seem to be free.
+    A group is worth the sum of its filters' scores, as it costs what all of them do: what its whole family does above its floor,
+    by their number, for where times rise in steps a single group may seem to be free.
     """
     whole, counts = _whole(families), list(_fewest(families))
     prices = []
@@ -206,7 +207,7 @@ def _global_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) ->
         least = tuple(floor if other == place else count for other, count in enumerate(whole))
         prices.append(max((cost(whole) - cost(least)) / max(whole[place] - floor, 1), 1))
     order = sorted(
-        (-family.scores[rank] / price, place, -rank)
+        (-family.scores[rank] * len(family.groups[rank].filters) / price, place, -rank)
         for place, (family, price) in enumerate(zip(families, prices, strict=True))
         for rank in range(len(family.groups) - family.most, len(family.groups) - counts[place])
     )

@@ -79,6 +79,13 @@ def test_global_takes_a_dear_group_in_the_place_of_cheap_ones_to_come_close():
     assert counts_within(Budget("macs", 0.69), [dear, cheap], cost=prices, allocation="global") == (6, 9)
 
 
+def test_a_group_is_worth_all_of_its_filters():
+    pairs = tuple(ChannelGroup((("a", channel), ("b", channel))) for channel in range(10))
+    stream, inner = Family(pairs, (1.0,) * 10, 1, FLOOR), family(10, name="c", scores=[1.0] * 10)
+    prices = cost_of(15, 10)  # 2 filters for 15 against 1 for 10
+    assert counts_within(Budget("macs", 0.64), [stream, inner], cost=prices, allocation="global") == (10, 1)
+
+
 def test_a_group_costs_its_share_of_what_its_family_does():
     steps, even = family(16, scores=[1.0] * 16), family(16, name="b", scores=[1.1] * 16)
 
