@@ -19,8 +19,9 @@ from models.network_file import NetworkFile
 from prune.allocation import FLOOR, parse_budget
 from prune.choice import FilterChoice
 from prune.flags import AUTO, add_pruning_flags, rates_file, say_what_trains
-from prune.forms import build_schedule, check_compact_form, training_form
+from prune.forms import build_schedule, check_compact_form
 from prune.masks import PrunableLayer, keep_ratios, prunable_layers
+from prune.measured_forms import trains_faster_small
 from prune.networks import build_networks, network_names, path_of, read_checked, read_files
 from prune.preview import print_pruning
 from prune.record import describe_pruned, finish, log_accuracy, log_pruning, log_step
@@ -254,11 +255,10 @@ def schedule_of(
         soft_interval=(args.prune_interval or 1) if args.soft_prune else None,
         steps=args.prune_steps,
         last_epoch=args.n_epochs - 1,
-        form="masked"
-        if choose.is_whole or (args.prune_steps > 1 and args.ema is not None)
-        else training_form(args.train_form, choose.data.device, amp=args.amp, compiled=args.compile),
+        form="masked" if choose.is_whole or (args.prune_steps > 1 and args.ema is not None) else args.train_form,
         images=choose.data.example,
         warn=run.warn,
+        is_faster_small=partial(trains_faster_small, choose, steps=args.prune_steps, amp=args.amp, compiled=args.compile),
         on_choice=partial(log_later_step, args, run, table, choose),
         state=state,
     )

@@ -10,19 +10,21 @@ multiply-accumulates. "-" stands where something fails. All times are of one run
 
 import argparse
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import add_common_flags, machine, report
+from benchmarks.common import add_common_flags, machine, report, synthetic_batch, write_results
 from benchmarks.inference import tasks
 from deploy.latency import LatencyTable, calibrate, measure_table
 from models import build_model, check_model
 from models.narrow import NarrowNetwork
 from prune.allocation import FLOOR, Budget
 from prune.choice import FilterChoice
+from prune.cost import Widths
 from prune.masks import keep_ratios, prunable_layers
 from prune.schedule import PhysicalPruning
 from utils import cli
@@ -60,13 +62,17 @@ def get_args_parser() -> cli.Parser:
 
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device, None, World())
-    rows = [row for model in args.model for row in measure(model, args, device=device)]
-    report("budgets", rows, output=args.output, machine=machine(device), rounds=args.rounds, image_side=args.image_side)
+    about = {"output": args.output, "machine": machine(device), "rounds": args.rounds, "image_side": args.image_side}
+    rows = []
+    for model in args.model:
+        rows += measure(model, args, device=device)
+        write_results("budgets", rows, **about)  # the next one may take an hour
+    report("budgets", rows, **about)
 
 
 def measure(model: str, args: argparse.Namespace, *, device: torch.device) -> list[dict[str, Any]]:
-    example = torch.randn(2, 3, args.image_side, args.image_side, generator=torch.Generator().manual_seed(0))
-    networks = {"dense": build(model)}
+    example = synthetic_batch(2, device=device, image_side=args.image_side).images
+    networks = {"dense": to_device(build(model), device)}
     for form in FORMS:
         try:
             networks[form] = pruned(model, args, form, example)
@@ -103,17 +109,28 @@ def build(model: str) -> nn.Module:
     return build_model(model, num_classes=10).eval()
 
 
+def choice_within(
+    budget: Budget,
+    network: nn.Module,
+    example: Tensor,
+    *,
+    coupled: bool,
+    multiple: int,
+    seconds: Callable[[Widths], float] | None = None,
+) -> FilterChoice:
+    """Filters by L1 norm that meet the `budget`; one of time is counted by `seconds`."""
+    layers = prunable_layers(network, example=example)
+    setting = {"criterion": "filter-a", "data": SimpleNamespace(example=example), "seed": 0, "multiple": multiple}
+    return FilterChoice(network, layers, keep_ratios(layers, [FLOOR]), **setting, coupled=coupled, budget=budget, seconds=seconds)
+
+
 def pruned(model: str, args: argparse.Namespace, form: str, example: Tensor) -> nn.Module:
     kind, coupled, multiple = FORMS[form]
-    network, budget = build(model), Budget(kind, args.budget)
-    layers = prunable_layers(network, example=example)
+    network, budget = to_device(build(model), example.device), Budget(kind, args.budget)
 
     def choice(table: LatencyTable | None) -> FilterChoice:
         seconds = table.seconds if table is not None else None
-        setting = {"criterion": "filter-a", "data": SimpleNamespace(example=example), "seed": 0, "multiple": multiple}
-        return FilterChoice(
-            network, layers, keep_ratios(layers, [FLOOR]), **setting, coupled=coupled, budget=budget, seconds=seconds
-        )
+        return choice_within(budget, network, example, coupled=coupled, multiple=multiple, seconds=seconds)
 
     table = None
     if kind == "latency":
@@ -128,7 +145,7 @@ def pruned_by_another(model: str, example: Tensor, *, macs: float) -> nn.Module:
     import torch_pruning
 
     def remaining(ratio: float) -> nn.Module:
-        network = build(model)
+        network = to_device(build(model), example.device)
         last = [layer for layer in network.modules() if getattr(layer, "out_features", None) == 10]
         importance = torch_pruning.importance.MagnitudeImportance(p=1)
         torch_pruning.pruner.MagnitudePruner(

@@ -45,6 +45,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "device": device.type,
         "cpu": cpu_name(),
+        "cpu_vectors": torch.backends.cpu.get_cpu_capability(),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -77,6 +78,12 @@ def report(
     """Prints the table of `rows` and the machine, and writes all of it with the settings to `output` as JSON."""
     print(table(rows))
     print("; ".join(f"{name} {value}" for name, value in {**machine, **settings}.items()))
+    write_results(benchmark, rows, output=output, machine=machine, **settings)
+
+
+def write_results(
+    benchmark: str, rows: Sequence[Mapping[str, Any]], *, output: Path, machine: Mapping[str, Any], **settings: Any
+) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     document = {"benchmark": benchmark, "machine": dict(machine), "settings": settings, "rows": [dict(row) for row in rows]}
     write_atomic(output, (json.dumps(document, indent=2, default=str) + "\n").encode())

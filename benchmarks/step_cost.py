@@ -92,11 +92,18 @@ def plain_step(network: nn.Module, batch: Batch, *, mode: str) -> Callable[[], N
 
 
 def pruned_step(network: nn.Module, batch: Batch, *, form: str, loss: str, keep_ratio: float, mode: str) -> Callable[[], None]:
-    """A step of a pruned copy of `network` that learns from `network` by `loss`, with KD as `pruning.py` adds it."""
+    """A step of a pruned copy of `network` that learns from `network` by `loss`."""
     schedule = build_schedule(copy.deepcopy(network), form, keep_ratio)
     student = schedule.trained_network() if isinstance(schedule, PruningSchedule) else copy.deepcopy(network)
+    return distilled_step(student, schedule, network, batch, loss=loss, mode=mode)
+
+
+def distilled_step(
+    student: nn.Module, hooks: Hooks, teacher: nn.Module, batch: Batch, *, loss: str, mode: str
+) -> Callable[[], None]:
+    """A step of `student`, which `hooks` keep pruned, that learns from `teacher` by `loss`, with KD as `pruning.py` adds it."""
     student = to_device(student, batch.images.device).train()
-    return _runnable(distillation_objective(student, network, loss, batch.images[:8]), schedule, batch, mode=mode)
+    return _runnable(distillation_objective(student, teacher, loss, batch.images[:8]), hooks, batch, mode=mode)
 
 
 def build_schedule(network: nn.Module, form: str, keep_ratio: float) -> Hooks:

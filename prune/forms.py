@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prune.choice import FilterChoice
@@ -32,6 +31,7 @@ def build_schedule(
     form: str,
     images: Tensor,
     warn: Callable[[str], None],
+    is_faster_small: Callable[[Mapping[str, Tensor]], bool] = lambda kept: True,
     on_choice: Callable[[PruningSchedule, int], None] = lambda schedule, step: None,
     state: Mapping[str, Any] | None = None,
 ) -> PruningSchedule:
@@ -39,9 +39,9 @@ def build_schedule(
 
     `soft_interval` is the number of epochs between soft prunings, None for hard pruning. In several `steps` that goes on over the
     first epochs, and `on_choice(schedule, step)` hears of the later ones. It trains the network in `form`, compact or masked, and
-    a resumed run in the one that it began with. With form auto it is the compact one if that evaluates and trains as the masked
-    one does on `images`, which is proved before; if not, `warn` is told why, and the masked one is trained. Raises UserError
-    where form compact does not pass.
+    a resumed run in the one that it began with. With form auto it is the compact one if `is_faster_small(kept)`, and if that
+    evaluates and trains as the masked one does on `images`, which is proved before; if not, `warn` is told why, and the masked
+    one is trained. Raises UserError where form compact does not pass.
     """
     if soft_interval is not None:
         return SoftPruning(network, choose, interval=soft_interval, last_epoch=last_epoch)
@@ -52,7 +52,7 @@ def build_schedule(
     if state is not None:
         return (small if _was_trained_small(state) else masked)(network, state["resume"]["hooks"]["kept"], example=images)
     kept = choose() if steps == 1 else choose.at_step(0, steps, None)()
-    if form == "masked":
+    if form == "masked" or (form == "auto" and not is_faster_small(kept)):
         return masked(network, kept, example=images)
     schedule, reason = _proved(small, network, kept, images)
     if any_process(schedule is None):
@@ -88,11 +88,6 @@ def _proved(
     except UserError as error:
         return None, str(error)
     return schedule, None
-
-
-def training_form(form: str, device: torch.device, *, amp: bool, compiled: bool) -> str:
-    """What `--train-form` means: auto is masked where that is faster, as measured (docs/performance.md)."""
-    return "masked" if form == "auto" and (device.type != "cpu" or amp or compiled) else form
 
 
 def _was_trained_small(state: Mapping[str, Any]) -> bool:

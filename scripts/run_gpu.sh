@@ -64,6 +64,8 @@ study() {
 
 once tests "$PYTHON" -m pytest -q -m gpu
 step_costs resnet56
+once train_forms "$PYTHON" -m benchmarks.train_forms --device cuda --output "$SAVE_DIR/gpu-steps/train_forms.json" \
+  --table "$SAVE_DIR/gpu-steps/measured_forms.json"
 read -ra ALL_SEEDS <<<"$SEEDS"
 study "${ALL_SEEDS[0]}"
 if ((${#ALL_SEEDS[@]} > 1)); then study "${ALL_SEEDS[@]:1}"; fi

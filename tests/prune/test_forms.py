@@ -13,7 +13,7 @@ from random_networks import RandomNetwork, network_descriptions
 from torch import Tensor, nn
 
 from models import build_model
-from prune.forms import build_schedule, check_compact_form, training_form
+from prune.forms import build_schedule, check_compact_form
 from prune.masks import PrunableLayer, choose_filters, keep_ratios, prunable_layers
 from prune.schedule import HardPruning, PhysicalPruning, SoftPruning
 from utils.errors import UserError
@@ -272,12 +272,16 @@ def test_the_compact_form_is_checked_without_a_change():
         check_compact_form(TwoFaced(), kept_half(TwoFaced()), images())
 
 
-def test_which_form_is_the_faster_one():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert training_form("auto", cpu, amp=False, compiled=False) == "auto"
-    assert training_form("auto", cuda, amp=False, compiled=False) == "masked"
-    assert training_form("auto", cpu, amp=True, compiled=False) == "masked"
-    assert training_form("compact", cuda, amp=True, compiled=True) == "compact"
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_auto_trains_the_form_that_is_the_faster_one(is_faster):
+    asked = []
+    options = {"soft_interval": None, "last_epoch": 3, "images": images(), "warn": pytest.fail}
+    options["is_faster_small"] = lambda kept: asked.append(kept) or is_faster
+    for form, expected in {"auto": is_faster, "compact": True, "masked": False}.items():
+        model = Operations()
+        schedule = build_schedule(model, lambda model=model: kept_half(model), form=form, **options)
+        assert isinstance(schedule, PhysicalPruning if expected else HardPruning)
+    assert [kept.keys() for kept in asked] == [{"conv_a", "conv_b"}]
 
 
 def test_a_computed_weight_cannot_be_pruned():

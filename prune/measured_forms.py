@@ -1,0 +1,93 @@
+"""Which form trains faster, the small network or the large one with zeros: looked up in what was measured.
+
+The table beside this file is written by `benchmarks.train_forms`. Pruning itself times nothing: a command stays the same
+computation wherever it runs, and whatever else runs there.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prune.choice import FilterChoice
+from prune.masks import PrunableLayer
+from utils.errors import UserError
+from utils.files import write_atomic
+
+TABLE = Path(__file__).with_suffix(".json")
+MULTIPLES = (8, 1)  # of which the numbers of filters are, that the table tells apart
+SAME_MACS = 0.05  # shares of multiply-accumulates that are so near count as one
+TIME = "compact in masked steps"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the table knows a training step by: where and how it runs, and the widths of the small network.
+
+    `macs` is what is left of the dense network's multiply-accumulates.
+    """
+
+    device: str
+    amp: bool
+    compiled: bool
+    multiple: int
+    coupled: bool
+    macs: float
+
+
+def trains_faster_small(choose: FilterChoice, kept: Mapping[str, Tensor], *, steps: int, amp: bool, compiled: bool) -> bool:
+    """Whether the small network that `choose` leaves after the last of `steps` is the faster form; `kept` is of the first."""
+    if steps > 1:
+        kept = choose.without_pass()()
+    try:
+        macs = choose.share_of_macs(kept)
+    except UserError:  # of a network that has no small form, which the proof says of it
+        return True
+    widths = {"multiple": multiple_of(kept, choose.layers), "coupled": choose.coupled, "macs": macs}
+    return is_faster_small(Step(choose.data.device.type, amp=amp, compiled=compiled, **widths))
+
+
+def is_faster_small(step: Step, *, table: Path = TABLE) -> bool:
+    """Whether training the small network takes less time than the large one with zeros.
+
+    It does if it did on every machine that measured such a step with as many multiply-accumulates left, or the next more; where
+    none did, it is taken not to. Widths that were not measured count as odd ones.
+    """
+    alike = [
+        row for row in _read(table) if all(row[key] == getattr(step, key) for key in ("device", "amp", "compiled", "coupled"))
+    ]
+    own = [row for row in alike if row["multiple"] == step.multiple] or [row for row in alike if row["multiple"] == 1]
+    nearest: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in sorted(own, key=lambda row: -row["macs"]):
+        if row["macs"] + SAME_MACS >= step.macs:
+            nearest[row["hardware"], row["network"]] = row
+    return bool(nearest) and all(row[TIME] < 1 for row in nearest.values())
+
+
+def multiple_of(kept: Mapping[str, Tensor], layers: Sequence[PrunableLayer]) -> int:
+    """The largest of `MULTIPLES` of which all `layers` that lose filters keep as many."""
+    widths = [len(kept[layer.name]) for layer in layers if layer.name in kept and len(kept[layer.name]) < layer.filters]
+    return next(multiple for multiple in MULTIPLES if all(width % multiple == 0 for width in widths))
+
+
+def record(times: Mapping[Step, float], *, hardware: str, network: str, table: Path = TABLE) -> None:
+    """Puts the `times` of the compact form, in masked steps, into the table, in the place of those that it had of the same."""
+    rows = {_key(row): row for row in (_read(table) if table.exists() else [])}
+    for step, taken in times.items():
+        row = {"hardware": hardware, "network": network, **asdict(step), TIME: taken}
+        rows[_key(row)] = row
+    write_atomic(table, ("[\n  " + ",\n  ".join(map(json.dumps, rows.values())) + "\n]\n").encode())
+    _read.cache_clear()
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(value for name, value in row.items() if name != TIME)
+
+
+@cache
+def _read(table: Path) -> list[dict[str, Any]]:
+    return json.loads(table.read_text())
