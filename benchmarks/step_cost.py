@@ -49,14 +49,20 @@ def get_args_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = choose_device(args.device, None, World())
-    for mode in args.modes:
-        amp, compiled = MODES[mode]
-        check_acceleration(device=device, amp=amp, compiled=compiled, sync_bn=False)
+    device = checked_device(args)
     batch = synthetic_batch(args.batch_size, device=device)
     rows = [row for mode in args.modes for form in args.forms for row in measure(args, mode=mode, form=form, batch=batch)]
     settings = {"model": args.model, "batch_size": args.batch_size, "prune_rate": args.prune_rate, "rounds": args.rounds}
     report("step_cost", rows, output=args.output, machine=machine(device), **settings)
+
+
+def checked_device(args: argparse.Namespace) -> torch.device:
+    """The device of `--device`. Raises UserError unless it can run steps in all of `--modes`."""
+    device = choose_device(args.device, None, World())
+    for mode in args.modes:
+        amp, compiled = MODES[mode]
+        check_acceleration(device=device, amp=amp, compiled=compiled, sync_bn=False)
+    return device
 
 
 def measure(args: argparse.Namespace, *, mode: str, form: str, batch: Batch) -> list[dict[str, Any]]:

@@ -18,17 +18,15 @@ import torch
 
 from benchmarks.budgets import build, choice_within
 from benchmarks.common import add_common_flags, machine, report, synthetic_batch
-from benchmarks.step_cost import MODES, distilled_step, plain_step
+from benchmarks.step_cost import MODES, checked_device, distilled_step, plain_step
 from models import MODELS
 from prune.allocation import Budget
 from prune.measured_forms import MULTIPLES, TABLE, Step, record
 from prune.schedule import HardPruning, PhysicalPruning
 from utils import cli
 from utils.data import Batch
-from utils.distributed import World
-from utils.engine import check_acceleration
 from utils.profile import profile_network
-from utils.setup import choose_device, to_device
+from utils.setup import to_device
 from utils.timing import interleaved_seconds, median_ratio
 
 FORMS = {"compact": PhysicalPruning, "masked": HardPruning}
@@ -49,10 +47,7 @@ def get_args_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = choose_device(args.device, None, World())
-    for mode in args.modes:
-        amp, compiled = MODES[mode]
-        check_acceleration(device=device, amp=amp, compiled=compiled, sync_bn=False)
+    device = checked_device(args)
     batch = synthetic_batch(args.batch_size, device=device)
     widths = product(args.modes, args.budgets, (False, True), sorted(MULTIPLES))
     rows = [
