@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 
 from deploy.onnx import PRODUCER
-from deploy.runtimes import Runner, session_runner
+from deploy.runtimes import Runner, inference_session, session_runner
 from utils.errors import UserError, naming, shown
 from utils.files import open_regular
 from utils.image_spec import FIELDS, ImageSpec, read_image_spec
@@ -24,10 +24,6 @@ class OnnxFile:
 
 def read_onnx(path: str | os.PathLike, *, flag: str) -> OnnxFile:
     """Opens an ONNX file that export.py wrote, in onnxruntime. Raises UserError for any other file."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError("onnxruntime is not installed, pip install -r requirements-export.txt") from error
     origin = f"{flag} {path}"
     try:
         with open_regular(path) as file:
@@ -35,7 +31,9 @@ def read_onnx(path: str | os.PathLike, *, flag: str) -> OnnxFile:
     except OSError as error:
         raise UserError(f"{origin}: cannot be read: {error.strerror or error}") from error
     try:
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        session = inference_session(content)
+    except UserError:
+        raise
     except Exception as error:  # onnxruntime has an exception for each of its states
         raise UserError(f"{origin}: is no ONNX file that onnxruntime runs ({shown(str(error), 100)})") from error
     about = session.get_modelmeta()

@@ -88,9 +88,10 @@ hard() {
   leading
 }
 
+# leading: what did best in criteria and losses (docs/benchmark.md), and the baselines.
 leading() {
   local row
-  for row in r:none a:none gm:none nggm:none nggm:kd nggm:dkd nggm:hap a:hap; do
+  for row in r:none a:none nggm:none nggm:kd nggm:hap gm:hap nggm:at nggm:afd nggm:reviewkd; do
     add_row "${row%:*}" "${row#*:}"
   done
 }
