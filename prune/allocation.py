@@ -264,4 +264,4 @@ def kept_channels(families: Sequence[Family], counts: Counts, *, filters: Mappin
         for group in family.groups[: len(family.groups) - count]:
             for name, channel in (*group.filters, *group.norms):
                 gone.setdefault(name, set()).add(channel)
-    return {name: [channel for channel in range(full) if channel not in gone.get(name, ())] for name, full in filters.items()}
+    return {name: sorted({*range(full)} - gone.get(name, set())) for name, full in filters.items()}

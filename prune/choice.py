@@ -181,14 +181,18 @@ class FilterChoice:
         return self.cost({layer.name: range(layer.filters) for layer in everything})
 
     def _kept(self, families: Sequence[Family], counts: Sequence[int]) -> dict[str, list[int]]:
-        shared = {name for groups in self._groups for group in groups for name, _ in group.norms}
-        filters = {layer.name: layer.filters for layer in self.layers}
-        norms = {norm.name: norm.filters for norm in shared_norms(self.network, self.layers) if norm.name in shared}
-        kept = kept_channels(families, counts, filters=filters | norms)
+        kept = kept_channels(families, counts, filters=self._filters)
         if not self._goes_on:
             return kept
         earlier = {name: sorted(self._left[name]) for name in self._left.keys() - kept.keys()}
         return {name: [each for each in kept[name] if each in self._left.get(name, (each,))] for name in kept} | earlier
+
+    @cached_property
+    def _filters(self) -> dict[str, int]:
+        """Of the layers and of those norms of several layers whose channels go with them."""
+        shared = {name for groups in self._groups for group in groups for name, _ in group.norms}
+        norms = {norm.name: norm.filters for norm in shared_norms(self.network, self.layers) if norm.name in shared}
+        return {layer.name: layer.filters for layer in self.layers} | norms
 
     @cached_property
     def _groups(self) -> list[list[ChannelGroup]]:

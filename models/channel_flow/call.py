@@ -1,9 +1,8 @@
 """What a rule is given and how it is registered: the contract of the files in `rules`."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
@@ -21,13 +20,14 @@ class Call:
     node: fx.Node
     steps: dict[fx.Node, Step]
     model: nn.Module
+    modules: Mapping[str, nn.Module]
     live_outputs: LiveOutputs
     carriers: frozenset[str]
     shared: frozenset[str]
 
-    @cached_property
+    @property
     def module(self) -> nn.Module:
-        return self.model.get_submodule(self.node.target)
+        return self.modules[self.node.target]
 
     @property
     def source(self) -> fx.Node:

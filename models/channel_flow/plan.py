@@ -1,6 +1,7 @@
 """Gives every node of a graph its step, by the rule of its operation."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -28,9 +29,10 @@ def plan_channels(graph: fx.Graph, model: nn.Module, *, live_outputs: LiveOutput
     result that would not exist otherwise: see `missing_carriers`.
     """
     steps: dict[fx.Node, Step] = {}
-    shared = _shared_layers(graph, model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    shared = _shared_layers(graph, model, modules)
     for node in graph.nodes:
-        call = Call(node, steps, model, live_outputs, carriers, shared)
+        call = Call(node, steps, model, modules, live_outputs, carriers, shared)
         step = rule_of(call)(call) if not _has_hooks(call) else replace(opaque(call), why_whole="hooks run with it")
         if isinstance(step.out, Channels) and not step.out.members:  # a layer, whose own channels these are
             step.out = replace(step.out, members=_own_members(node.target, call.module, step.out.full))
@@ -96,13 +98,12 @@ def missing_carriers(plan: Plan) -> frozenset[str]:
     return missing
 
 
-def _shared_layers(graph: fx.Graph, model: nn.Module) -> frozenset[str]:
+def _shared_layers(graph: fx.Graph, model: nn.Module, modules: Mapping[str, nn.Module]) -> frozenset[str]:
     """Names of layers that are called twice or share a tensor: two readers could ask for different channels of them."""
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     owners: dict[int, set[str]] = {}
     for name in set(calls):
-        layer = model.get_submodule(name)
-        for tensor in (*layer.parameters(), *layer.buffers()):
+        for tensor in (*modules[name].parameters(), *modules[name].buffers()):
             owners.setdefault(id(tensor), set()).add(name)
     for node in graph.nodes:
         if node.op == "get_attr" and not is_mode(node):

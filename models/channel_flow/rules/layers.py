@@ -55,6 +55,9 @@ def _cut_groups(conv: nn.Module, live: Sequence[int], stored: Sequence[int]) -> 
     Groups must stay of one size: groups without a live filter go, the others are evened up with their lowest dead filters
     and input channels to the largest of them.
     """
+    if conv.groups == 1:
+        inputs = tuple(sorted(stored)) or (0,)
+        return LayerCut(tuple(sorted(live)), (inputs,)), inputs
     filters, reads = conv.out_channels // conv.groups, conv.in_channels // conv.groups
     used = sorted({row // filters for row in live})
     rows = _evened(live, used, filters)
