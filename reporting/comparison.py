@@ -18,7 +18,7 @@ from scipy import stats
 from utils.hits import TestHits
 
 LEVEL = 0.95
-FAR_MORE = 10.0  # times the median variance: of three seeds that is reached by chance once in a thousand methods
+FAR_MORE = 10.0  # times the median variance: of three seeds and methods, reached by chance in two tables of a hundred
 
 
 class Scores(NamedTuple):
@@ -43,15 +43,16 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Differences from the baseline by method; `seeds` they rest on, and whether the draw of test images is part of the error.
+    """Differences from the baseline by method, and the `seeds` they rest on.
 
-    `unlike` are the methods whose error is their own, for they differ far more from seed to seed.
+    `without_images` are the methods in whose errors the draw of test images has no part, for which of them they or the baseline
+    hit is not known; `unlike` those whose error is their own, for they differ far more from seed to seed.
     """
 
     baseline: str
     seeds: tuple[int, ...]
     differences: dict[str, Difference]
-    covers_images: bool
+    without_images: tuple[str, ...] = ()
     unlike: tuple[str, ...] = ()
 
 
@@ -71,17 +72,17 @@ def compare(methods: Mapping[str, Scores], baseline: str) -> Comparison | None:
     alike = [scores for name, scores in complete.items() if name not in unlike]
     table = np.array([[scores.accuracies[seed] for seed in seeds] for scores in alike])  # (methods, seeds)
     of_seeds, freedom = residual_variance(table) if len(alike) > 1 else (0.0, 0)
-    covers_images = all(_are_comparable(scores.hits, own.hits, seeds) for scores in others.values())
+    with_images = [name for name, scores in others.items() if _are_comparable(scores.hits, own.hits, seeds)]
     differences = {}
     for name, scores in others.items():
-        images = 0.0
-        if covers_images:
-            images = image_variance(*([each.hits[seed].hits for seed in seeds] for each in (scores, own)))
+        draw = luck = 0.0
+        if name in with_images:
+            draw, luck = image_variances(*([each.hits[seed].hits for seed in seeds] for each in (scores, own)))
         error = (paired[name].var(ddof=1), len(seeds) - 1) if name in unlike else (2 * of_seeds, freedom)
-        seed_part = float(error[0]) / len(seeds)
+        seed_part = max(float(error[0]) / len(seeds), luck)
         mean = float(paired[name].mean())
-        differences[name] = _difference(mean, seed_part=seed_part, image_part=images, freedom=error[1], count=len(others))
-    return Comparison(baseline, seeds, differences, covers_images, tuple(unlike))
+        differences[name] = _difference(mean, seed_part=seed_part, image_part=draw, freedom=error[1], count=len(others))
+    return Comparison(baseline, seeds, differences, tuple(name for name in others if name not in with_images), tuple(unlike))
 
 
 def _unlike(variances: Mapping[str, float]) -> list[str]:
@@ -97,10 +98,11 @@ def residual_variance(table: np.ndarray) -> tuple[float, int]:
     return float((residual**2).sum() / freedom), freedom
 
 
-def image_variance(hits: Sequence[np.ndarray], baseline_hits: Sequence[np.ndarray]) -> float:
-    """What the draw of N test images adds to the variance of the mean difference over S seeds, in squared points.
+def image_variances(hits: Sequence[np.ndarray], baseline_hits: Sequence[np.ndarray]) -> tuple[float, float]:
+    """What images add to the variance of the mean difference over S seeds, in squared points: their draw, and luck with them.
 
-    Of (S, N) differences image by image: the mean square of images less that of what remains, over S N; 0 or more.
+    Of (S, N) differences image by image, the draw of the N test images is the mean square of images less that of what remains,
+    over S N, 0 or more. What remains, over S N, is what seeds differ by at least, however alike a few of them came out.
     """
     differences = 100.0 * (np.array(hits, dtype=float) - np.array(baseline_hits, dtype=float))
     seeds, images = differences.shape
@@ -108,7 +110,7 @@ def image_variance(hits: Sequence[np.ndarray], baseline_hits: Sequence[np.ndarra
     of_images = seeds * ((by_image - differences.mean()) ** 2).sum() / (images - 1)
     remaining = differences - by_image - by_seed[:, None] + differences.mean()
     of_remaining = (remaining**2).sum() / ((images - 1) * (seeds - 1))
-    return float(max(of_images - of_remaining, 0) / (seeds * images))
+    return float(max(of_images - of_remaining, 0) / (seeds * images)), float(of_remaining / (seeds * images))
 
 
 def _are_comparable(hits: Mapping[int, TestHits], others: Mapping[int, TestHits], seeds: Sequence[int]) -> bool:
@@ -119,9 +121,9 @@ def _are_comparable(hits: Mapping[int, TestHits], others: Mapping[int, TestHits]
 
 def _difference(mean: float, *, seed_part: float, image_part: float, freedom: int, count: int) -> Difference:
     variance = seed_part + image_part
-    if variance == 0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
-    freedom = freedom * (variance / seed_part) ** 2 if seed_part else np.inf
+    if not seed_part:  # seeds came out alike to the last digit: nothing says by how much they would differ
+        return Difference(mean, -np.inf, np.inf, 1.0)
+    freedom *= (variance / seed_part) ** 2
     error = variance**0.5
     reach = stats.t.ppf(1 - (1 - LEVEL) / (2 * count), freedom) * error
     p = min(1.0, count * 2 * stats.t.sf(abs(mean) / error, freedom))

@@ -102,17 +102,21 @@ def _text(figure: Statistic | None, show: Callable[[Statistic], str]) -> str:
 
 def _caption(found: Comparison, compared: Sequence[Group], left_out: Sequence[str]) -> str:
     count = len(found.differences)
-    reach = max((each.high - each.low) / 2 for name, each in found.differences.items() if name not in found.unlike)
+    reaches = [(each.high - each.low) / 2 for name, each in found.differences.items() if name not in found.unlike]
+    known = [reach for reach in reaches if np.isfinite(reach)]
+    here = f", as here for differences below about {max(known):.1f} points" if known else ""
     picked = max(group.statistic("best_top1").mean - group.statistic("last_top1").mean for group in compared)
-    images = "the seed and the draw of test images" if found.covers_images else "the seed alone"
+    images = "the seed alone" if len(found.without_images) == count else "the seed and the draw of test images"
     seeds = ", ".join(map(str, found.seeds))
     sentences = [
         f"Top-1 after the last epoch with its {LEVEL:.0%} interval over the seeds {seeds}. Differences are from "
         f"{found.baseline}, in points, paired by seed; their errors are those of {images}.",
         f"Intervals and p hold for all {count} of the table together ({LEVEL:.0%}, Bonferroni). Not told apart: the interval has "
-        f"0 in it, as here for differences below about {reach:.1f} points.",
+        f"0 in it{here}.",
         f"The best epoch as picked on the test set would add up to {picked:.2f} points.",
     ]
+    if 0 < len(found.without_images) < count:
+        sentences.append(f"Of the seed alone, for which images were hit was not kept: {'; '.join(found.without_images)}.")
     if found.unlike:
         sentences.append(f"By itself, for its seeds differ far more: {'; '.join(found.unlike)}.")
     if left_out:

@@ -15,7 +15,7 @@ from reporting.panels import COLOURS, LEGEND_LENGTH, MANY, draw_panels, legend_n
 from reporting.tables import bytes_text, milliseconds_text, pflops_text, scaled_text
 from utils.errors import printable
 
-SAME_COST = 0.05  # of the longest axis: costs that differ by no more are drawn as one
+SAME_COST = 0.05  # of the largest cost: those that differ by no more are drawn as one
 MANY_DOTS = 40  # methods that one panel shows as dots
 DOT_HEIGHT = 0.2  # inches a method
 SIZES = ("budget", "prune_rates")  # settings that move a method along its curve
@@ -43,7 +43,7 @@ def accuracy_over_bytes(groups: Sequence[Group]) -> Figure | None:
 
 
 def accuracy_over_pflops(groups: Sequence[Group]) -> Figure | None:
-    return _accuracy_over(groups, "PFLOPs of the training", lambda group: group.statistic("training_pflops"), pflops_text)
+    return _accuracy_over(groups, "PFLOPs of the training", lambda group: group.statistic("training_pflops"), pflops_text, log=True)
 
 
 def shipped_bytes(group: Group) -> Statistic | None:
@@ -64,7 +64,7 @@ def _accuracy_over(
         return show(Statistic(value, None, 1))
 
     def draw(axes: Axes, points: list[Point]) -> float | None:
-        if _costs_the_same(points, log=log):
+        if _costs_the_same(points):
             return _draw_dots(axes, points, cost=f"{label}: {_range(points, text)}")
         axes.set_xscale("log" if log else "linear")
         _draw_curves(axes, points)
@@ -80,7 +80,7 @@ def _accuracy_over(
         points = [_point(group, cost(group).mean) for group in members]
         if all(map(_is_unpruned, points)):
             continue
-        shown = _fewer(points, MANY_DOTS if _costs_the_same(points, log=log) else MANY)
+        shown = _fewer(points, MANY_DOTS if _costs_the_same(points) else MANY)
         panels[panel_title(subject, shown=_methods(shown), all_there_are=_methods(points))] = shown
     return draw_panels(panels, draw) if panels else None
 
@@ -101,13 +101,10 @@ def _pruned_costs(points: Sequence[Point]) -> list[float]:
     return [point.cost for point in points if not _is_unpruned(point)]
 
 
-def _costs_the_same(points: Sequence[Point], *, log: bool) -> bool:
-    """Whether an axis of costs, linear or logarithmic, would show the pruned networks one above the other."""
+def _costs_the_same(points: Sequence[Point]) -> bool:
+    """Whether an axis of costs would show the pruned networks one above the other."""
     costs = _pruned_costs(points)
-    if len(costs) < 3:
-        return False
-    longest = max(costs) if log else max(point.cost for point in points)
-    return max(costs) - min(costs) <= SAME_COST * longest
+    return len(costs) >= 3 and max(costs) - min(costs) <= SAME_COST * max(costs)
 
 
 def _range(points: Sequence[Point], text: Callable[[float], str]) -> str:

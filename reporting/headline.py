@@ -1,6 +1,6 @@
-"""One sentence on one method, for the head of a page: accuracy with its interval, and how much smaller and faster the network is.
+"""One sentence on one method, for the head of a page: accuracy with its interval, and how much smaller the network is.
 
-In a Markdown file it goes between `<!-- headline: METHOD -->` and `<!-- headline:end -->`.
+How much faster it is, a benchmark has to say, beside which nothing else runs. In a Markdown file it goes between `<!-- headline: METHOD -->` and `<!-- headline:end -->`.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from reporting.naming import model_label
 from reporting.tables import bytes_text, markdown_text
 from utils.errors import UserError, shown
 
-NEEDED = ("drop", "macs", "dense_macs", "dense_bytes", "compact_bytes", "speedup")
+NEEDED = ("drop", "macs", "dense_macs", "dense_bytes", "compact_bytes")
 
 
 def headline(groups: Sequence[Group], method: str) -> str:
@@ -26,11 +26,9 @@ def headline(groups: Sequence[Group], method: str) -> str:
     low, high = interval_of_seeds(group.accuracies)
     accuracy, mean = group.statistic("last_top1").mean, {name: figure.mean for name, figure in figures.items()}
     dataset, model = group.subject
-    device = markdown_text(group.first.circumstances["device"])
     return (
         f"{model_label(model)} on {markdown_text(dataset)}, {markdown_text(method)}: "
-        f"**{accuracy:.2f} %** top-1 [{low:.2f}, {high:.2f}] of {accuracy + mean['drop']:.2f} %, "
-        f"{mean['dense_macs'] / mean['macs']:.1f} times fewer multiply-accumulates, {mean['speedup']:.1f} times as fast on "
-        f"{device}, {bytes_text(figures['compact_bytes'])} in place of {bytes_text(figures['dense_bytes'])} "
+        f"**{accuracy:.2f} %** top-1 [{low:.2f}, {high:.2f}] from {accuracy + mean['drop']:.2f} %, "
+        f"{mean['dense_macs'] / mean['macs']:.1f} times fewer multiply-accumulates, {bytes_text(figures['compact_bytes'])} in place of {bytes_text(figures['dense_bytes'])} "
         f"({len(group.records)} seeds, 95 % interval).\n"
     )

@@ -8,6 +8,7 @@ from utils.errors import UserError, shown
 LATENCY_BATCH = 64
 REQUIRED = ("last_top1", "best_top1")
 LARGEST, SHORTEST_MS = 1e24, 1e-6  # of any measure, of a latency
+SIZES = ("parameters", "macs", "dense_macs", "dense_bytes", "compact_bytes", "archive_bytes")  # which no network lacks
 # Places by measure; the first that is there counts. Accuracies in percent.
 PLACES: dict[str, Sequence[tuple[str, ...]]] = {
     "last_top1": [("last", "top1")],
@@ -40,6 +41,9 @@ def measures_of(summary: Mapping[str, Any]) -> dict[str, float]:
     for name in REQUIRED:
         if name not in measures:
             raise UserError(f"its summary is damaged: no {'.'.join(PLACES[name][0])}")
+    for name in SIZES:
+        if measures.get(name) == 0:
+            raise UserError(f"its summary is damaged: {name} of 0")
     return measures | _derived(measures)
 
 

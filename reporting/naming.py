@@ -83,8 +83,8 @@ def _pruned(settings: Mapping[str, Any], *, with_size: bool) -> str:
     if settings.get("couple_channels"):
         parts.append("coupled")
     multiple, batches = settings.get("channel_multiple") or 1, settings.get("recalibrate_bn")
-    if multiple > 1:
-        parts.append(f"multiple of {multiple}")
+    if multiple != 1:
+        parts.append("best multiple" if multiple == "auto" else f"multiple of {multiple}")
     if batches:
         parts.append(f"BN recalibrated over {batches} batch{'' if batches == 1 else 'es'}")
     return ", ".join(parts)
@@ -114,6 +114,8 @@ def _size(settings: Mapping[str, Any]) -> str:
 def _ratio(ratios: Any) -> str:
     if not isinstance(ratios, list):
         return "?"
+    if isinstance(ratios[0], str):
+        return "by sensitivity"
     return f"{ratios[0]:g}" if len(ratios) == 1 else f"{min(ratios):g} to {max(ratios):g} by layer"
 
 

@@ -50,7 +50,8 @@ th[aria-sort=ascending] button::after { content: " \\25B2"; } th[aria-sort=desce
 figure { margin: 1.5rem 0; } figcaption { max-width: 60rem; color: var(--soft); }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 code { font-size: 13px; overflow-wrap: anywhere; } summary { cursor: pointer; }
-@media (max-width: 600px) { body { margin: 1rem auto; padding: 0 .7rem; } th, td { padding: .3rem .4rem; } }
+@media (max-width: 600px) { body { margin: 1rem auto; padding: 0 .7rem; } th, td { padding: .3rem .4rem; }
+  .scroll img { max-width: none; width: 46rem; } }
 @media print { th button::after { content: "" !important; } details, .choices { display: none; }
   figure { break-inside: avoid; } }
 """
@@ -210,7 +211,8 @@ def _listing(heading: str, items: Sequence[str]) -> str:
 
 def _figure(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
-    image = f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}: {escape(picture.caption)}">'
+    alt = escape(f"{picture.title}: {picture.caption}")
+    image = f'<div class="scroll"><img src="data:image/png;base64,{data}" alt="{alt}"></div>'
     return f"<figure>\n<h2>{escape(picture.title)}</h2>\n{image}\n<figcaption>{escape(picture.caption)}</figcaption>\n</figure>"
 
 

@@ -135,9 +135,11 @@ def _compared(groups: Sequence[Group], asked: str) -> str:
 def collect(groups: Sequence[Group], folder: Path) -> None:
     """Copies what a report reads of every run to `folder/<run>/`, or into the study that `folder` names by its suffix.
 
-    Raises UserError if two runs have one name.
+    Runs that were read from there give way to others of their names. Raises UserError if two of the others have one name.
     """
-    runs = [record.files for group in groups for record in group.records]
+    found = [record.files for group in groups for record in group.records]
+    new = {run.place.name for run in found if run.place.parent != folder}
+    runs = [run for run in found if run.place.parent != folder or run.place.name not in new]
     names = [run.place.name for run in runs]
     for name in names:
         if names.count(name) > 1:

@@ -39,15 +39,19 @@ def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
+def _is_file(value: Any) -> bool:
+    return _are(_is_text)(value) and len(value) == 1
+
+
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "seed": _is_whole,
     "n_epochs": _is_whole,
-    "channel_multiple": _or_none(_is_whole),
+    "channel_multiple": _or_none(lambda value: _is_whole(value) or value == "auto"),
     "hap_ts": _or_none(_is_whole),
     "samp_batches": _or_none(_is_whole),
     "alpha": _or_none(_is_number),
     "gamma": _or_none(_is_number),
-    "prune_rates": _or_none(lambda value: _are(_is_number)(value) and value),
+    "prune_rates": _or_none(lambda value: _are(_is_number)(value) and value or _is_file(value)),
     "betas": _or_none(_are(_is_number)),
     "distill": _or_none(_are(_is_text)),
     **dict.fromkeys(("prune_mode", "budget", "allocation", "model", "s_model", "t_model", "data_dir"), _or_none(_is_text)),

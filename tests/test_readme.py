@@ -166,7 +166,7 @@ def test_the_lines_that_use_a_small_network_work_as_they_stand(runtime, trained_
     if runtime != "small":
         pytest.importorskip(runtime)
     pytest.importorskip("onnxruntime")
-    (block,) = (own for own in blocks(README, "python") if own.startswith(f"import {runtime}\n"))
+    (block,) = (own for own in blocks(README + DOCS["deployment.md"], "python") if own.startswith(f"import {runtime}\n"))
     section = README.split("## Use the small network\n")[1].split("\n## ")[0]
     words = [line.replace("saves/pruned", str(trained_run)) for line in COMMANDS if "export.py" in line and line in section]
     wanted = re.search(r"small[\w.-]*\.onnx", block)

@@ -106,6 +106,12 @@ def test_a_thousand_runs_take_less_than_20_seconds(tmp_path):
         ("docs/results.md", "docs/studies/results.jsonl.gz", "docs/figures", README_PICTURES),
         ("docs/ablation.md", "docs/studies/ablation.jsonl.gz", "docs/figures/ablation", ["accuracy_macs"]),
         ("docs/sensitivity.md", "docs/studies/sensitivity.jsonl.gz", "docs/figures", ["sensitivity"]),
+        (
+            "docs/soft_pruning.md",
+            "docs/studies/soft_pruning.jsonl.gz",
+            "docs/figures/soft_pruning",
+            ["accuracy_macs", "learning_curves"],
+        ),
     ],
 )
 def test_documents_have_the_committed_results(tmp_path, name, runs, figures, pictures):

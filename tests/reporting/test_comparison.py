@@ -8,7 +8,7 @@ import pytest
 from saved_runs import write_pruned
 from scipy import stats
 
-from reporting.comparison import Scores, compare, image_variance, interval_of_seeds, residual_variance
+from reporting.comparison import Scores, compare, image_variances, interval_of_seeds, residual_variance
 from reporting.comparison_table import comparison_tables
 from reporting.gather import gather
 from utils.errors import UserError
@@ -59,8 +59,9 @@ def test_the_draw_of_images_by_analysis_of_variance():
     by_image = 2 * ((differences.mean(0) - 25) ** 2).sum() / 3
     remaining = differences - differences.mean(0) - differences.mean(1, keepdims=True) + 25
     assert by_image == pytest.approx(12500 * 2 / 3)
-    assert image_variance(list(ours), list(theirs)) == pytest.approx((by_image - (remaining**2).sum() / 3) / 8)
-    assert image_variance(list(ours), list(ours)) == 0
+    rest = (remaining**2).sum() / 3
+    assert image_variances(list(ours), list(theirs)) == (pytest.approx((by_image - rest) / 8), pytest.approx(rest / 8))
+    assert image_variances(list(ours), list(ours)) == (0, 0)
 
 
 def test_what_cannot_be_compared():
@@ -70,11 +71,20 @@ def test_what_cannot_be_compared():
     assert compare(methods, "a").differences.keys() == {"b"}
 
 
-def test_equal_methods_are_equal_and_constant_ones_certain():
-    equal = compare(without_hits([80.0, 81.0], [80.0, 81.0]), "a").differences["b"]
-    assert (equal.mean, equal.p, equal.is_told_apart) == (0.0, 1.0, False)
-    constant = compare(without_hits([80.0, 81.0], [81.0, 82.0]), "a").differences["b"]
-    assert (constant.mean, constant.p, constant.is_told_apart) == (1.0, 0.0, True)
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_seeds_that_came_out_alike_tell_nothing(gain):
+    found = compare(without_hits([80.0, 81.0], [80.0 + gain, 81.0 + gain]), "a").differences["b"]
+    assert (found.mean, found.p, found.is_told_apart) == (gain, 1.0, False)
+
+
+def test_seeds_that_came_out_alike_differ_by_the_luck_with_images_at_least():
+    def missing(*images):
+        hits = {seed: TestHits(np.arange(360) != image, "labels") for seed, image in enumerate(images)}
+        return Scores({seed: 100 * each.hits.mean() for seed, each in hits.items()}, hits)
+
+    whole = Scores({seed: 100.0 for seed in (0, 1)}, missing(-1, -1).hits)
+    found = compare({"a": whole, "b": missing(3, 8)}, "a").differences["b"]
+    assert found.mean == pytest.approx(-100 / 360) and found.low < found.mean < 0 < found.high
 
 
 def test_hits_of_other_test_sets_are_no_pairs():
@@ -82,8 +92,8 @@ def test_hits_of_other_test_sets_are_no_pairs():
         hits = {seed: TestHits(np.arange(8) % (seed + 2) == 0, labels) for seed in (0, 1)}
         return Scores({seed: 100 * each.hits.mean() for seed, each in hits.items()}, hits)
 
-    assert compare({"a": scores("x"), "b": scores("x")}, "a").covers_images
-    assert not compare({"a": scores("x"), "b": scores("y")}, "a").covers_images
+    found = compare({"a": scores("x"), "b": scores("x"), "c": scores("y"), "d": Scores({0: 10.0, 1: 20.0}, {})}, "a")
+    assert found.without_images == ("c", "d")
 
 
 def test_an_interval_over_seeds():

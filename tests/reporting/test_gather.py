@@ -164,6 +164,7 @@ def test_unfinished_and_foreign_folders_are_named(tmp_path):
         ("summary.json", '{"last": {"top1": 90}}'),
         ("summary.json", '{"last": {"top1": NaN}, "best": {"top1": 90}}'),
         ("summary.json", '{"last": {"top1": "high"}, "best": {"top1": 90}}'),
+        ("summary.json", '{"last": {"top1": 90}, "best": {"top1": 90}, "compact": {"dense": {"macs": 0}}}'),
         ("config.json", '{"flags": 3}'),
         ("config.json", '{"flags": {}, "script": "pruning.py"}'),
         ("config.json", "\x00"),

@@ -28,6 +28,8 @@ QUANTIZED = {"script": "quantize_encode.py", "quan_mode": "conv-quan", "quan_bit
         ({**PRUNED, "prune_mode": "filter-new", "distill": ["at", "sp"]}, "filter-new + AT + SP + KD, 0.6"),
         ({**PRUNED, "prune_rates": [0.5, 0.8, 1.0]}, "PFEC, 0.5 to 1 by layer"),
         ({**PRUNED, "channel_multiple": 8}, "PFEC, 0.6, multiple of 8"),
+        ({**PRUNED, "channel_multiple": "auto"}, "PFEC, 0.6, best multiple"),
+        ({**PRUNED, "prune_rates": ["sensitivity.json"]}, "PFEC, by sensitivity"),
         ({"script": "initial_train.py", "load_path": None}, "unpruned"),
         ({"script": "initial_train.py", "load_path n_epochs": 12}, "unpruned, trained on"),
         ({"script": "initial_train.py", "load_path": "net.pt"}, "unpruned, trained on"),

@@ -64,6 +64,16 @@ def test_a_study_is_the_same_bytes_for_the_same_runs_and_unpacks_into_them(saves
     assert (tmp_path / "again.jsonl.gz").read_bytes() == first
 
 
+def test_a_study_is_collected_again_with_runs_whose_teacher_is_not_in_it(saves, tmp_path):
+    study = tmp_path / "study.jsonl.gz"
+    for count in (1, 2):
+        given = [saves / f"pruned-{number}" for number in range(1, count + 1)]
+        collect(gather([study, *given] if study.exists() else given).groups, study)
+        assert sorted(record.folder.name for group in gather([study]).groups for record in group.records) == [
+            path.name for path in given
+        ]
+
+
 def test_studies_and_folders_are_read_together(saves, tmp_path):
     collect(gather([saves / "pruned-1"]).groups, tmp_path / "one.jsonl.gz")
     groups = gather([tmp_path / "one.jsonl.gz", saves / "pruned-2", saves / "teacher"]).groups

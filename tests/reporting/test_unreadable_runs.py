@@ -67,7 +67,7 @@ def test_one_bad_file_leaves_its_run_out_by_name(file, spoil, content, tmp_path)
     ("file", "path", "value"),
     [
         *(("config.json", ("flags", name), value) for name in ("seed", "dataset", "distill") for value in (1.5, {}, [[]])),
-        *(("config.json", ("flags", "prune_rates"), value) for value in ("0.6", [], ["a"], {}, [1e999], [True])),
+        *(("config.json", ("flags", "prune_rates"), value) for value in ("0.6", [], ["a", "b"], ["a", 1], {}, [1e999], [True])),
         *(("config.json", ("flags", name), value) for name in ("gamma", "alpha") for value in ("x", [0.5], True, 10**400)),
         *(("config.json", ("flags", name), value) for name in ("betas", "samp_batches", "hap_ts") for value in ("x", 0.5, {})),
         ("config.json", ("flags", "betas"), [None]),
