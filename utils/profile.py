@@ -5,9 +5,11 @@ of one forward pass; batch norms, activations and additions are not counted, as 
 """
 
 import copy
-import logging
+import math
 import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils.seed import preserved_random_state
+from utils.timing import interleaved_seconds, seconds_of
 
 LATENCY_BATCH_SIZES = (1, 64)
-MIN_RUN_SECONDS = 0.5
+MIN_RUN_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.5, 5, 200
 
 
 def profile_network(network: nn.Module, image: Tensor) -> dict[str, int]:
@@ -54,33 +57,48 @@ def training_flops(objective: nn.Module, image: Tensor) -> int:
     return counter.get_total_flops() // len(images)
 
 
-def latency(
-    network: Callable[[Tensor], Any], image: Tensor, *, batch_sizes: Sequence[int] = LATENCY_BATCH_SIZES
-) -> dict[str, dict[str, float]]:
-    """Median and interquartile range in milliseconds of `network(images)`, by batch size, on the device of `image` (1, C, H, W).
+def latencies(
+    networks: Mapping[str, Callable[[Tensor], Any]],
+    image: Tensor,
+    *,
+    batch_sizes: Sequence[int] = LATENCY_BATCH_SIZES,
+    pausing: bool = False,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Median and interquartile range in milliseconds of `network(images)`, by network and batch size, on the device of `image`.
 
-    `network` is a module in evaluation mode, or anything else that is called with images.
+    The networks run in turn, so that whatever else happens on the machine meets all of them alike. Each is a module in
+    evaluation mode, or anything else that is called with images; `image` is (1, C, H, W). `pausing` is for networks of several
+    runtimes: see `utils.timing`.
     """
-    # Importing it brings in what compiles extensions, which warns of a CUDA_HOME that nothing here uses.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch.utils.benchmark import Timer
-
-    results = {}
+    results: dict[str, dict[str, dict[str, float]]] = {name: {} for name in networks}
     for batch_size in batch_sizes:
         images = image[:1].expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-        timer = Timer("network(images)", globals={"network": network, "images": images}, num_threads=torch.get_num_threads())
+        functions = {name: partial(network, images) for name, network in networks.items()}
         with torch.inference_mode():
-            measured = timer.blocked_autorange(min_run_time=MIN_RUN_SECONDS)
-        results[str(batch_size)] = {"median_ms": 1e3 * measured.median, "iqr_ms": 1e3 * measured.iqr}
+            rounds = _rounds(functions, image.device)
+            seconds = interleaved_seconds(functions, device=image.device, rounds=rounds, pausing=pausing)
+        for name, taken in seconds.items():
+            low, median, high = (1e3 * value for value in statistics.quantiles(taken, n=4, method="inclusive"))
+            results[name][str(batch_size)] = {"median_ms": median, "iqr_ms": high - low}
     return results
+
+
+def _rounds(functions: Mapping[str, Callable[[], object]], device: torch.device) -> int:
+    """So many that each function runs for MIN_RUN_SECONDS or so."""
+    for function in functions.values():
+        function()
+    once = statistics.mean(seconds_of(function, device=device) for function in functions.values())
+    return min(max(math.ceil(MIN_RUN_SECONDS / max(once, 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
 
 
 def compare_networks(dense: nn.Module, small: nn.Module, image: Tensor, *, files: Sequence[str | os.PathLike]) -> dict[str, Any]:
     """Profiles, latencies and file sizes of a network and its smaller form; `files` holds the checkpoint of each."""
     comparison: dict[str, Any] = {"device": str(image.device), "threads": torch.get_num_threads()}
-    for role, network, file in zip(("dense", "compact"), (dense, small), files, strict=True):
+    networks = {"dense": dense, "compact": small}
+    times = latencies(networks, image)
+    for (role, network), file in zip(networks.items(), files, strict=True):
         size = {"file_bytes": Path(file).stat().st_size}
-        comparison[role] = {**profile_network(network, image), **size, "latency": latency(network, image)}
+        comparison[role] = {**profile_network(network, image), **size, "latency": times[role]}
     return comparison
 
 

@@ -1,11 +1,13 @@
 """Counts of small networks worked out by hand."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from utils import profile
 from utils.engine import CrossEntropyObjective
-from utils.profile import compare_networks, comparison_table, latency, profile_network, training_flops
+from utils.profile import compare_networks, comparison_table, latencies, profile_network, training_flops
 
 IMAGE = torch.randn(1, 3, 8, 8)
 
@@ -48,12 +50,17 @@ def test_flops_of_a_training_step_worked_by_hand():
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_latency_of_anything_that_takes_images(monkeypatch):
+def test_latencies_of_anything_that_takes_images_turn_by_turn(monkeypatch):
     monkeypatch.setattr(profile, "MIN_RUN_SECONDS", 0.0)
     seen = []
-    times = latency(lambda images: seen.append(len(images)), IMAGE, batch_sizes=(1, 7))
-    assert set(seen) == {1, 7} and list(times) == ["1", "7"]
-    assert all(time["median_ms"] > 0 and time["iqr_ms"] >= 0 for time in times.values())
+    networks = {name: partial(lambda name, images: seen.append((name, len(images))), name) for name in ("a", "b")}
+    times = latencies(networks, IMAGE, batch_sizes=(1, 7))
+    rounds = len(seen) // 4
+    assert rounds >= profile.MIN_ROUNDS
+    assert seen == [("a", 1), ("b", 1)] * rounds + [("a", 7), ("b", 7)] * rounds
+    for name in networks:
+        assert list(times[name]) == ["1", "7"]
+        assert all(time["median_ms"] > 0 and time["iqr_ms"] >= 0 for time in times[name].values())
 
 
 def test_comparison_and_its_table(monkeypatch, tmp_path):
