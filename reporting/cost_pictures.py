@@ -43,7 +43,9 @@ def accuracy_over_bytes(groups: Sequence[Group]) -> Figure | None:
 
 
 def accuracy_over_pflops(groups: Sequence[Group]) -> Figure | None:
-    return _accuracy_over(groups, "PFLOPs of the training", lambda group: group.statistic("training_pflops"), pflops_text, log=True)
+    return _accuracy_over(
+        groups, "PFLOPs of the training", lambda group: group.statistic("training_pflops"), pflops_text, log=True
+    )
 
 
 def shipped_bytes(group: Group) -> Statistic | None:

@@ -51,7 +51,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "samp_batches": _or_none(_is_whole),
     "alpha": _or_none(_is_number),
     "gamma": _or_none(_is_number),
-    "prune_rates": _or_none(lambda value: _are(_is_number)(value) and value or _is_file(value)),
+    "prune_rates": _or_none(lambda value: (_are(_is_number)(value) and value) or _is_file(value)),
     "betas": _or_none(_are(_is_number)),
     "distill": _or_none(_are(_is_text)),
     **dict.fromkeys(("prune_mode", "budget", "allocation", "model", "s_model", "t_model", "data_dir"), _or_none(_is_text)),

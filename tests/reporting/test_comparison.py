@@ -82,7 +82,7 @@ def test_seeds_that_came_out_alike_differ_by_the_luck_with_images_at_least():
         hits = {seed: TestHits(np.arange(360) != image, "labels") for seed, image in enumerate(images)}
         return Scores({seed: 100 * each.hits.mean() for seed, each in hits.items()}, hits)
 
-    whole = Scores({seed: 100.0 for seed in (0, 1)}, missing(-1, -1).hits)
+    whole = Scores(dict.fromkeys((0, 1), 100.0), missing(-1, -1).hits)
     found = compare({"a": whole, "b": missing(3, 8)}, "a").differences["b"]
     assert found.mean == pytest.approx(-100 / 360) and found.low < found.mean < 0 < found.high
 
