@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What the run_*.sh scripts share. A script lists runs with add_run, trains those listed with run_all, and ends with finish.
+# What the run_*.sh scripts share. A script lists runs with add_run, trains those listed with run_all, and ends with finish; one
+# that sets STUDY=FILE.jsonl.gz has in it, at any time, all runs that have ended.
 # docs/experiments.md explains the environment variables that start_script reads.
 
 # Flags that initial_train.py, pruning.py and quantize_encode.py all have: they reach the training of a teacher as well.
@@ -14,13 +15,13 @@ start_script() {
   mapfile -t SHARED < <(shared_arguments)
   [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS: must be a whole number of 1 or more"
   check_gpus
-  [[ $RECIPE =~ ^(published|short)$ ]] || fail "RECIPE=$RECIPE: must be published, as the papers train, or short"
+  check_recipe
   local name
   for name in TEACHER_EPOCHS STUDENT_EPOCHS STUDENT_BATCHES; do
     [[ ${!name} =~ ^([1-9][0-9]*)?$ ]] || fail "$name=${!name}: must be a whole number of 1 or more"
   done
   [[ $DRY =~ ^[01]$ ]] || fail "DRY=$DRY: must be 1, to print the commands only, or 0"
-  FOLDERS=() COMMANDS=() NEEDED=() FAILED=() COMPARISONS=() SLOTS=() LISTED=0 PRINTED=0
+  FOLDERS=() COMMANDS=() NEEDED=() FAILED=() COMPARISONS=() SLOTS=() LISTED=0 PRINTED=0 STUDY="" UNCOLLECTED=0
   trap 'stop 130' INT
   trap 'stop 143' TERM
   trap 'stop 129' HUP
@@ -37,6 +38,13 @@ set_defaults() {
   if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
+  fi
+}
+
+check_recipe() {
+  [[ $RECIPE =~ ^(published|short)$ ]] || fail "RECIPE=$RECIPE: must be published, as the papers train, or short"
+  if [[ $RECIPE == short && " ${PASSED[*]} " =~ \ --lr-schedule\ steps\  && ! " ${PASSED[*]} " =~ \ --schedule\  ]]; then
+    fail "--lr-schedule steps: RECIPE=short has no steps for its rate of a few epochs, give --schedule and --lr-drops too"
   fi
 }
 
@@ -97,8 +105,8 @@ recipe() {
   if [[ $2 == student && -n $STUDENT_BATCHES ]]; then RECIPE_FLAGS+=(--limit-batches "$STUDENT_BATCHES"); fi
 }
 
-# A teacher's begins with an epoch of warm-up. Where an argument says that the learning rate falls from step to step, it has no
-# drops.
+# A teacher's begins with an epoch of warm-up. Where an argument says that the learning rate falls from step to step, it does so
+# from the highest of the rates, without drops.
 published_recipe() {
   local dataset=$1 role=$2 epochs=200 batch_size=128 schedule=(60 120 160) lr_drops=(0.2 0.2 0.2)
   if [[ $dataset == cinic10 ]]; then epochs=140 batch_size=96 schedule=(100 120) lr_drops=(0.1 0.1); fi
@@ -107,9 +115,13 @@ published_recipe() {
   else
     epochs=${STUDENT_EPOCHS:-$epochs}
   fi
-  RECIPE_FLAGS=(--n-epochs "$epochs" --batch-size "$batch_size" --lr 0.01)
+  RECIPE_FLAGS=(--n-epochs "$epochs" --batch-size "$batch_size")
   if [[ ! " ${PASSED[*]} " =~ \ --lr-schedule\ (linear|cosine)\  ]]; then
-    RECIPE_FLAGS+=(--schedule "${schedule[@]}" --lr-drops "${lr_drops[@]}")
+    RECIPE_FLAGS+=(--lr 0.01 --schedule "${schedule[@]}" --lr-drops "${lr_drops[@]}")
+  elif [[ $role == teacher ]]; then
+    RECIPE_FLAGS+=(--lr 0.1)
+  else
+    RECIPE_FLAGS+=(--lr 0.01)
   fi
 }
 
@@ -272,6 +284,7 @@ run_all() {
     wait "${pids[i]}" || status=$?
     if ((status)); then FAILED+=("$(basename "${FOLDERS[i]}"): exit status $status"); fi
   done
+  if ((${#pids[@]})); then collect_study; fi
   print_stage "${missing[@]}"
   LISTED=${#FOLDERS[@]}
 }
@@ -293,6 +306,7 @@ take_slot() {
       if [[ -z ${SLOTS[SLOT]-} || $running != *" ${SLOTS[SLOT]} "* ]]; then return; fi
     done
     wait -n || true
+    collect_study
   done
 }
 
@@ -317,6 +331,7 @@ stop() {
   trap end_runs INT TERM HUP
   end_runs
   while [[ -n $(jobs -rp) ]]; do wait || true; done
+  collect_study
   echo "$SCRIPT: stopped; the same command goes on from here" >&2
   exit "$1"
 }
@@ -326,10 +341,16 @@ end_runs() {
   for pid in $(jobs -rp); do kill -TERM "$pid" || true; done
 }
 
-# collect_study FILE.jsonl.gz: puts what a report reads of the runs that are complete into this file, beside what it has.
+# collect_study: puts what a report reads of the runs that are complete into STUDY, beside what it has.
 collect_study() {
-  if [[ $DRY == 1 ]]; then return; fi
-  "$PYTHON" report.py --skip-missing --collect "$1" "$1" "${FOLDERS[@]}" >/dev/null || FAILED+=("report.py --collect $1: exit status $?")
+  local folder complete=()
+  if [[ -z $STUDY || $DRY == 1 ]]; then return 0; fi # in a trap a bare return gives the status from before it
+  for folder in "${FOLDERS[@]}"; do
+    if [[ -f $folder/summary.json ]]; then complete+=("$folder"); fi
+  done
+  if ((!${#complete[@]})); then return 0; fi
+  UNCOLLECTED=0
+  "$PYTHON" report.py --skip-missing --collect "$STUDY" "$STUDY" "${complete[@]}" >/dev/null || UNCOLLECTED=$?
 }
 
 # finish: reports on the runs that are complete, with the tables that COMPARISONS asks for, and names those that are not. Exits
@@ -339,6 +360,7 @@ finish() {
   printf -v report '%q ' "$PYTHON" report.py --skip-missing --output "$REPORT_DIR" "${FOLDERS[@]}"
   if ((${#COMPARISONS[@]})); then report+="--compare $(printf '%q ' "${COMPARISONS[@]}")"; fi
   if [[ $DRY == 1 ]]; then print_stage "${report% }" && exit; fi
+  if ((UNCOLLECTED)); then FAILED+=("report.py --collect $STUDY: exit status $UNCOLLECTED"); fi
   eval "$report" || FAILED+=("report.py: exit status $?")
   if ((${#FAILED[@]})); then
     echo "$SCRIPT: ${#FAILED[@]} failed; the same command runs them again:" >&2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The benchmark that decides: criteria, losses, allocations and controls at equal MACs and one schedule, a teacher for each seed.
-# It ends in a report that says which rows are not told apart; after each part $SAVE_DIR/benchmark.jsonl.gz has all runs so far. On
+# It ends in a report that says which rows are not told apart; $SAVE_DIR/benchmark.jsonl.gz has all runs that have ended. On
 # CIFAR-10 as a folder of images, and shorter than usual:
 #   DATA_DIR=cifar10-jpeg STUDENT_EPOCHS=2 STUDENT_BATCHES=98 scripts/run_benchmark.sh --dataset folder
 # Variables: PARTS, of criteria losses controls allocation hard leading; HARD, the budget of the part hard; LATENCY, that of time;
@@ -10,10 +10,18 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 DEFAULT_DATASETS="cifar10"
-SEEDS=${SEEDS:-1 2 3} MODEL=${MODEL:-resnet20} KEEP=${KEEP:-macs=0.45} RECIPE=${RECIPE:-short}
+SEEDS=${SEEDS:-1 2 3} MODEL=${MODEL:-resnet20} KEEP=${KEEP:-macs=0.45} RECIPE=${RECIPE:-short} STUDENT_EPOCHS=${STUDENT_EPOCHS:-2}
 PARTS=${PARTS:-criteria losses controls allocation hard} HARD=${HARD:-macs=0.2} LATENCY=${LATENCY:-latency=0.7}
 start_script "$@"
-[[ $KEEP =~ ^macs=0?\.[0-9]+$ ]] || fail "KEEP=$KEEP: must be a budget such as macs=0.45, all methods have the same MACs here"
+STUDY=$SAVE_DIR/benchmark.jsonl.gz
+
+# check_budget VARIABLE KIND EXAMPLE
+check_budget() {
+  [[ ${!1} =~ ^$2=0?\.[0-9]*[1-9][0-9]*$ ]] || fail "$1=${!1}: must be a budget such as $3, all methods have the same $2 here"
+}
+check_budget KEEP macs macs=0.45
+check_budget HARD macs macs=0.2
+check_budget LATENCY latency latency=0.7
 
 # add_row CRITERION LOSS: by the same name wherever it belongs to several parts, so that it runs once.
 add_row() {
@@ -43,22 +51,33 @@ losses() {
 }
 
 # controls: the small network from new weights, the teacher trained on, and HAP on the whole network, each for about as many
-# floating-point operations as a pruned network with a teacher: an epoch of it takes 3 times KEEP and 1 for the teacher.
+# floating-point operations as the fine-tuning of a pruned network with a teacher, an epoch of which takes 3 times KEEP and 1 for
+# the teacher: as many epochs as that gives, and with STUDENT_BATCHES more of them, each with fewer batches.
 controls() {
-  local epochs share=${KEEP#macs=}
-  scaled() { awk -v e="$epochs" -v s="$share" "BEGIN { n = int(e * (3 * s + 1) / ($1) + 0.5); print (n > 1 ? n : 1) }"; }
+  local epochs share=${KEEP#macs=} length
+  as_long_as() {
+    length=$(awk -v e="$epochs" -v s="$share" -v b="${STUDENT_BATCHES:-0}" "BEGIN {
+      exact = e * (3 * s + 1) / ($1)
+      n = b ? int(exact + 0.999) : int(exact + 0.5)
+      printf(b ? \"--n-epochs %d --limit-batches %d\" : \"--n-epochs %d\", n > 1 ? n : 1, b * exact / n + 0.5)
+    }")
+    read -ra LENGTH <<<"$length"
+  }
   recipe "$dataset" student
   epochs=$(sed -E 's/.*--n-epochs ([0-9]+).*/\1/' <<<"${RECIPE_FLAGS[*]} ${SHARED[*]}")
+  as_long_as '3 * s'
   add_run pruning.py scratch "$dataset" "$seed" '' --s-model "$MODEL" --budget "$KEEP" --prune-mode filter-r \
-    "${RECIPE_FLAGS[@]}" "${SHARED[@]}" --n-epochs "$(scaled '3 * s')" --lr 0.2
+    "${RECIPE_FLAGS[@]}" "${SHARED[@]}" "${LENGTH[@]}" --lr 0.2
+  as_long_as 3
   add_run initial_train.py longer "$dataset" "$seed" "$teacher" --load-path "$teacher" "${RECIPE_FLAGS[@]}" \
-    "${SHARED[@]}" --n-epochs "$(scaled 3)"
+    "${SHARED[@]}" "${LENGTH[@]}"
   add_row nggm none
   add_row nggm hap
   recipe "$dataset" student
   distillation "$dataset" hap
+  as_long_as 4
   add_run pruning.py whole-hap "$dataset" "$seed" "$teacher" --t-path "$teacher" --s-copy-t "${DISTILLATION[@]}" \
-    "${RECIPE_FLAGS[@]}" "${SHARED[@]}" --n-epochs "$(scaled 4)"
+    "${RECIPE_FLAGS[@]}" "${SHARED[@]}" "${LENGTH[@]}"
 }
 
 # allocation: how the budget is spent. The first run of all measures the layers for the budget of time, alone, and the others take
@@ -111,7 +130,6 @@ for part in $PARTS; do
     done
   done
   run_all
-  collect_study "$SAVE_DIR/benchmark.jsonl.gz"
 done
 if [[ " $PARTS " == *" criteria "* ]]; then
   others="Random, $KEEP|L2, $KEEP|FPGM, $KEEP|NGGM, $KEEP|Taylor, $KEEP|Network Slimming, $KEEP|HRank, $KEEP|CHIP, $KEEP|SFP, $KEEP*"
@@ -121,7 +139,9 @@ if [[ " $PARTS " == *" losses "* ]]; then
   COMPARISONS+=("NGGM + KD, $KEEP|NGGM + *, $KEEP|NGGM, $KEEP" "NGGM + HAP + KD, $KEEP|* + HAP + KD, $KEEP")
 fi
 if [[ " $PARTS " == *" allocation "* ]]; then
-  COMPARISONS+=("NGGM + HAP + KD, $KEEP|NGGM + HAP + KD, $KEEP*coupled|NGGM + HAP + KD, $LATENCY, coupled")
+  for criterion in NGGM PFEC; do
+    COMPARISONS+=("$criterion + HAP + KD, $KEEP|$criterion + HAP + KD, $KEEP*coupled|$criterion + HAP + KD, $LATENCY, coupled")
+  done
 fi
 if [[ " $PARTS " == *" controls "* ]]; then
   COMPARISONS+=("NGGM + HAP + KD, $KEEP|NGGM, $KEEP|*, $KEEP, from new weights|unpruned*")

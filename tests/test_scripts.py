@@ -15,9 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import summary as step_table
+from benchmarks.common import write_results
 from distill import DISTILLERS
 from prune.criteria import CRITERIA
 from utils import cli
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
@@ -102,7 +105,7 @@ def test_every_script_is_valid_bash(path):
         ("run_ablation", {"initial_train.py": 1, "pruning.py": 17 * 4}),
         ("run_sensitivity", {"initial_train.py": 1, "pruning.py": 19 * 4}),
         ("run_quantization_encode", {"initial_train.py": 3, "pruning.py": 12, "quantize_encode.py": 48}),
-        ("run_benchmark", {"initial_train.py": 2 * 3, "pruning.py": 39 * 3}),
+        ("run_benchmark", {"initial_train.py": 2 * 3, "pruning.py": 40 * 3}),
     ],
 )
 def test_each_command_parses_and_names_a_run_of_its_own(script, counts):
@@ -183,15 +186,27 @@ def test_the_benchmark_compares_at_one_cost_and_one_schedule():
     assert {(args.n_epochs, args.limit_batches, args.lr, args.lr_schedule, args.crop_padding) for args in methods} == {
         (5, 90, 0.05, "linear", 2)
     }
-    assert Counter(args.budget for args in methods) == {"macs=0.45": 27, "macs=0.2": 8, "latency=0.7": 2}
+    assert Counter(args.budget for args in methods) == {"macs=0.45": 27, "macs=0.2": 9, "latency=0.7": 2}
     criteria = {args.prune_mode for args in methods if args.distill == ["none"] and args.budget == "macs=0.45"}
     assert criteria == set(CRITERIA)
     losses = {args.distill[0] for args in methods if args.prune_mode == "filter-nggm" and not args.couple_channels}
     assert losses == {"none", *DISTILLERS}
     scratch, whole = controls
     longer = next(args for entry, args in commands if entry == "initial_train.py")
-    assert (scratch.budget, scratch.s_path, scratch.t_path, scratch.n_epochs) == ("macs=0.45", None, None, 9)  # 5 * 2.35 / 1.35
-    assert (longer.load_path, longer.n_epochs, whole.n_epochs) == (whole.t_path, 4, 3)  # 5 * 2.35 / 3, 5 * 2.35 / 4
+    assert (scratch.budget, scratch.s_path, scratch.t_path) == ("macs=0.45", None, None) and longer.load_path == whole.t_path
+    cost = 5 * 90 * (3 * 0.45 + 1)  # of fine-tuning with a teacher, in forward passes of the whole network
+    for args, passes in ((scratch, 3 * 0.45), (longer, 3), (whole, 4)):
+        assert args.n_epochs * args.limit_batches * passes == pytest.approx(cost, rel=0.01) and args.limit_batches <= 90
+
+
+def test_controls_of_whole_epochs_are_as_long_as_whole_epochs_allow():
+    commands = [args for _, args in listed("run_benchmark", SEEDS="3", STUDENT_EPOCHS="5", PARTS="controls")]
+    assert {args.limit_batches for args in commands} == {None}
+    assert [args.n_epochs for args in commands] == [12, 9, 4, 5, 5, 3]  # 5 * 2.35 / 1.35, 5 * 2.35 / 3, 5 * 2.35 / 4
+
+
+def test_the_latency_table_of_a_benchmark_is_measured_once():
+    methods = [args for entry, args in listed("run_benchmark", SEEDS="3", PARTS="allocation") if entry == "pruning.py"]
     measuring, reading = (args for args in methods if args.budget == "latency=0.7")
     assert measuring.budget_table is None
     assert reading.budget_table == f"{measuring.save_dir}/{measuring.run_name}/latency_table.json"
@@ -202,6 +217,9 @@ def test_the_benchmark_compares_at_one_cost_and_one_schedule():
     [
         ({"PARTS": "criteria extras"}, "PARTS=criteria extras: there is no part extras"),
         ({"KEEP": "0.6"}, "KEEP=0.6: must be a budget such as macs=0.45"),
+        ({"KEEP": "macs=0.0"}, "KEEP=macs=0.0: must be a budget such as macs=0.45"),
+        ({"HARD": "latency=0.2"}, "HARD=latency=0.2: must be a budget such as macs=0.2"),
+        ({"LATENCY": "0.7"}, "LATENCY=0.7: must be a budget such as latency=0.7"),
         ({"RECIPE": "quick"}, "RECIPE=quick: must be published, as the papers train, or short"),
         ({"STUDENT_EPOCHS": "0"}, "STUDENT_EPOCHS=0: must be a whole number of 1 or more"),
     ],
@@ -271,6 +289,23 @@ def test_a_rate_that_falls_from_step_to_step_replaces_the_drops():
     words = ["--lr-schedule", "cosine", "--warmup-epochs", "5"]
     commands = listed("run_quantization_encode", *words, DATASETS="digits", SEEDS="1", BITS="5")
     assert [(args.lr_schedule, args.warmup_epochs, args.schedule) for _, args in commands] == [("cosine", 5, [])] * 3
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cinic10"])
+def test_a_rate_that_falls_from_step_to_step_begins_at_the_highest(dataset):
+    commands = listed("run_pruning", "--lr-schedule=linear", DATASETS=dataset, SEEDS="1")
+    assert [args.lr for _, args in commands] == [0.1] + [0.01] * 9
+    ((_, teacher),) = listed("run_vanilla", "--lr-schedule", "cosine", "--lr", "0.05", DATASETS=dataset, SEEDS="1")
+    assert teacher.lr == 0.05
+
+
+def test_steps_of_a_short_recipe_are_given():
+    result = call("run_vanilla", "--lr-schedule", "steps", DRY="1", RECIPE="short")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("run_vanilla.sh: error: --lr-schedule steps: RECIPE=short has no steps")
+    words = ["--lr-schedule", "steps", "--schedule", "8", "--lr-drops", "0.1"]
+    ((_, teacher),) = listed("run_vanilla", *words, RECIPE="short", DATASETS="digits", SEEDS="1")
+    assert (teacher.lr, teacher.schedule, teacher.lr_drops) == (0.2, [8], [0.1])
 
 
 def test_all_scripts_share_one_teacher():
@@ -360,18 +395,52 @@ def test_a_gpu_gets_its_work_in_the_order_of_its_worth_and_each_step_once(workpl
     check, tests, *first = calls(workplace)
     assert check.startswith("-c import") and tests == "-m pytest -q -m gpu"
     benchmarks = [line for line in first if line.startswith("-m")]
-    assert benchmarks.pop(4).startswith("-m benchmarks.train_forms --device cuda --output ")
-    assert [(re.search(r"--model (\S+)", line)[1], re.search(r"--modes (\S+)", line)[1]) for line in benchmarks] == [
-        (network, mode)
+    modes = ("float32", "amp", "compile", "compile+amp")
+    steps = [re.search(r"step_cost .*--model (\S+) --forms (\S+) .*--modes (\S+)", line) for line in benchmarks]
+    assert [step.groups() for step in steps if step] == [
+        (network, form, mode)
         for network in ("resnet56", "resnet110", "resnet50")
-        for mode in ("float32", "amp", "compile", "compile+amp")
+        for mode in modes
+        for form in ("dense", "compact", "masked", "soft")
     ]
+    forms = [re.search(r"train_forms .*--modes (\S+) --budgets (\S+)", line) for line in benchmarks]
+    assert [found.groups() for found in forms if found] == [(mode, budget) for mode in modes for budget in ("0.5", "0.9")]
     seeds = [re.search(r"--seed (\d)", line)[1] for line in first if line.startswith(("initial", "pruning"))]
     assert seeds == ["1"] * 5 + ["2"] * 5
-    assert first[-2].startswith("report.py --skip-missing --collect ") and "--compare FPGM, 0.6|*, 0.6" in first[-1]
+    assert "--compare FPGM, 0.6|*, 0.6" in first[-1]
     assert call("run_gpu", "--n-epochs", "1", SEEDS="1 2", **workplace).returncode == 0
     check, *second = calls(workplace)
-    assert [line.split()[0] for line in second] == ["pruning.py", "pruning.py", "report.py", "report.py"]
+    assert [line.split()[0] for line in second if "--collect" not in line] == ["pruning.py", "pruning.py", "report.py"]
+
+
+def test_a_study_has_every_run_that_has_ended(workplace):
+    def collected():
+        return [line.count(workplace["SAVE_DIR"]) - 2 for line in calls(workplace) if "--collect" in line]  # less the study
+
+    setting = {"SEEDS": "1", "PARTS": "leading", **workplace}
+    assert call("run_benchmark", "--n-epochs", "1", **setting).returncode == 0
+    assert collected() == list(range(1, 11))
+    assert call("run_benchmark", "--n-epochs", "1", **setting).returncode == 0
+    assert collected() == [], "nothing new"
+
+
+def test_the_steps_of_a_gpu_become_one_table(tmp_path, capsys):
+    about = {"hardware": "a GPU", "torch": "2.14", "commit": "0123abc"}
+    rows = {"resnet56": {"form": "plain", "ms": 2.5}, "resnet50": {"form": "plain", "ms": 20.0, "device idle": 0.25}}
+    for network, row in rows.items():
+        write_results("step_cost", [row], output=tmp_path / f"{network}.json", machine=about, model=network)
+    paths = [str(tmp_path / f"{network}.json") for network in rows]
+    step_table.main(step_table.get_args_parser().parse_args([*paths, "--output", str(tmp_path / "steps.md")]))
+    text = (tmp_path / "steps.md").read_text()
+    assert [re.findall(r"[^|\s]+(?: idle)?", line) for line in text.splitlines()[:4:3] + text.splitlines()[2:3]] == [
+        ["network", "form", "ms", "device idle"], ["resnet50", "plain", "20", "0.25"], ["resnet56", "plain", "2.5", "-"]
+    ]  # fmt: skip
+    assert text.endswith("\na GPU, PyTorch 2.14, commit 0123abc\n") and capsys.readouterr().out == text
+    write_results("int8", [{"ms": 1.0}], output=tmp_path / "int8.json", machine=about)
+    with pytest.raises(UserError, match="results of several benchmarks: int8, step_cost"):
+        step_table.main(
+            step_table.get_args_parser().parse_args([*paths, str(tmp_path / "int8.json"), "--output", "unwritten.md"])
+        )
 
 
 def test_a_gpu_script_ends_in_time_and_every_run_saves_its_state(workplace):
