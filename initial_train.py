@@ -63,7 +63,8 @@ def main(args: argparse.Namespace) -> None:
     file = starting_network(args, given, data, is_new=state is None)
     plan = setup.training_plan(args)
     if args.dry_run:
-        return print_plan(args, plan=plan, data=data, networks={"network": file.network})
+        loss = CrossEntropyObjective(file.network, label_smoothing=args.label_smoothing).formula()
+        return print_plan(args, plan=plan, data=data, networks={"network": file.network}, lines=[f"loss: {loss}"])
 
     networks = {"--load-path": file.network} if args.load_path is not None else {}
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, lease=lease, state=state, networks=networks)

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.flags import add_distillation_flags, flagged_objective
-from distill.objective import check_losses
+from distill.flags import add_distillation_flags, check_distillation, flagged_objective
 from models import check_model
 from models.int8 import Int8Network
 from models.narrow import NarrowNetwork
@@ -137,7 +136,7 @@ def check_flags(args: argparse.Namespace) -> None:
         return cli.require(args, "output")
     if args.inspect is None:
         cli.require(args, "load_path")
-    check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
+    check_distillation(args)
     if args.t_path is not None and args.distill == ["none"]:
         raise UserError(f"--t-path {args.t_path}: teaches by no loss, name one with --distill")
 
@@ -151,11 +150,11 @@ def print_quantization(
     data: ImageData,
 ) -> None:
     """The plan of a dry run."""
-    lines = [f"{name} would share {2**count} values" for name, count in bits.items()]
+    trained, lines = network, [f"{name} would share {2**count} values" for name, count in bits.items()]
     if args.quan_mode == INT8:
-        simulated = Int8Network(network)
-        lines = [f"{name} would compute in int8" for name in simulated.layers]
-        lines.append(f"loss: {objective_of(args, simulated, teacher, data).formula()}")
+        trained = Int8Network(network)
+        lines = [f"{name} would compute in int8" for name in trained.layers]
+    lines.append(f"loss: {objective_of(args, trained, teacher, data).formula()}")
     print_plan(args, plan=plan, data=data, networks={"network": network}, lines=lines)
 
 

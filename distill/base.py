@@ -1,6 +1,7 @@
 """What the losses share: how one registers, what it is given, and the attention map that most of them compare."""
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.outputs import Outputs
+from utils.effects import typed
+from utils.errors import UserError
 
 
 class Distiller(nn.Module, ABC):
@@ -23,6 +26,10 @@ class Distiller(nn.Module, ABC):
     """
 
     reads_labels = False
+
+    def setting(self) -> str:
+        """The options as the formula of a training shows them, such as `T 4`; empty for a loss without any."""
+        return ""
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> Tensor:
         """The loss of one batch, 0-dim, not yet times beta; float32 whatever precision the networks ran in.
@@ -42,10 +49,14 @@ class Distiller(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a loss: a keyword of `build_distiller`, and with dashes for underscores a flag (a switch, if a bool)."""
+    """An option of a loss: a keyword of `build_distiller`, and with dashes for underscores a flag (a switch, if a bool).
+
+    `is_weight`: it weighs a part of the loss, which 0 leaves out.
+    """
 
     default: bool | int | float
     help: str
+    is_weight: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,17 +73,28 @@ class DistillerEntry:
     replaces_kd: bool = False
     rise: float = 0.0
 
+    @property
+    def weights(self) -> list[str]:
+        """The options that weigh the parts of the loss."""
+        return [key for key, option in self.options.items() if option.is_weight]
+
 
 DISTILLERS: dict[str, DistillerEntry] = {}
 
 
 def register_distiller(
-    name: str, *, beta: float | None, replaces_kd: bool = False, rise: float = 0.0, **option_help: str
+    name: str,
+    *,
+    beta: float | None,
+    replaces_kd: bool = False,
+    rise: float = 0.0,
+    weights: Sequence[str] = (),
+    **option_help: str,
 ) -> Callable[[type[Distiller]], type[Distiller]]:
     """Class decorator that enters a loss into `DISTILLERS`, with what `DistillerEntry` says of it.
 
-    `option_help` describes each keyword-only argument of the class, by its name. Losses may share an option: it then has
-    one default and one description.
+    `option_help` describes each keyword-only argument of the class, by its name; `weights` names those that weigh its parts.
+    Losses may share an option: it then has one default and one description.
     """
 
     def register(cls: type[Distiller]) -> type[Distiller]:
@@ -85,7 +107,7 @@ def register_distiller(
             raise TypeError(f"{cls.__name__} has options {sorted(defaults)}, described are {sorted(option_help)}")
         if name in DISTILLERS:
             raise ValueError(f"distiller {name!r} is registered already")
-        options = {key: Option(default, option_help[key]) for key, default in defaults.items()}
+        options = {key: Option(default, option_help[key], key in weights) for key, default in defaults.items()}
         others = {key: option for entry in DISTILLERS.values() for key, option in entry.options.items()}
         unlike = [key for key, option in options.items() if others.get(key, option) != option]
         if unlike:
@@ -94,6 +116,14 @@ def register_distiller(
         return cls
 
     return register
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raises UserError unless the `weights` of a loss's parts, by the names of their options, are 0 or more and one above."""
+    values = weights.values()
+    if not all(math.isfinite(value) and value >= 0 for value in values) or not any(values):
+        given = " ".join(typed(name, value) for name, value in weights.items())
+        raise UserError(f"{given}: the weights of a loss's parts must be 0 or more, and one of them above 0")
 
 
 def full_precision_type(x: Tensor) -> torch.dtype:

@@ -13,8 +13,8 @@ Deviation: r is the product of two normalised vectors, whose lengths are held ab
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.base import Distiller, full_precision, register_distiller
-from distill.logits import TEMPERATURE_HELP, check_classes, check_temperature
+from distill.base import Distiller, check_weights, full_precision, register_distiller
+from distill.logits import TEMPERATURE_HELP, check_classes, check_temperature, temperature_setting
 from models.outputs import Outputs
 
 SMALLEST_LENGTH = 1e-8
@@ -39,6 +39,7 @@ def dist_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: fl
     "dist",
     beta=1.0,
     replaces_kd=True,
+    weights=("dist_beta", "dist_gamma"),
     kd_t=TEMPERATURE_HELP,
     dist_beta="weight of DIST's relation between the classes of an image",
     dist_gamma="weight of DIST's relation between the images of a batch",
@@ -49,8 +50,12 @@ class DIST(Distiller):
     def __init__(self, student: Outputs, teacher: Outputs, *, kd_t: float = 4.0, dist_beta: float = 2.0, dist_gamma: float = 2.0):
         super().__init__()
         check_temperature(kd_t)
+        check_weights({"dist_beta": dist_beta, "dist_gamma": dist_gamma})
         check_classes(student, teacher)
         self.temperature, self.beta, self.gamma = kd_t, dist_beta, dist_gamma
+
+    def setting(self) -> str:
+        return f"{temperature_setting(self.temperature)}, beta {self.beta:g}, gamma {self.gamma:g}"
 
     def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         return dist_loss(student.logits, teacher.logits, temperature=self.temperature, beta=self.beta, gamma=self.gamma)

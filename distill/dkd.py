@@ -14,8 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.base import Distiller, full_precision, register_distiller
-from distill.logits import STANDARDIZE_HELP, TEMPERATURE_HELP, check_classes, check_temperature, prepared_logits
+from distill.base import Distiller, check_weights, full_precision, register_distiller
+from distill.logits import (
+    STANDARDIZE_HELP,
+    TEMPERATURE_HELP,
+    check_classes,
+    check_temperature,
+    prepared_logits,
+    temperature_setting,
+)
 from models.outputs import Outputs
 from utils.errors import UserError
 
@@ -49,7 +56,8 @@ def dkd_loss(
     "dkd",
     beta=1.0,
     replaces_kd=True,
-    rise=20 / 240,  # as its official code trains on CIFAR-100
+    rise=20 / 240,  # of the official code's epochs on CIFAR-100
+    weights=("dkd_alpha", "dkd_beta"),
     kd_t=TEMPERATURE_HELP,
     kd_standardize=STANDARDIZE_HELP,
     dkd_alpha="weight of DKD's target class",
@@ -68,15 +76,20 @@ class DKD(Distiller):
         kd_t: float = 4.0,
         kd_standardize: bool = False,
         dkd_alpha: float = 1.0,
-        dkd_beta: float = 8.0,
+        dkd_beta: float = 8.0,  # the official code's for any pair of networks; it has 2 for ResNet-20 by ResNet-56
     ):
         super().__init__()
         check_temperature(kd_t)
+        check_weights({"dkd_alpha": dkd_alpha, "dkd_beta": dkd_beta})
         check_classes(student, teacher)
         if student.logits.shape[1] < 2:
             raise UserError("--distill dkd: needs two classes or more, there is no other class beside the target")
         self.temperature, self.standardize = kd_t, kd_standardize
         self.alpha, self.beta = dkd_alpha, dkd_beta
+
+    def setting(self) -> str:
+        logits = temperature_setting(self.temperature, standardize=self.standardize)
+        return f"{logits}, alpha {self.alpha:g}, beta {self.beta:g}"
 
     def loss(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
         logits = (prepared_logits(outputs, standardize=self.standardize) for outputs in (student, teacher))

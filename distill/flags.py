@@ -5,7 +5,16 @@ import argparse
 from torch import Tensor, nn
 
 from distill import DISTILLERS, distiller_options
-from distill.objective import DistillationObjective, active_losses, build_objective, default_alpha, weighted_losses
+from distill.base import check_weights
+from distill.objective import (
+    DistillationObjective,
+    active_losses,
+    build_objective,
+    check_effective,
+    check_losses,
+    default_alpha,
+    weighted_losses,
+)
 from models.network_file import NetworkFile
 from utils import cli
 
@@ -18,10 +27,23 @@ def add_distillation_flags(parser: cli.Parser) -> None:
     betas = ", ".join(f"{name} {DISTILLERS[name].beta:g}" for name in weighted_losses(DISTILLERS))
     group.add_argument("--betas", type=cli.non_negative_float, nargs="+", help=f"weights of the other losses (default: {betas})")
     for keyword, option in distiller_options().items():
-        group.add_argument(f"--{keyword.replace('_', '-')}", **cli.option_kind(option.default), help=option.help)
+        group.add_argument(
+            f"--{keyword.replace('_', '-')}", **cli.option_kind(option.default, may_be_zero=option.is_weight), help=option.help
+        )
     parser.completions.append(_complete_alpha)
     cli.counts_in_training(parser, *cli.names_of(group))
     _say_what_counts(parser)
+
+
+def check_distillation(args: argparse.Namespace) -> None:
+    """Raises UserError for losses of `--distill` that do not go together, or not with the weights of the flags."""
+    check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
+    if args.resume is None:  # a run that has begun with a loss of no weight may end with it
+        check_effective(args.distill, alpha=args.alpha, betas=args.betas)
+    for name in weighted_losses(args.distill):
+        weights = {option: getattr(args, option) for option in DISTILLERS[name].weights}
+        if weights:
+            check_weights(weights)
 
 
 def flagged_objective(

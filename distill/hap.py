@@ -59,5 +59,8 @@ class HAP(Distiller):
             raise UserError(f"--hap-ts {hap_ts}: the teacher has {len(teacher.blocks)} blocks: choose from 1 to that")
         self.teacher_blocks = hap_ts
 
+    def setting(self) -> str:
+        return f"ts {self.teacher_blocks}"
+
     def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         return hap_loss(student.blocks, teacher.blocks[-self.teacher_blocks :])

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.base import Distiller, full_precision, register_distiller
-from distill.logits import STANDARDIZE_HELP, TEMPERATURE_HELP, check_classes, check_temperature, prepared_logits
+from distill.logits import (
+    STANDARDIZE_HELP,
+    TEMPERATURE_HELP,
+    check_classes,
+    check_temperature,
+    prepared_logits,
+    temperature_setting,
+)
 from models.outputs import Outputs
 
 
@@ -36,6 +43,9 @@ class KD(Distiller):
         check_temperature(kd_t)
         check_classes(student, teacher)
         self.temperature, self.standardize = kd_t, kd_standardize
+
+    def setting(self) -> str:
+        return temperature_setting(self.temperature, standardize=self.standardize)
 
     def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         logits = (prepared_logits(outputs, standardize=self.standardize) for outputs in (student, teacher))

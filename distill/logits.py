@@ -19,6 +19,11 @@ def check_temperature(temperature: float) -> None:
         raise UserError(f"--kd-t {temperature}: the temperature must be a positive number")
 
 
+def temperature_setting(temperature: float, *, standardize: bool = False) -> str:
+    """How a formula shows what is done to the logits first: `T 4`."""
+    return f"T {temperature:g}, logits standardised" if standardize else f"T {temperature:g}"
+
+
 def check_classes(student: Outputs, teacher: Outputs) -> None:
     """Raises UserError unless both networks know equally many classes."""
     if student.logits.shape[1] != teacher.logits.shape[1]:

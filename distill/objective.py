@@ -13,7 +13,8 @@ from distill.base import DISTILLERS, Distiller, full_precision
 from models.batch_norm import UnevenBatchNorm2d
 from models.layer_roles import BATCH_NORMS, conv_norm_pairs
 from models.outputs import Outputs
-from utils.engine import Objective
+from utils.effects import typed
+from utils.engine import Objective, cross_entropy_formula
 from utils.errors import UserError
 from utils.seed import derived_seed, preserved_random_state
 
@@ -82,13 +83,14 @@ class DistillationObjective(Objective):
             rise.begin_epoch(epoch)
 
     def formula(self) -> str:
-        """The whole loss with its weights: `CE + 0.9 KD + 700 HAP`."""
-        cross_entropy = f"CE (labels smoothed by {self.label_smoothing:g})" if self.label_smoothing else "CE"
-        return " + ".join([cross_entropy, *(f"{self._weight_text(name)} {name.upper()}" for name in self.distillers)])
+        """The whole loss with its weights and options: `CE + 0.9 KD (T 4) + 1000 AT`."""
+        return " + ".join([cross_entropy_formula(self.label_smoothing), *map(self._term_text, self.distillers)])
 
-    def _weight_text(self, name: str) -> str:
-        weight = f"{self.weights[name]:g}"
-        return f"({weight}, rising over {self.rises[name].epochs:.3g} epochs)" if name in self.rises else weight
+    def _term_text(self, name: str) -> str:
+        weight, setting = f"{self.weights[name]:g}", self.distillers[name].setting()
+        if name in self.rises and self.rises[name].epochs > 1:
+            weight = f"({weight}, rising over {self.rises[name].epochs:.3g} epochs)"
+        return f"{weight} {name.upper()} ({setting})" if setting else f"{weight} {name.upper()}"
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(loss, logits, terms): the 0-dim loss, and detached the (b, classes) logits and each term before its weight."""
@@ -139,8 +141,8 @@ def build_objective(
 
     `images` (b, 3, h, w) are a sample for shapes. `betas` weighs the losses of `weighted_losses(names)`, each paper's by
     default; `alpha` weighs KD, which is there beside every other loss. `options` may hold more than these losses read. Of
-    `n_epochs` the share in which a loss's weight rises is taken. New parameters are drawn from `seed` and from no stream
-    that training uses. Raises UserError where a loss cannot compare the two networks.
+    `n_epochs` the share in which a loss's weight rises is taken. New parameters are drawn from `seed`, in the order of
+    `names`, and from no stream that training uses. Raises UserError where a loss cannot compare the two networks.
     """
     if list(names) == ["none"]:
         return DistillationObjective(student, label_smoothing=label_smoothing)
@@ -148,7 +150,7 @@ def build_objective(
     samples = sample_outputs(student, images), frozen(images)
     with preserved_random_state():
         torch.manual_seed(derived_seed(seed, "distillers"))
-        built = {name: _build(name, *samples, options or {}).to(images.device) for name in {*names, "kd"}}
+        built = {name: _build(name, *samples, options or {}).to(images.device) for name in dict.fromkeys([*names, "kd"])}
     weighted = weighted_losses(names)
     betas = betas or [DISTILLERS[name].beta for name in weighted]
     losses = [(name, built[name], beta) for name, beta in zip(weighted, betas, strict=True)]
@@ -200,6 +202,18 @@ def check_losses(names: Sequence[str], *, has_teacher: bool, alpha: float, betas
         raise UserError(
             f"--betas: {len(betas)} values for the {len(weighted)} losses of --distill that have a beta; give one for each"
         )
+
+
+def check_effective(names: Sequence[str], *, alpha: float, betas: Sequence[float] | None) -> None:
+    """Raises UserError for a loss that `--distill` names and whose weight is 0."""
+    chosen = f"--distill {' '.join(names)}"
+    if "kd" in names and alpha == 0:
+        raise UserError(f"--alpha 0: leaves kd of {chosen} without any weight; leave kd out instead")
+    for name, beta in zip(weighted_losses(names), betas or (), strict=False):
+        if beta == 0:
+            raise UserError(
+                f"{typed('betas', list(betas))}: leaves {name} of {chosen} without any weight; leave {name} out instead"
+            )
 
 
 def sample_outputs(network: nn.Module, images: Tensor) -> Outputs:

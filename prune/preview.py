@@ -25,12 +25,13 @@ def print_pruning(
 
     The sizes are exact where the choice needs no pass over images, else those of a choice by L1 norms.
     """
+    trained_by = f"loss: {loss}"
     if choose.is_whole:
-        return print_plan(args, plan=plan, data=choose.data, networks={"network": student.network}, lines=[WHOLE])
+        return print_plan(args, plan=plan, data=choose.data, networks={"network": student.network}, lines=[WHOLE, trained_by])
     kept = choose.without_pass()()
     said = [f"{layer.name} would keep {len(kept[layer.name])} of {layer.filters}" for layer in choose.layers]
     said += [describe(choose.widths(kept))] if describe is not None else []
-    said.append(f"loss: {loss}")
+    said.append(trained_by)
     networks = {"dense": student.network}
     try:
         networks["pruned"] = small = choose.small_network(kept)

@@ -74,9 +74,9 @@ class HardPruning(PruningSchedule):
         for layer, pruned in _losses(self.layers, self.kept):
             for tensor in layer.zeroed().values():
                 self._zeros.add(tensor, pruned)
-        self.after_step()
+        self.hold()
 
-    def after_step(self) -> None:
+    def hold(self) -> None:
         """Clears what momentum, weight decay and the BN bias' gradient brought back, in a few launches and no sync."""
         self._zeros.restore()
 
@@ -154,7 +154,7 @@ class PhysicalPruning(PruningSchedule):
     def trained_network(self) -> NarrowNetwork:
         return self._network
 
-    def after_step(self) -> None:
+    def hold(self) -> None:
         self._zeros.restore()
 
     def state_dict(self) -> dict[str, Any]:

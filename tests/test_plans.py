@@ -101,9 +101,29 @@ class TestDryRun:
         assert sizes[0] == sum(parameter.numel() for parameter in build_model("resnet20", num_classes=10).parameters())
         assert sizes[1] < 0.5 * sizes[0]
 
+    def test_of_plain_distillation_tells_the_loss(self, teacher, tmp_path, run_script):
+        words = ["--t-path", teacher, "--s-copy-t", "--distill", "dkd", "--dkd-beta", "2", "--label-smoothing", "0.1"]
+        plan = self.plan(run_script, "pruning", tmp_path, *words)
+        assert "loss: CE (labels smoothed by 0.1) + 1 DKD (T 4, alpha 1, beta 2)\n" in plan
+        assert "averaged" not in plan
+
+    def test_of_a_pruning_tells_its_loss_and_what_is_averaged(self, teacher, tmp_path, run_script):
+        words = ["--t-path", teacher, "--s-copy-t", "--prune-rates", "0.6", "--prune-mode", "filter-a", "--distill", "hap"]
+        plan = self.plan(run_script, "pruning", tmp_path, *words, "--ema", "0.99", "--ships", "trained")
+        assert "loss: CE + 0.9 KD (T 4) + 700 HAP (ts 3)\n" in plan
+        assert "weights: averaged over the steps, decay 0.99; the trained network is shipped\n" in plan
+
+    def test_of_a_first_training_tells_its_loss_and_what_is_averaged(self, tmp_path, run_script):
+        words = ["--model", "resnet20", "--label-smoothing", "0.2", "--ema", "0.9"]
+        plan = self.plan(run_script, "initial_train", tmp_path, *words)
+        assert "loss: CE (labels smoothed by 0.2)\n" in plan
+        assert "weights: averaged over the steps, decay 0.9; the average is shipped\n" in plan
+        assert "loss: CE\n" in self.plan(run_script, "initial_train", tmp_path, *words[:2])
+
     def test_quantization_tells_the_shared_values(self, teacher, tmp_path, run_script):
         words = ["--load-path", teacher, "--quan-mode", "fc-quan", "--quan-bits", "3"]
-        assert "classifier would share 8 values\n" in self.plan(run_script, "quantize_encode", tmp_path, *words)
+        plan = self.plan(run_script, "quantize_encode", tmp_path, *words)
+        assert "classifier would share 8 values\n" in plan and "loss: CE\n" in plan
 
     def test_of_a_billion_epochs_is_there_at_once(self, tmp_path, run_script):
         words = ["--model", "resnet20", *TINY.split(), "--n-epochs", str(10**9), "--save-dir", str(tmp_path), "--dry-run"]

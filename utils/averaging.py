@@ -18,7 +18,7 @@ class WeightAverage:
     """`decay * average + (1 - decay) * weights` after every step, from the first weights on.
 
     Batch norm's statistics are averaged alike; whole numbers are those of the network. What is exactly 0 in every step, as
-    pruned filters are, is exactly 0 in the average.
+    filters that are pruned before training are, is exactly 0 in the average; what becomes 0 later has to be cleared in it.
     """
 
     def __init__(self, network: nn.Module, decay: float):

@@ -161,11 +161,13 @@ def checked(check: Callable[[str], None]) -> Callable[[str], str]:
     return parse
 
 
-def option_kind(default: bool | int | float) -> dict[str, Any]:
-    """How a flag is read whose default is this: a switch, a whole number of 1 or more, or a number above 0."""
+def option_kind(default: bool | int | float, *, may_be_zero: bool = False) -> dict[str, Any]:
+    """How a flag is read whose default is this: a switch, a whole number of 1 or more, or a number above 0, or from 0 on."""
     if isinstance(default, bool):
         return {"action": "store_true"}
-    return {"type": positive_int if isinstance(default, int) else positive_float, "default": default}
+    if isinstance(default, int):
+        return {"type": non_negative_int if may_be_zero else positive_int, "default": default}
+    return {"type": non_negative_float if may_be_zero else positive_float, "default": default}
 
 
 def add_data_flags(parser: Parser) -> None:

@@ -38,6 +38,10 @@ VOTE_INTERVAL_STEPS = 20
 class Objective(nn.Module):
     """What is trained: called as the module's docstring says."""
 
+    def formula(self) -> str:
+        """The loss as the plan of a run shows it."""
+        raise NotImplementedError
+
     def begin_epoch(self, epoch: int) -> None:
         """Called before the first step of `epoch`, counted from 0, and when it is gone on with."""
 
@@ -54,6 +58,9 @@ class CrossEntropyObjective(Objective):
         self.network = network
         self.label_smoothing = label_smoothing
 
+    def formula(self) -> str:
+        return cross_entropy_formula(self.label_smoothing)
+
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         logits = self.network(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
@@ -63,11 +70,20 @@ class CrossEntropyObjective(Objective):
         self.network = network
 
 
+def cross_entropy_formula(label_smoothing: float) -> str:
+    """How a formula names the cross-entropy."""
+    return f"CE (labels smoothed by {label_smoothing:g})" if label_smoothing else "CE"
+
+
 class Hooks:
     """What a method may do beside the steps, such as keeping pruned filters at zero; this one does nothing."""
 
     def after_step(self) -> None:
         """Called after every optimizer step."""
+        self.hold()
+
+    def hold(self) -> None:
+        """Brings the weights that the network has now to what the method holds them at; a second call changes nothing."""
 
     def after_epoch(self, epoch: int) -> nn.Module | None:
         """Called after the last step of `epoch`, counted from 0, before anything is evaluated or saved.
@@ -347,6 +363,9 @@ class Trainer:
         other = self.hooks.after_epoch(self.epoch)
         if other is not None:
             self._exchange(self.place(other))
+        if self.average is not None:
+            with self.average.swapped():  # which still has the weights that the network has just lost
+                self.hooks.hold()
         self._check_finite()
         began = time.monotonic()
         with self._shipped() as kept:

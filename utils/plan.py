@@ -50,12 +50,16 @@ def _sizes(networks: Mapping[str, nn.Module], data: ImageData) -> list[str]:
 
 def _training(plan: TrainingPlan, data: ImageData) -> list[str]:
     images = f"{len(data.dataset.train.labels)} training and {len(data.dataset.test.labels)} test images"
-    return [
+    lines = [
         f"data: {data.dataset.name}, {len(data.dataset.classes)} classes, {images}",
         f"training: {plan.n_epochs} epochs of {data.train_steps} steps of {data.batch_size} images on {data.device}, "
         f"{plan.n_epochs * data.train_steps} steps in all",
         f"learning rate: {plan.learning_rate.describe()}",
     ]
+    if plan.ema_decay is not None:
+        shipped = "average" if plan.ships_average else "trained network"
+        lines.append(f"weights: averaged over the steps, decay {plan.ema_decay:g}; the {shipped} is shipped")
+    return lines
 
 
 def _place(args: argparse.Namespace, networks: Mapping[str, nn.Module]) -> list[str]:

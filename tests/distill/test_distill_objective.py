@@ -1,5 +1,6 @@
 """The objective of a distilled training step, and the teacher that no step changes."""
 
+import argparse
 import copy
 from functools import partial
 
@@ -9,10 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill import DISTILLERS, build_distiller
+from distill.flags import check_distillation
 from distill.objective import DistillationObjective, FrozenTeacher, build_objective, default_alpha, sample_outputs
 from models import build_model
 from models.cifar_resnet import CifarResNet
 from models.outputs import Outputs
+from utils.errors import UserError
 
 LOSSES = sorted(set(DISTILLERS) - {"kd"})
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -62,6 +65,13 @@ def test_it_is_built_from_names_weights_and_the_options_of_all_losses():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+@pytest.mark.parametrize("names", [["afd", "reviewkd"], ["reviewkd", "afd"]], ids=" ".join)
+def test_parameters_of_losses_are_drawn_in_the_order_of_their_names(names):
+    build = partial(build_objective, small_network(0), small_network(1), images=IMAGES, alpha=0.9, seed=3)
+    both, first = build(names).distillers, build(names[:1]).distillers
+    assert_same_state(both[names[0]], state_of(first[names[0]]))
+
+
 def test_a_weight_rises_over_its_epochs_and_is_part_of_the_state():
     objective = build_objective(
         small_network(0), small_network(1), ["reviewkd"], images=IMAGES, alpha=0.0, betas=[6.0], n_epochs=36
@@ -77,6 +87,17 @@ def test_a_weight_rises_over_its_epochs_and_is_part_of_the_state():
     assert longer.rises["reviewkd"].share.item() == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("n_epochs", [1, 4, 12])
+def test_a_weight_is_full_from_the_beginning_of_a_short_run(n_epochs):
+    objective = build_objective(small_network(0), small_network(1), ["dkd"], images=IMAGES, alpha=0.0, n_epochs=n_epochs)
+    assert objective.formula() == "CE + 1 DKD (T 4, alpha 1, beta 8)"
+    objective.begin_epoch(0)
+    loss, _, terms = objective(IMAGES, LABELS)
+    torch.testing.assert_close(loss.detach(), terms["ce"] + terms["dkd"])
+    longer = build_objective(small_network(0), small_network(1), ["dkd"], images=IMAGES, alpha=0.0, n_epochs=13)
+    assert longer.formula() == "CE + (1, rising over 1.08 epochs) DKD (T 4, alpha 1, beta 8)"
+
+
 @pytest.mark.parametrize(
     ("names", "alpha"), [(["kd"], 0.9), (["hap"], 0.9), (["dkd"], 0.0), (["hap", "dist"], 0.0), (["kd", "reviewkd"], 0.9)]
 )
@@ -84,12 +105,36 @@ def test_a_loss_that_takes_the_place_of_kd_leaves_it_out_unless_it_is_named(name
     assert default_alpha(names) == alpha
 
 
+def test_a_run_that_began_with_a_loss_without_weight_may_go_on():
+    flags = {"distill": ["dkd", "kd"], "alpha": 0.0, "betas": None, "t_path": "t.pt", "dkd_alpha": 1.0, "dkd_beta": 8.0}
+    with pytest.raises(UserError, match="--alpha 0: leaves kd"):
+        check_distillation(argparse.Namespace(**flags, resume=None))
+    check_distillation(argparse.Namespace(**flags, resume="run"))
+
+
 def test_formula_names_every_weight():
     objective = build_objective(
         small_network(0), small_network(1), ["hap", "at"], images=IMAGES, alpha=0.9, betas=[700, 0.5], label_smoothing=0.1
     )
-    assert objective.formula() == "CE (labels smoothed by 0.1) + 0.9 KD + 700 HAP + 0.5 AT"
+    assert objective.formula() == "CE (labels smoothed by 0.1) + 0.9 KD (T 4) + 700 HAP (ts 3) + 0.5 AT"
     assert build_objective(small_network(0), None, ["none"], images=IMAGES, alpha=0.9).formula() == "CE"
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name, entry in DISTILLERS.items() for option in entry.options])
+def test_formula_shows_every_option(name, option):
+    default = DISTILLERS[name].options[option].default
+    build = partial(build_objective, small_network(0), small_network(1), [name], images=IMAGES, alpha=0.9)
+    other = True if default is False else default - 1
+    assert build().formula() == build(options={option: default}).formula() != build(options={option: other}).formula()
+
+
+def test_formula_shows_the_weights_inside_of_losses():
+    options = {"kd_t": 2.0, "kd_standardize": True, "dkd_alpha": 0.0, "dist_beta": 1.5}
+    objective = build_objective(
+        small_network(0), small_network(1), ["dkd", "dist", "kd"], images=IMAGES, alpha=9.0, options=options
+    )
+    dkd, dist = "1 DKD (T 2, logits standardised, alpha 0, beta 8)", "1 DIST (T 2, beta 1.5, gamma 2)"
+    assert objective.formula() == f"CE + 9 KD (T 2, logits standardised) + {dkd} + {dist}"
 
 
 def test_smoothed_labels_are_those_of_the_cross_entropy_alone():

@@ -178,6 +178,10 @@ def test_hap_compares_the_last_blocks_of_the_teacher():
         ("kd", {"temperature": 4.0}, "--distill kd: no option 'temperature': it has kd_t, kd_standardize"),
         ("kd", {"kd_t": 0.0}, "--kd-t 0.0"),
         ("kd", {"kd_t": float("nan")}, "--kd-t nan"),
+        ("dkd", {"dkd_alpha": 0.0, "dkd_beta": 0.0}, "--dkd-alpha 0 --dkd-beta 0: the weights"),
+        ("dist", {"dist_beta": 0.0, "dist_gamma": 0.0}, "--dist-beta 0 --dist-gamma 0: the weights"),
+        ("dist", {"dist_gamma": -1.0}, "--dist-beta 2 --dist-gamma -1: the weights"),
+        ("dkd", {"dkd_beta": float("inf")}, "--dkd-alpha 1 --dkd-beta inf: the weights"),
         ("hap", {"hap_ts": 0}, "--hap-ts 0: the teacher has 6 blocks"),
         ("hap", {"hap_ts": 7}, "--hap-ts 7: the teacher has 6 blocks"),
     ],
@@ -205,6 +209,18 @@ def test_only_dkd_asks_for_the_true_classes_and_else_takes_the_teachers_word():
     distiller = build_distiller("dkd", student=student, teacher=teacher)
     word = teacher.logits.argmax(1)
     assert distiller(student, teacher) == distiller(student, teacher, word) != distiller(student, teacher, (word + 1) % 5)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in DISTILLERS.items() if entry.weights])
+def test_each_part_of_a_loss_can_be_left_out(name):
+    student, teacher = make_outputs(), make_outputs(seed=1)
+
+    def loss(**weights):
+        return build_distiller(name, student=student, teacher=teacher, **weights)(student, teacher).item()
+
+    weights = DISTILLERS[name].weights
+    parts = [loss(**dict.fromkeys(weights, 0.0) | {weight: 1.0}) for weight in weights]
+    assert all(parts) and loss(**dict.fromkeys(weights, 1.0)) == pytest.approx(sum(parts))
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd"])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from models.network_file import load_network
+from prune.compact import check_pruned_zeros
 from utils.averaging import WeightAverage
 from utils.files import load_checkpoint
 
@@ -113,3 +114,19 @@ def test_a_pruned_average_is_pruned_and_goes_on_bit_for_bit(tmp_path, run_script
     file = load_network(whole / "model_last.pt", flag="--s-path")  # checks that what is not kept is 0
     assert len(file.kept["conv_1_3x3"]) == 8
     assert json.loads((whole / "summary.json").read_text())["compact"]["relative_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("ships", ["average", "trained"])
+def test_an_average_has_the_filters_of_every_step_that_pruning_takes(tmp_path, run_script, trained_run, ships):
+    teacher = ["--t-path", str(trained_run / "model_best.pt"), "--s-copy-t", "--prune-rates", "0.5", "--prune-mode", "filter-a"]
+    flags = [*TINY, "--n-epochs", "4", "--prune-steps", "3", "--ships", ships, "--save-dir", str(tmp_path), "--run-name", "run"]
+    ended = run_script("pruning", *teacher, *flags)
+    assert ended.status == 0, ended.errors
+    other = {"average": "trained", "trained": "average"}[ships]
+    for name in ("model_best.pt", "model_last.pt", f"model_{other}.pt"):
+        checkpoint = load_checkpoint(tmp_path / "run" / name)
+        assert len(checkpoint["kept"]["conv_1_3x3"]) == 8
+        check_pruned_zeros(checkpoint["state_dict"], checkpoint["kept"])
+    check_pruned_zeros(load_checkpoint(tmp_path / "run" / "model_last.pt")["resume"]["average"], checkpoint["kept"])
+    words = ["--load-path", str(tmp_path / "run" / "model_best.pt"), "--limit-batches", "1", "--device", "cpu", "--dry-run"]
+    assert run_script("quantize_encode", *words).status == 0
