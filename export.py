@@ -12,7 +12,7 @@ from deploy.comparison import measure_files, table
 from deploy.exporters import EXPORTERS, Origin, fastest_form, forms_of, output_paths
 from deploy.int8 import to_int8_onnx
 from deploy.onnx import to_onnx, with_metadata
-from deploy.runtimes import onnxruntime_session
+from deploy.runtimes import SESSIONS, onnxruntime_session
 from models import check_model
 from models.int8 import Int8Network
 from models.narrow import NarrowNetwork, narrow
@@ -23,7 +23,7 @@ from utils.data import ImageData
 from utils.engine import evaluate
 from utils.errors import UserError, naming
 from utils.files import check_output, write_atomic
-from utils.profile import latency, profile_network
+from utils.profile import latencies, profile_network
 from utils.run_folder import CONFIG
 
 SCRIPT = "export.py"
@@ -124,7 +124,8 @@ def int8(
     if simulated is not None:
         contents, remark = to_int8_onnx(simulated, data.example, images), ""
     else:
-        forms = {name: to_int8_onnx(network, data.example, images) for name, network in forms_of(dense, small).items()}
+        networks = forms_of(dense, small, data.example)
+        forms = {name: to_int8_onnx(network, data.example, images) for name, network in networks.items()}
         form, remark = fastest_form({name: onnxruntime_session(content) for name, content in forms.items()}, data.example)
         contents = forms[form]
     files = {
@@ -194,7 +195,7 @@ def speed_table(dense: nn.Module, small: nn.Module, run: Callable[[Tensor], Tens
     """Sizes, and milliseconds of a forward pass on the CPU: dense, compact, exported."""
     sizes = {role: profile_network(network, image) for role, network in (("dense", dense), ("compact", small))}
     lines = [f"{role}: {size['parameters']:,} parameters, {size['macs']:,} MACs" for role, size in sizes.items()]
-    times = {role: latency(network, image) for role, network in (("dense", dense), ("compact", small), (name, run))}
+    times = latencies({"dense": dense, "compact": small, name: run}, image, pausing=name in SESSIONS)
     for batch_size in times["dense"]:
         row = ", ".join(f"{role} {values[batch_size]['median_ms']:.2f} ms" for role, values in times.items())
         lines.append(f"batch {batch_size} on {torch.get_num_threads()} threads: {row}")

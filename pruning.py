@@ -12,8 +12,7 @@ import torch
 from deploy.budget import describe, log_chosen, obtain_table
 from deploy.flags import add_latency_flags, is_of_time
 from deploy.latency import LatencyTable
-from distill.flags import add_distillation_flags, flagged_objective
-from distill.objective import check_losses
+from distill.flags import add_distillation_flags, check_distillation, flagged_objective
 from models import NAMES, check_model
 from models.network_file import NetworkFile
 from prune.allocation import FLOOR, parse_budget
@@ -91,13 +90,13 @@ def main(args: argparse.Namespace) -> None:
     announced = setup.announce(args, network_names(args, files), device=device, world=world, state=state)
     data = setup.load_data(args, device=device, world=world, files=said, state=state)
     teacher, student = build_networks(args, files, data)
-    table = latency_table(args, student, data)
-    choose = filter_choice(args, student, data, table)
-    choose.check()
     loss = flagged_objective(
         args, student.network, teacher, data.example
     ).formula()  # losses that cannot compare the two say so here
     check_recalibration(student.network, args.recalibrate_bn)
+    table = latency_table(args, student, data)
+    choose = filter_choice(args, student, data, table)
+    choose.check()
     if args.sensitivity is not None:
         return sensitivity(args, student, choose)
     if args.train_form == "compact" and state is None:
@@ -166,7 +165,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--ema {args.ema:g}: not with --train-form compact and --prune-steps, whose steps have a network each")
     if args.soft_prune and args.ema is not None:
         raise UserError(f"--ema {args.ema:g}: not with --soft-prune, an average of what is cleared now and then is not pruned")
-    check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
+    check_distillation(args)
 
 
 def check_copy(args: argparse.Namespace) -> None:
@@ -182,14 +181,15 @@ def latency_table(args: argparse.Namespace, student: NetworkFile, data: ImageDat
     """What a budget of time has to know; None for other budgets."""
     if not is_of_time(args):
         return None
-    layers = prunable_layers(student.network, linear=args.prune_linear)
+    choose = filter_choice(args, student, data, None)
+    choose.check()  # before anything is measured
     return obtain_table(
         args,
         student.network,
         data,
         share=parse_budget(args.budget).share,
         multiple=None if args.channel_multiple == AUTO else args.channel_multiple,
-        narrowest=min(layer.filters for layer in layers),
+        narrowest=min(layer.filters for layer in choose.layers if choose.ratios[layer.name] < 1),
         chosen_by=lambda table: filter_choice(args, student, data, table).without_pass().outcome,
     )
 
@@ -219,7 +219,8 @@ def sensitivity(args: argparse.Namespace, student: NetworkFile, choose: FilterCh
 
 
 def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageData, table: LatencyTable | None) -> FilterChoice:
-    """What chooses the filters of the student that stay."""
+    """What chooses the filters of the student that stay; without a table, the best channel multiple counts as 1."""
+    measured = table.multiple if table is not None else 1
     layers = prunable_layers(student.network, linear=args.prune_linear)
     return FilterChoice(
         student.network,
@@ -229,7 +230,7 @@ def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageDat
         data=data,
         seed=args.seed,
         samp_batches=args.samp_batches,
-        multiple=table.multiple if args.channel_multiple == AUTO else args.channel_multiple,
+        multiple=measured if args.channel_multiple == AUTO else args.channel_multiple,
         options={"gamma": args.gamma, "gm_distance": args.gm_distance},
         coupled=args.couple_channels,
         budget=parse_budget(args.budget) if args.budget else None,

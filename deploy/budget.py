@@ -13,10 +13,12 @@ from utils.distributed import from_main
 from utils.errors import UserError, naming
 from utils.run_folder import LATENCY_TABLE
 from utils.runs import Run
+from utils.seed import preserved_random_state
 
 Chosen = tuple[nn.Module, Widths]  # a small network, and the widths of its layers
 
 
+@preserved_random_state()
 def obtain_table(
     args: argparse.Namespace,
     network: nn.Module,
@@ -28,6 +30,8 @@ def obtain_table(
     chosen_by: Callable[[LatencyTable], Callable[[], Chosen]],
 ) -> LatencyTable:
     """The table of the run that is resumed, of --budget-table, or one that the main process measures for `share` of the time.
+
+    Wherever it comes from, the global random streams stay as they were: what follows is the same computation.
 
     `multiple` None leaves the channel multiple to the table, for layers of `narrowest` filters at least. `chosen_by(table)()`
     gives the network that a table leads to as it is then.

@@ -61,17 +61,21 @@ def export_onnx(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, origi
     Where sums of different channels need a new layout, there are two forms of the same function (docs/compaction.md): both are
     measured, and the faster one is written.
     """
-    forms = forms_of(dense, small)
+    forms = forms_of(dense, small, images)
     contents = {form: to_onnx(network, images, metadata=origin.metadata()) for form, network in forms.items()}
     runners = {form: onnxruntime_session(content) for form, content in contents.items()}
     form, remark = fastest_form(runners, images)
     return Export({output.suffix: contents[form]}, "onnxruntime", runners[form], remark)
 
 
-def forms_of(dense: nn.Module, small: NarrowNetwork) -> dict[str, NarrowNetwork]:
+def forms_of(dense: nn.Module, small: NarrowNetwork, images: Tensor) -> dict[str, NarrowNetwork]:
+    """The forms in which the small network may be written, by what they do with sums of different channels.
+
+    `images` are for networks whose Python asks for sizes.
+    """
     if not small.relayout_count:
         return {"as it is": small.eval()}
-    wide = narrow(dense, small.kept, wide_sums=True)
+    wide = narrow(dense, small.kept, wide_sums=True, example=images)
     return {"layouts between layers": small.eval(), "plain sums of wide layers": wide.eval()}
 
 

@@ -213,9 +213,14 @@ def calibrate(
     """Sets the slope of `table` so that what it allows for `share` of the dense time takes that time.
 
     `small()` gives the network, in evaluation, that is chosen by the table as it is then, and the widths of its layers. Each is
-    measured beside `dense`: the steeper the slope, the less is pruned. In the end the slope of the slowest network within the
+    measured beside `dense`: the steeper the slope, the less is pruned. One that seems to be right is measured once more, and
+    the mean counts: noise that happens to be kind ends no search. In the end the slope of the slowest network within the
     budget stays, or of the fastest. Raises UserError if that is slower than the tolerance allows.
     """
+
+    def is_right(taken: float) -> bool:
+        return share - TOLERANCE * share <= taken <= share
+
     found: dict[float, float] = {}  # the share that was measured, by slope; 0 where a tenth of each layer seemed too slow
     beside = Comparison(table, dense, image)
     for _ in range(CORRECTIONS + 1):
@@ -227,8 +232,11 @@ def calibrate(
             found[table.slope] = 0.0
         else:
             saved = (table.dense_seconds - table.seconds(widths)) / table.slope
-            taken = found[table.slope] = beside.share_of(network)
-            if share - TOLERANCE * share <= taken <= share:
+            taken = beside.share_of(network)
+            if is_right(taken):
+                taken = (taken + beside.share_of(network)) / 2
+            found[table.slope] = taken
+            if is_right(taken):
                 return
         within, above = [s for s, taken in found.items() if taken <= share], [s for s, taken in found.items() if taken > share]
         if within and above:
@@ -271,6 +279,10 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _is_width(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
 def read_table(path: str | os.PathLike, *, flag: str, network: nn.Module, image: Tensor) -> LatencyTable:
     """A table that a run left. Raises UserError for anything else, and for the table of another network."""
     origin = f"{flag} {path}"
@@ -284,6 +296,8 @@ def read_table(path: str | os.PathLike, *, flag: str, network: nn.Module, image:
             values = np.asarray(times, dtype=float)
             if values.shape != (len(inputs), len(outputs)) or not (values > 0).all() or not np.isfinite(values).all():
                 raise ValueError("its times do not fit their widths")
+            if not all(map(_is_width, (*inputs, *outputs))):
+                raise ValueError("one of its widths is no number of channels")
             if sorted(set(inputs)) != inputs or sorted(set(outputs)) != outputs:
                 raise ValueError("its widths do not rise")
         numbers = (table.dense_seconds, table.slope, table.batch_size, table.threads, table.multiple)

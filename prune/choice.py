@@ -22,6 +22,7 @@ from prune.masks import PrunableLayer, SharedNorm, check_criterion, choose_filte
 from prune.schedule import HardPruning
 from utils.data import ImageData
 from utils.distributed import sum_over_processes
+from utils.errors import UserError
 from utils.seed import generator
 
 WITHOUT_PASS = "filter-a"  # the criterion of a plan in the place of one that looks at training images
@@ -67,12 +68,26 @@ class FilterChoice:
         return self.takes_nothing and not self.earlier
 
     def check(self) -> None:
-        """Raises UserError where the network lacks what the criterion reads, and for ratios or a budget that cannot be met."""
+        """Raises UserError where the network lacks what the criterion reads, and for ratios or a budget that cannot be met.
+
+        Whether a budget of time can be met is asked where `seconds` are known.
+        """
         check_criterion(self.layers, self.ratios, criterion=self.criterion, multiple=self.multiple)
         if self.coupled or self.budget is not None:
             families = self._families({layer.name: torch.ones(layer.filters) for layer in self.layers})
-            if self.budget is not None:
+            self._check_some_go(families)
+            if self.budget is not None and (self.budget.kind != "latency" or self.seconds is not None):
                 check_payable(self.budget, families, cost=partial(self._cost_of, families), dense=self._dense_cost)
+
+    def _check_some_go(self, families: Sequence[Family]) -> None:
+        """Raises UserError where filters are to go, and all of the families have to stay whole."""
+        if self.coupled and not self.takes_nothing and all(family.is_fixed for family in families):
+            raise UserError(
+                "--couple-channels: no filter can go: each meets channels that an operation reads at full width, or that "
+                "--exclude-layers keeps; leave it out"
+            )
+        if self.budget is not None and all(family.is_fixed for family in families):
+            raise UserError(f"--budget {self.budget}: no filter can go: --exclude-layers keeps all that could")
 
     def __call__(self) -> dict[str, Tensor]:
         if self.takes_nothing:

@@ -87,6 +87,17 @@ def say_what_trains(parser: cli.Parser) -> None:
         names += parser.names_in(title)
     names.remove("crop_padding")  # of the batches that filters are scored by
     parser.counts_only(*names, where=lambda args: args.sensitivity is None, only="without --sensitivity, which trains nothing")
+    parser.counts_only(
+        "t_path",
+        where=lambda args: args.sensitivity is None or args.s_copy_t,
+        only="without --sensitivity, or with --s-copy-t: nothing is learnt from a teacher there",
+    )
+    users = criteria_with(*READ_BY_CRITERIA["samp_batches"])
+    parser.counts_only(
+        "crop_padding",
+        where=lambda args: args.sensitivity is None or args.prune_mode in users,
+        only=f"without --sensitivity, or with --prune-mode {' or '.join(users)}, which read training batches",
+    )
 
 
 def _say_what_counts(parser: cli.Parser) -> None:

@@ -1,9 +1,10 @@
 """Channels that stay or go together (Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023).
 
 Channels that meet position by position, in a sum, a product, a depthwise convolution or the groups of a grouped one, form a
-group. Once a group goes as a whole, what it met stores the same channels on every side: nothing has to be laid out anew. The
-groups are read off the plan of the channel flow (`models.channel_flow`), in which every tensor says which layers give its
-channels and every step says which of them meet.
+group. Once a group goes as a whole, what it met stores the same channels on every side: nothing has to be laid out anew. What
+lays channels out in the dense network still does: a channel shuffle becomes a step that picks those that are left in its order,
+and a parameter with a number for each channel gives those of them. The groups are read off the plan of the channel flow
+(`models.channel_flow`), in which every tensor says which layers give its channels and every step says which of them meet.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,15 +40,17 @@ def channel_groups(
 ) -> list[list[ChannelGroup]]:
     """The groups of `model` that can go, those of the same convolutions in one list, in the network's order.
 
-    Left out is what cannot go without a step that restores it: channels that an operation reads at full width, and those
-    that meet a channel of anything but `layers`. Hidden units of linear layers meet none: each is a group. `example` is for
-    networks whose Python asks for sizes, see `trace_network`.
+    Left out is what cannot go without a step that restores it: channels that an operation reads at full width, those that
+    meet a channel of anything but `layers`, and the filters of a convolution in groups that reads a tensor of which nothing is
+    known, such as a slice. Hidden units of linear layers meet none: each is a group. `example` is for networks whose Python
+    asks for sizes, see `trace_network`.
     """
     trace = trace_network(model, example=example)
     convs = [layer for layer in layers if not layer.is_linear]
-    groups = _groups(_plan(trace.graph, model, removed=frozenset()), model, convs)
-    while blocked := _members_laid_out_anew(_plan(trace.graph, model, removed=_every_second(groups))):
-        groups = [alike for alike in groups if all(blocked.isdisjoint(group.filters) for group in alike)]
+    groups, before = _groups(_plan(trace.graph, model, removed=frozenset()), model, convs), None
+    while groups != before:
+        blocked = _members_laid_out_anew(_plan(trace.graph, model, removed=_every_second(groups)))
+        before, groups = groups, [alike for alike in groups if all(blocked.isdisjoint(group.filters) for group in alike)]
     order = {layer.name: place for place, layer in enumerate(layers)}
     groups += single_groups([layer for layer in layers if layer.is_linear])
     return sorted(groups, key=lambda alike: order[alike[0].layers[0]])
@@ -133,13 +136,18 @@ def _every_second(groups: Sequence[Sequence[ChannelGroup]]) -> frozenset[Member]
 
 
 def _members_laid_out_anew(plan: Plan) -> set[Member]:
-    """The channels that one step stores and the next does not want, or the other way round."""
+    """The channels that one step stores and the next does not want, or the other way round.
+
+    A convolution in groups may want some channels of a tensor of which nothing is known: then those are its own filters.
+    """
     blocked: set[Member] = set()
     for step in plan.steps.values():
         for source, want in step.wants.items():
             out = plan.steps[source].out
             if isinstance(out, Channels):
                 blocked |= {out.members[channel] for channel in set(out.stored) ^ set(want.stored)} - {None}
+            elif step.cut is not None and (len(step.cut.columns) > 1 or not want.complete):
+                blocked |= set(step.out.members)
     return blocked
 
 

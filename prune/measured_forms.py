@@ -55,17 +55,21 @@ def is_faster_small(step: Step, *, table: Path = TABLE) -> bool:
     """Whether training the small network takes less time than the large one with zeros.
 
     It does if it did on every machine that measured such a step with as many multiply-accumulates left, or the next more; where
-    none did, it is taken not to. Widths that were not measured count as odd ones.
+    none did, it is taken not to. A machine that only measured less of a network says no if even the most of that was slower.
+    Widths that were not measured count as odd ones.
     """
     alike = [
         row for row in _read(table) if all(row[key] == getattr(step, key) for key in ("device", "amp", "compiled", "coupled"))
     ]
     own = [row for row in alike if row["multiple"] == step.multiple] or [row for row in alike if row["multiple"] == 1]
     nearest: dict[tuple[str, str], Mapping[str, Any]] = {}
+    largest: dict[tuple[str, str], Mapping[str, Any]] = {}
     for row in sorted(own, key=lambda row: -row["macs"]):
+        place = row["hardware"], row["network"]
+        largest.setdefault(place, row)
         if row["macs"] + SAME_MACS >= step.macs:
-            nearest[row["hardware"], row["network"]] = row
-    return bool(nearest) and all(row[TIME] < 1 for row in nearest.values())
+            nearest[place] = row
+    return bool(nearest) and all(row[TIME] < 1 for row in {**largest, **nearest}.values())
 
 
 def multiple_of(kept: Mapping[str, Tensor], layers: Sequence[PrunableLayer]) -> int:

@@ -23,7 +23,7 @@ from utils.files import read_json
 from utils.metrics import Sums
 from utils.profile import compare_networks, comparison_table
 from utils.recalibration import recalibrated_batch_norm
-from utils.run_folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, SUMMARY
+from utils.run_folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, LATENCY_TABLE, SUMMARY
 from utils.runs import Run
 
 WHOLE = "no filter is pruned, the network stays whole (--prune-rates below 1 prunes)"
@@ -117,6 +117,8 @@ def finish(
     layers = prunable_layers(dense, linear=config["prune_linear"])
     kept = {layer.name: len(best.kept.get(layer.name, range(layer.filters))) for layer in layers}
     summary = {**head, "model": best.model, **read_json(run.folder / BEFORE_TRAINING), **result, "kept_filters": kept}
+    if (run.folder / LATENCY_TABLE).exists():
+        summary["share_of_time"] = read_json(run.folder / LATENCY_TABLE)["measured"]
     try:
         small = compact(dense, data.example)
     except UserError as error:  # the training is worth its summary all the same

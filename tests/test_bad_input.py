@@ -242,6 +242,12 @@ COMMANDS = [
         (PRUNE, f"--s-model resnet20 --sensitivity a.json {flags}", [flags, "only without --sensitivity"])
         for flags in ("--recalibrate-bn 2", "--ema 0.9", "--momentum 0.5", "--warmup-epochs 1", "--checkpoint-minutes 2")
     ),
+    (PRUNE, "--s-model resnet20 --sensitivity a.json --t-path {teacher}", ["--t-path {teacher}", "or with --s-copy-t"]),
+    (
+        PRUNE,
+        "--s-model resnet20 --sensitivity a.json --prune-mode filter-a --crop-padding 2",
+        ["--crop-padding 2", "or with --prune-mode filter-nggm or"],
+    ),
     (
         PRUNE,
         "--s-model resnet20 --prune-rates 0.6 --sensitivity-drop 2",
@@ -298,6 +304,12 @@ COMMANDS = [
     (PRUNE, f"{COPY} --distill at --betas 1 2", ["--betas", "2 values for the 1 losses"]),
     (PRUNE, f"{COPY} --distill kd --betas 1", ["--betas"]),
     (PRUNE, f"{COPY} --distill kd --alpha 0", ["--alpha 0", "--distill none"]),
+    (PRUNE, f"{COPY} --distill dkd kd --alpha 0", ["--alpha 0", "--distill dkd kd", "leave kd out"]),
+    (PRUNE, f"{COPY} --distill dkd --betas 0", ["--betas 0", "leaves dkd of --distill dkd"]),
+    (PRUNE, f"{COPY} --distill hap at --betas 700 0", ["--betas 700 0", "leaves at of --distill hap at"]),
+    (PRUNE, f"{COPY} --distill dkd --dkd-alpha 0 --dkd-beta 0", ["--dkd-alpha 0 --dkd-beta 0", "one of them above 0"]),
+    (PRUNE, f"{COPY} --distill dist --dist-beta -1", ["--dist-beta", "'-1'", "0 or more"]),
+    (QUANTIZE, "--load-path {teacher} --quan-mode int8 --t-path {teacher} --distill sp kd --alpha 0", ["--alpha 0", "leaves kd"]),
     (PRUNE, f"{COPY} --distill kd --kd-t 0", ["--kd-t", "'0'"]),
     (PRUNE, f"{COPY} --distill hap --hap-ts 0", ["--hap-ts", "'0'"]),
     (PRUNE, f"{COPY} --distill hap --hap-ts 99", ["--hap-ts 99"]),

@@ -15,6 +15,7 @@ from torch import nn
 import export
 from deploy import comparison, exporters
 from models import build_model
+from models.narrow import narrow
 from models.network_file import describe_network, load_network
 from prune.compact import compact
 from utils import cli, profile
@@ -108,6 +109,29 @@ def test_a_form_is_the_faster_one_over_both_batch_sizes(seconds, fastest):
         form, remark = exporters.fastest_form(dict.fromkeys(FORMS), torch.randn(2, 3, 8, 8))
     assert form == fastest and remark.startswith(f"written with {fastest}, the faster form (batch 1: {FORMS[0]} ")
     assert exporters.fastest_form({"as it is": None}, torch.randn(2, 3, 8, 8)) == ("as it is", "")
+
+
+class OfOneSize(nn.Module):
+    """A sum of two convolutions, for images of one size alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        if x.shape[-1] != 48:
+            raise RuntimeError(f"no images of {x.shape[-1]} pixels")
+        return self.head((self.first(x) + self.second(x)).mean((2, 3)))
+
+
+def test_the_forms_are_those_for_the_images_of_the_file():
+    network, images, kept = OfOneSize().eval(), torch.randn(2, 3, 48, 48), {"first": [0, 1, 2], "second": [2, 5]}
+    for name, channels in kept.items():
+        for parameter in network.get_submodule(name).parameters():
+            parameter.data[[channel for channel in range(8) if channel not in channels]] = 0
+    forms = exporters.forms_of(network, narrow(network, kept, example=images), images)
+    assert tuple(forms) == FORMS
+    torch.testing.assert_close(forms[FORMS[1]](images), forms[FORMS[0]](images))
 
 
 def test_the_form_that_is_measured_to_be_faster_is_written(checkpoints, run_export, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deploy import latency
+from deploy import budget, latency
 from models.network_file import load_network
 from prune.criteria import CRITERIA, Criterion
 from prune.masks import keep_count, prunable_layers
@@ -86,6 +86,7 @@ def test_a_budget_of_time_is_measured_once_and_its_table_makes_the_same_choice_e
     table = json.loads((first / "latency_table.json").read_text())
     assert (table["runtime"], table["batch_size"], table["threads"]) == ("torch", 32, 1)
     assert table["measured"].keys() == {"predicted", "measured"} and table["measured"]["predicted"] <= 0.7
+    assert json.loads((first / "summary.json").read_text())["share_of_time"] == table["measured"]
     assert table["multiple"] in (1, 2, 4, 8) and len(table["layers"]) == 20
     kept = {name: layer["kept"] for name, layer in json.loads((first / "kept_filters.json").read_text()).items()}
     assert len({len(channels) for name, channels in kept.items() if "stage_1" in name}) <= 2 and len(kept["conv_1_3x3"]) < 16
@@ -118,6 +119,44 @@ def test_the_network_of_the_last_step_is_the_one_that_is_timed(prune, tmp_path):
     options = [*options[:-2], "--budget-table", str(slower)]
     prune(*options, rates=(), name="slower")
     assert "WARNING: --budget latency=0.7: the network takes 0." in (tmp_path / "pruning.txt").read_text()
+
+
+BARE = """
+from torch import nn
+
+def bare(num_classes):
+    body = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--exclude-layers conv1", "--exclude-layers conv1: no such layer: choose from 0, 2"),
+        ("--prune-mode filter-a", "2: its weight is computed from other parameters"),
+        ("--exclude-layers 2 --prune-mode filter-bn", "--prune-mode filter-bn: no batch norm with a weight reads 0"),
+        ("--exclude-layers 2 --recalibrate-bn 1", "--recalibrate-bn 1: this network has no batch norm"),
+        ("--exclude-layers 2 --t-path {teacher} --distill reviewkd", "--distill reviewkd"),
+        ("--exclude-layers 0 2", "--budget latency=0.5: no filter can go"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_table_is_made(flags, message, trained_run, tmp_path, run_script, monkeypatch):
+    monkeypatch.setattr(budget, "measure_table", lambda *_, **__: pytest.fail("the measurement began"))
+    (tmp_path / "nets.py").write_text(BARE)
+    words = flags.format(teacher=trained_run / "model_best.pt").split()
+    ended = run_script("pruning", "--s-model", f"{tmp_path / 'nets.py'}:bare", "--budget", "latency=0.5", *SCORING, *words)
+    assert ended.status == 2 and message in ended.errors, ended.errors
+
+
+@pytest.mark.usefixtures("times_by_work")
+@pytest.mark.parametrize(("exclude", "narrowest"), [((), 16), (("--exclude-layers", "conv_1_3x3", "stage_1.*"), 32)])
+def test_the_best_multiple_fits_into_the_narrowest_layer_that_is_pruned(exclude, narrowest, run_script, monkeypatch):
+    asked = []
+    monkeypatch.setattr(latency, "best_multiple", lambda sweep, *, narrowest: asked.append(narrowest) or 1)
+    options = ["--budget", "latency=0.9", "--channel-multiple", "auto", "--prune-mode", "filter-a", *SCORING]
+    ended = run_script("pruning", "--s-model", "resnet20", *options, *exclude, "--dry-run")
+    assert ended.status == 0 and asked == [narrowest], ended.errors
 
 
 def test_proportions_follow_from_what_each_layer_loses_alone(prune, trained_run, tmp_path, run_script):

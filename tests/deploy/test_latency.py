@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploy import latency, layers
+from deploy.budget import obtain_table
 from deploy.latency import LatencyTable, best_multiple, calibrate, measured_widths, read_table, rising
 from deploy.layers import LayerKind, kinds_of_layers, layer_runner
 from models import build_model
@@ -156,6 +157,21 @@ def test_the_slope_is_set_until_the_network_takes_what_it_may(share, law, monkey
     assert times.seconds(left) <= share * times.dense_seconds * (1 + 1e-6)
 
 
+def test_a_time_that_was_right_by_luck_does_not_end_the_search(monkeypatch):
+    """The network of the first slope takes more than its budget, whatever its first measurement says."""
+    times, shares = table(), iter([0.49, 0.59, 0.47, 0.49, 0.49])
+    beside = SimpleNamespace(share_of=lambda network: next(shares))
+    monkeypatch.setattr(latency, "Comparison", lambda *_: beside)
+    slopes = []
+
+    def small():
+        slopes.append(times.slope)
+        return nn.Identity(), {"a": (4, 4), "b": (8, 4)}
+
+    calibrate(times, 0.5, nn.Identity(), small, IMAGE)
+    assert len(slopes) == 3 and times.slope == slopes[-1] and next(shares, None) is None
+
+
 def test_a_table_is_measured_on_this_machine():
     torch.manual_seed(0)
     body = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
@@ -165,6 +181,21 @@ def test_a_table_is_measured_on_this_machine():
     assert all(value > 0 for _, _, rows in times.grids.values() for row in rows for value in row)
     assert times.seconds({}) == times.dense_seconds >= times.seconds({"0": (3, 2), "5": (2, 10)})
     assert times.slope * times.sum_of_layers() == pytest.approx(times.dense_seconds)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_measuring_a_table_leaves_the_random_streams_as_they_were(runtime, monkeypatch):
+    if runtime != "torch":
+        pytest.importorskip(runtime)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Dropout(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(144, 10))
+    settings = {"budget_runtime": runtime, "budget_batch_size": 2, "budget_threads": 1, "budget_table": None, "resume": None}
+    monkeypatch.setattr(latency, "median_seconds", lambda runners, *_, **__: {name: len(name) for name in runners})
+    small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10)), {"0": (3, 4), "2": (4, 4)}
+    data, stream = SimpleNamespace(example=torch.randn(1, 3, 8, 8)), torch.get_rng_state()
+    found = obtain_table(
+        SimpleNamespace(**settings), network, data, share=1.0, multiple=1, narrowest=4, chosen_by=lambda table: lambda: small
+    )
+    assert found.runtime == runtime and torch.equal(torch.get_rng_state(), stream)
 
 
 class TestFiles:
@@ -205,6 +236,10 @@ class TestFiles:
             {"grids": {"conv": [[1, 2], [1], [[1.0]]]}},
             {"grids": {"conv": [[2, 1], [1], [[1.0], [2.0]]]}},
             {"grids": {"conv": "x"}},
+            {"grids": {"conv": [["a", "b"], [1, 2], [[1.0, 2.0], [3.0, 4.0]]]}},
+            {"grids": {"conv": [[0, 2], [1], [[1.0], [2.0]]]}},
+            {"grids": {"conv": [[1], [1, 10**400], [[1.0, 2.0]]]}},
+            {"grids": {"conv": [[1.5], [1], [[1.0]]]}},
             {"layers": {"a": ["conv"]}},
             {"layers": []},
             {"runtime": "mine"},

@@ -12,6 +12,7 @@ from prune.choice import FilterChoice
 from prune.criteria import CRITERIA
 from prune.masks import keep_ratios, prunable_layers, score_filters
 from prune.schedule import HardPruning
+from utils.errors import UserError
 from utils.profile import profile_network
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -63,6 +64,35 @@ def test_a_layer_that_keeps_everything_needs_nothing_that_the_criterion_reads(op
     for step in (choose, choose.at_step(1, 2, choose.at_step(0, 2, None)())):
         kept = step()
         assert len(kept["pw"]) == len(kept["dw"]) == 16 and 1 <= len(kept["last"]) < 16
+
+
+class Sliced(nn.Module):
+    """A sum of two convolutions that reads slices of them: nothing is known of its channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 16, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head((self.first(x)[:, :8] + self.second(x)[:, 8:]).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        (Sliced(), {"coupled": True}, "--couple-channels: no filter can go: each meets channels that an operation reads"),
+        (Sliced(), {"coupled": True, "budget": Budget("latency", 0.5)}, "--couple-channels: no filter can go"),
+        (Depthwise(), {"exclude": ["pw", "dw", "last"], "budget": Budget("latency", 0.5)}, "latency=0.5: no filter can"),
+        (Depthwise(), {"exclude": ["pw", "last"], "coupled": True}, "--couple-channels: no filter can go"),
+    ],
+)
+def test_a_choice_that_can_take_nothing_is_refused(network, options, message):
+    with pytest.raises(UserError, match=message):
+        choice(network, (0.5,), **options).check()
+
+
+def test_coupled_channels_of_which_none_has_to_go_may_all_stay():
+    choice(Sliced(), (1.0,), coupled=True).check()
 
 
 @pytest.mark.parametrize("share", [0.6, 0.4])

@@ -38,6 +38,20 @@ class Small(nn.Module):
         return self.classifier(x.mean((2, 3)))
 
 
+class Sliced(nn.Module):
+    """A stem of which a convolution in groups reads half."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.grouped, self.norm = nn.Conv2d(8, 8, 3, padding=1, groups=groups), nn.BatchNorm2d(8)
+        self.pointwise, self.classifier = nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.grouped(self.stem(x)[:, :8])))
+        return self.classifier(self.pointwise(x).mean((2, 3)))
+
+
 def groups_of(network, size=8):
     example = torch.randn(2, 3, size, size)
     return channel_groups(network, prunable_layers(network, example=example), example=example)
@@ -65,6 +79,14 @@ def test_what_another_layer_reads_at_full_width_is_in_no_group():
             return self.classifier(F.layer_norm(self.project(self.depthwise(self.expand(self.stem(x)))).mean((2, 3)), (4,)))
 
     assert [alike[0].layers for alike in groups_of(Normed())] == [("stem",), ("expand", "depthwise")]
+
+
+@pytest.mark.parametrize("groups", [8, 4])
+def test_a_convolution_in_groups_that_reads_a_slice_keeps_its_filters(groups):
+    network = Sliced(groups)
+    [filters] = groups_of(network)
+    assert filters[0].layers == ("pointwise",)
+    assert without(network, filters[:3]).relayout_count == 0
 
 
 def test_all_groups_of_a_grouped_convolution_lose_the_same():
@@ -121,6 +143,15 @@ def test_without_groups_the_small_network_is_the_same_and_lays_nothing_out_anew(
         assert (small(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert small.relayout_count == 0
     assert sum(map(torch.numel, small.parameters())) < 0.37 * sum(map(torch.numel, network.parameters()))
+
+
+@pytest.mark.parametrize(("name", "own"), [("timm/ghostnet_050", 0), ("torchvision/shufflenet_v2_x0_5", 16)])
+def test_all_that_is_laid_out_anew_is_what_the_network_shuffles_itself(name, own):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    network = build_model(name, num_classes=3).eval()
+    small = without(network, [group for alike in groups_of(network, size=32) for group in alike[::2]])
+    assert small.relayout_count == own and small.kept
 
 
 @settings(max_examples=30, deadline=None)

@@ -35,6 +35,14 @@ def test_the_next_larger_network_that_was_measured_decides(table):
     assert faster == {0.1: True, 0.5: True, 0.54: True, 0.6: False, 0.9: False, 0.97: False}
 
 
+def test_a_machine_that_was_slower_with_less_left_says_no(table):
+    record({replace(HALF, macs=0.3): 1.2, replace(HALF, macs=0.2): 0.9}, hardware="other", network="resnet56", table=table)
+    assert not any(is_faster_small(replace(HALF, macs=macs), table=table) for macs in (0.3, 0.4, 0.5))
+    record({replace(HALF, macs=0.3): 0.9}, hardware="other", network="resnet56", table=table)
+    faster = {macs: is_faster_small(replace(HALF, macs=macs), table=table) for macs in (0.3, 0.5, 0.6)}
+    assert faster == {0.3: True, 0.5: True, 0.6: False}, "one that was faster with less left says nothing of more"
+
+
 def test_multiples_that_were_not_measured_count_as_odd_widths(tmp_path):
     path = tmp_path / "table.json"
     record({replace(HALF, multiple=1): 0.8}, hardware="one", network="resnet20", table=path)
