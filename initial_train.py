@@ -16,7 +16,7 @@ from prune.compact import check_pruned_zeros
 from utils import cli, setup
 from utils.data import ImageData
 from utils.distributed import World, leave
-from utils.engine import CrossEntropyObjective, evaluate
+from utils.engine import CrossEntropyObjective, cross_entropy_formula, evaluate
 from utils.errors import UserError, naming
 from utils.plan import print_plan
 from utils.profile import profile_network
@@ -63,8 +63,8 @@ def main(args: argparse.Namespace) -> None:
     file = starting_network(args, given, data, is_new=state is None)
     plan = setup.training_plan(args)
     if args.dry_run:
-        loss = CrossEntropyObjective(file.network, label_smoothing=args.label_smoothing).formula()
-        return print_plan(args, plan=plan, data=data, networks={"network": file.network}, lines=[f"loss: {loss}"])
+        loss = f"loss: {cross_entropy_formula(args.label_smoothing)}"
+        return print_plan(args, plan=plan, data=data, networks={"network": file.network}, lines=[loss])
 
     networks = {"--load-path": file.network} if args.load_path is not None else {}
     run = setup.open_run(args, script=SCRIPT, device=device, world=world, lease=lease, state=state, networks=networks)

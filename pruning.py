@@ -90,13 +90,15 @@ def main(args: argparse.Namespace) -> None:
     announced = setup.announce(args, network_names(args, files), device=device, world=world, state=state)
     data = setup.load_data(args, device=device, world=world, files=said, state=state)
     teacher, student = build_networks(args, files, data)
-    loss = flagged_objective(
-        args, student.network, teacher, data.example
-    ).formula()  # losses that cannot compare the two say so here
+    # losses that cannot compare the two say so here
+    loss = flagged_objective(args, student.network, teacher, data.example).formula()
     check_recalibration(student.network, args.recalibrate_bn)
-    table = latency_table(args, student, data)
-    choose = filter_choice(args, student, data, table)
+    choose = filter_choice(args, student, data)
     choose.check()
+    table = latency_table(args, choose)
+    if table is not None:
+        choose = timed(args, choose, table)
+        choose.check()
     if args.sensitivity is not None:
         return sensitivity(args, student, choose)
     if args.train_form == "compact" and state is None:
@@ -177,21 +179,25 @@ def check_copy(args: argparse.Namespace) -> None:
         raise UserError(f"--s-copy-t: --s-model {args.s_model} is not --t-model {args.t_model}, a copy has the same architecture")
 
 
-def latency_table(args: argparse.Namespace, student: NetworkFile, data: ImageData) -> LatencyTable | None:
+def latency_table(args: argparse.Namespace, choose: FilterChoice) -> LatencyTable | None:
     """What a budget of time has to know; None for other budgets."""
     if not is_of_time(args):
         return None
-    choose = filter_choice(args, student, data, None)
-    choose.check()  # before anything is measured
     return obtain_table(
         args,
-        student.network,
-        data,
-        share=parse_budget(args.budget).share,
+        choose.network,
+        choose.data,
+        share=choose.budget.share,
         multiple=None if args.channel_multiple == AUTO else args.channel_multiple,
         narrowest=min(layer.filters for layer in choose.layers if choose.ratios[layer.name] < 1),
-        chosen_by=lambda table: filter_choice(args, student, data, table).without_pass().outcome,
+        chosen_by=lambda table: timed(args, choose, table).without_pass().outcome,
     )
+
+
+def timed(args: argparse.Namespace, choose: FilterChoice, table: LatencyTable) -> FilterChoice:
+    """The choice that counts its budget by the times of `table`, and takes its best multiple if that is asked for."""
+    multiple = table.multiple if args.channel_multiple == AUTO else choose.multiple
+    return replace(choose, multiple=multiple, seconds=table.seconds)
 
 
 def rates_of(args: argparse.Namespace, layers: Sequence[PrunableLayer]) -> Sequence[float]:
@@ -218,9 +224,8 @@ def sensitivity(args: argparse.Namespace, student: NetworkFile, choose: FilterCh
     print(f"{len(document['families'])} layers or groups -> {path}, {picture}")
 
 
-def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageData, table: LatencyTable | None) -> FilterChoice:
-    """What chooses the filters of the student that stay; without a table, the best channel multiple counts as 1."""
-    measured = table.multiple if table is not None else 1
+def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageData) -> FilterChoice:
+    """What chooses the filters of the student that stay; the best channel multiple counts as 1 until times are known."""
     layers = prunable_layers(student.network, linear=args.prune_linear)
     return FilterChoice(
         student.network,
@@ -230,13 +235,12 @@ def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageDat
         data=data,
         seed=args.seed,
         samp_batches=args.samp_batches,
-        multiple=measured if args.channel_multiple == AUTO else args.channel_multiple,
+        multiple=1 if args.channel_multiple == AUTO else args.channel_multiple,
         options={"gamma": args.gamma, "gm_distance": args.gm_distance},
         coupled=args.couple_channels,
         budget=parse_budget(args.budget) if args.budget else None,
         allocation=args.allocation,
         earlier=student.kept,
-        seconds=table.seconds if table is not None else None,
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import add_common_flags, machine, report, synthetic_batch, write_results
+from benchmarks.common import add_common_flags, machine, print_results, synthetic_batch, write_results
 from benchmarks.inference import tasks
 from deploy.latency import LatencyTable, calibrate, measure_table
 from models import build_model, check_model
@@ -62,12 +62,12 @@ def get_args_parser() -> cli.Parser:
 
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device, None, World())
-    about = {"output": args.output, "machine": machine(device), "rounds": args.rounds, "image_side": args.image_side}
+    about = {"machine": machine(device), "rounds": args.rounds, "image_side": args.image_side}
     rows = []
     for model in args.model:
         rows += measure(model, args, device=device)
-        write_results("budgets", rows, **about)  # the next one may take an hour
-    report("budgets", rows, **about)
+        write_results("budgets", rows, output=args.output, **about)  # the next one may take an hour
+    print_results(rows, **about)
 
 
 def measure(model: str, args: argparse.Namespace, *, device: torch.device) -> list[dict[str, Any]]:

@@ -76,9 +76,13 @@ def report(
     benchmark: str, rows: Sequence[Mapping[str, Any]], *, output: Path, machine: Mapping[str, Any], **settings: Any
 ) -> None:
     """Prints the table of `rows` and the machine, and writes all of it with the settings to `output` as JSON."""
+    print_results(rows, machine=machine, **settings)
+    write_results(benchmark, rows, output=output, machine=machine, **settings)
+
+
+def print_results(rows: Sequence[Mapping[str, Any]], *, machine: Mapping[str, Any], **settings: Any) -> None:
     print(table(rows))
     print("; ".join(f"{name} {value}" for name, value in {**machine, **settings}.items()))
-    write_results(benchmark, rows, output=output, machine=machine, **settings)
 
 
 def write_results(

@@ -4,7 +4,6 @@ python -m benchmarks.summary saves/gpu-steps/step_cost-*.json --output saves/gpu
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from benchmarks.common import table
 from utils import cli
 from utils.errors import UserError
-from utils.files import write_atomic
+from utils.files import read_json, write_atomic
 
 
 def get_args_parser() -> cli.Parser:
@@ -23,7 +22,7 @@ def get_args_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    documents = [json.loads(path.read_text()) for path in args.results]
+    documents = [read_json(path) for path in args.results]
     names = {document["benchmark"] for document in documents}
     if len(names) > 1:
         raise UserError(f"results of several benchmarks: {', '.join(sorted(names))}; name those of one")
