@@ -96,7 +96,7 @@ class FilterChoice:
             kept = self._highest_groups()
         else:
             kept = self._highest()
-        kept |= {layer.name: torch.arange(layer.filters) for layer in self._layers_of_earlier() if layer.name not in kept}
+        kept |= {layer.name: torch.arange(layer.filters) for layer in self._layers_of_earlier if layer.name not in kept}
         earlier = {name: torch.tensor(channels) for name, channels in self.earlier.items()}
         return {name: channels[torch.isin(channels, earlier.get(name, channels))] for name, channels in kept.items()}
 
@@ -163,7 +163,8 @@ class FilterChoice:
 
     @cached_property
     def _left(self) -> dict[str, set[int]]:
-        return {name: set(channels) for name, channels in self.earlier.items()} if self._goes_on else {}
+        names = [layer.name for layer in self._layers_of_earlier] if self._goes_on else []
+        return {name: set(self.earlier[name]) for name in names}
 
     def _families(self, scores: Mapping[str, Tensor]) -> list[Family]:
         ratios = self.ratios
@@ -222,11 +223,12 @@ class FilterChoice:
     def _cost(self) -> NetworkCost:
         return NetworkCost(self.network, self.data.example[:1], seconds=self.seconds)
 
+    @cached_property
     def _layers_of_earlier(self) -> list[PrunableLayer | SharedNorm]:
-        """What an earlier pruning has taken from, whether or not this one does."""
+        """What an earlier pruning has taken from, whether or not this one does; norms that go with one layer are left out."""
         if not self.earlier:
             return []
-        layers = prunable_layers(self.network, linear=True)
+        layers = prunable_layers(self.network, linear=True, example=self.data.example)
         return [layer for layer in (*layers, *shared_norms(self.network, layers)) if layer.name in self.earlier]
 
     def cost(self, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
