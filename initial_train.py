@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models import NAMES, build_model, check_model
 from models.narrow import NarrowNetwork, narrow
-from models.network_file import NetworkFile, describe_network, load_network
+from models.network_file import NetworkFile, describe_network, example_images, load_network
 from prune.compact import check_pruned_zeros
 from utils import cli, setup
 from utils.data import ImageData
@@ -109,7 +109,8 @@ def starting_network(args: argparse.Namespace, file: NetworkFile | None, data: I
         if file.kept and not file.compact:  # at full width its zeros would grow back
             with naming(origin):
                 check_pruned_zeros(file.network.state_dict(), file.kept)
-                file = replace(file, network=narrow(file.network, file.kept), compact=True)
+                example = example_images(file.network, data.dataset.images)
+                file = replace(file, network=narrow(file.network, file.kept, example=example), compact=True)
     setup.check_images(setup.to_device(file.network, data.device), data, origin=origin)
     return replace(file, images=data.dataset.images)
 

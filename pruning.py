@@ -226,7 +226,7 @@ def sensitivity(args: argparse.Namespace, student: NetworkFile, choose: FilterCh
 
 def filter_choice(args: argparse.Namespace, student: NetworkFile, data: ImageData) -> FilterChoice:
     """What chooses the filters of the student that stay; the best channel multiple counts as 1 until times are known."""
-    layers = prunable_layers(student.network, linear=args.prune_linear)
+    layers = prunable_layers(student.network, linear=args.prune_linear, example=data.example)
     return FilterChoice(
         student.network,
         layers,

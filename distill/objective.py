@@ -24,15 +24,18 @@ class FrozenTeacher:
 
     No nn.Module, so that an objective that holds it neither trains, saves, moves, nor synchronises it. The copy stays on
     the network's device. `fold_batch_norm` merges batch norms into the convolutions before them, the same function up to
-    rounding; `channels_last` sets the layout of its weights, for images of that layout.
+    rounding, and may need an `example` of the images, see `trace_network`; `channels_last` sets the layout of its weights,
+    for images of that layout.
     """
 
-    def __init__(self, network: nn.Module, *, fold_batch_norm: bool = False, channels_last: bool = False):
+    def __init__(
+        self, network: nn.Module, *, fold_batch_norm: bool = False, channels_last: bool = False, example: Tensor | None = None
+    ):
         if isinstance(getattr(network, "outputs", None), nn.Module):
             raise UserError(f"--distill: {type(network).__name__} has a layer `outputs`, the name of what gives the feature maps")
         network = copy.deepcopy(network).eval().requires_grad_(False)
         if fold_batch_norm:
-            _fold_batch_norms(network)
+            _fold_batch_norms(network, example)
         if channels_last:
             network = network.to(memory_format=torch.channels_last)
         self.network = network
@@ -146,7 +149,7 @@ def build_objective(
     """
     if list(names) == ["none"]:
         return DistillationObjective(student, label_smoothing=label_smoothing)
-    frozen = FrozenTeacher(teacher, channels_last=True, fold_batch_norm=True)
+    frozen = FrozenTeacher(teacher, channels_last=True, fold_batch_norm=True, example=images)
     samples = sample_outputs(student, images), frozen(images)
     with preserved_random_state():
         torch.manual_seed(derived_seed(seed, "distillers"))
@@ -221,8 +224,8 @@ def sample_outputs(network: nn.Module, images: Tensor) -> Outputs:
     return FrozenTeacher(network)(images)
 
 
-def _fold_batch_norms(network: nn.Module) -> None:
-    for conv_name, norm_name in conv_norm_pairs(network).items():
+def _fold_batch_norms(network: nn.Module, example: Tensor | None) -> None:
+    for conv_name, norm_name in conv_norm_pairs(network, example=example).items():
         conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
         plain = type(conv) is nn.Conv2d and type(norm) in (
             *BATCH_NORMS,

@@ -59,7 +59,7 @@ def narrow(
     `example` is a batch for networks whose Python asks for the size of its input, see `trace_network`.
     """
     kept = {name: _checked_channels(model, name, channels) for name, channels in kept.items()}
-    methods = ("forward", "outputs") if has_outputs(model) else ("forward",)
+    methods = ("forward", "outputs") if has_outputs(model, example) else ("forward",)
     traces = {method: trace_network(model, method, example=example).checked(model) for method in methods}
     if wide_sums:
         summed = {name for plan in _plan_all(model, traces, kept).values() for name in _layers_of_uneven_sums(plan)}

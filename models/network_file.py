@@ -20,7 +20,7 @@ from models import NAMES, build_model, build_on_meta, check_model, trusted_model
 from models.narrow import narrow
 from utils.errors import UserError, naming, printable, shown
 from utils.files import FORMAT, load_checkpoint
-from utils.image_spec import ImageSpec, read_image_spec
+from utils.image_spec import CHANNELS, ImageSpec, read_image_spec
 
 SHOWN_DIFFERENCES, SHOWN_NAME = 3, 60
 # A file whose network would be larger than both is refused: at full width so many times what it holds, and so many bytes
@@ -99,10 +99,18 @@ def load_network(path: str | os.PathLike, *, flag: str, model: str | None = None
     _check_layers(network, kept, origin, name)
     if compact:
         with naming(origin):
-            network = narrow(network, kept)
+            network = narrow(network, kept, example=example_images(network, images))
     _load_state(network, state, origin, name)
     metrics, int8 = checkpoint.get("metrics") or {}, checkpoint.get("int8") or {}
     return NetworkFile(network.eval(), name, num_classes, kept, compact, metrics, images, int8)
+
+
+def example_images(network: nn.Module, images: ImageSpec | None) -> Tensor | None:
+    """Two images (2, 3, H, W) without values, on the network's device, of the size that it is for; None where nobody says it."""
+    if images is None:
+        return None
+    device = next(network.parameters(), torch.empty(0)).device
+    return torch.empty(2, CHANNELS, *images.image_size, device=device)
 
 
 def as_dense(file: NetworkFile) -> NetworkFile:

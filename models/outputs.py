@@ -19,7 +19,13 @@ class Outputs(NamedTuple):
     embedding: Tensor
 
 
-def has_outputs(network: nn.Module) -> bool:
-    """Whether the network has the method `outputs(x)`, and feature maps for it; a layer of that name is none."""
+def has_outputs(network: nn.Module, images: Tensor | None = None) -> bool:
+    """Whether the network has the method `outputs(x)`, and feature maps for it; a layer of that name is none.
+
+    `images` (B, C, H, W) are like those that it will get, where that is known.
+    """
     outputs = getattr(network, "outputs", None)
-    return callable(outputs) and not isinstance(outputs, nn.Module) and getattr(network, "has_feature_maps", True)
+    if not callable(outputs) or isinstance(outputs, nn.Module):
+        return False
+    finds = getattr(network, "finds_feature_maps", None)  # of a network whose maps are looked for, `models.taps`
+    return finds is None or finds(images)

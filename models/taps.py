@@ -88,11 +88,10 @@ class FoundOutputs:
         """Logits and feature maps of images (B, 3, H, W)."""
         return self._tapped.for_images(self, x)(self, x)
 
-    @property
-    def has_feature_maps(self) -> bool:
-        """Whether `outputs` finds any, for images of a usual size where none have come yet."""
+    def finds_feature_maps(self, images: Tensor | None) -> bool:
+        """Whether `outputs` finds any in images like these; without them like the last, or of a usual size before the first."""
         try:
-            self._tapped.of(self)
+            self._tapped.of(self) if images is None else self._tapped.expect(self, images)
         except UserError:
             return False
         return True
@@ -129,13 +128,20 @@ class _Functions:
         return _Functions, ()
 
     def for_images(self, network: nn.Module, x: Any) -> Callable[..., Outputs]:
-        """The function for images like `x`; for the proxy of a tracer the last one that was used."""
+        """The function for images like `x`; for the proxy of a tracer the last one, or that of `expect`."""
         if not isinstance(x, Tensor):
             return self.of(network)
         size = tuple(x.shape[1:])
         if size not in self._by_size:
             self._by_size[size] = _outputs_function(network, x)
         return self._by_size[size]
+
+    def expect(self, network: nn.Module, images: Tensor) -> None:
+        """Makes the function for such images the one that a tracer's proxy gets."""
+        function = self.for_images(network, images)
+        size = tuple(images.shape[1:])
+        del self._by_size[size]
+        self._by_size[size] = function
 
     def of(self, network: nn.Module) -> Callable[..., Outputs]:
         """The function for images of the size that came last, or else of a usual one."""

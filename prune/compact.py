@@ -37,7 +37,9 @@ def compact(model: nn.Module, example_input: Tensor, *, tolerance: float = TOLER
 
 def live_channels(model: nn.Module, example_input: Tensor | None = None) -> dict[str, list[int]]:
     """The output channels that are not identically zero, of each layer that has others; in the form that `narrow` takes."""
-    trace = trace_network(model, "outputs" if has_outputs(model) else "forward", example=example_input).checked(model)
+    trace = trace_network(model, "outputs" if has_outputs(model, example_input) else "forward", example=example_input).checked(
+        model
+    )
     live: dict[str, list[int]] = {}
 
     def find_live(name: str, layer: nn.Module, given: Channels | None) -> list[int]:

@@ -16,7 +16,7 @@ def papers_flops_drop(dense: nn.Module, small: nn.Module, image: Tensor) -> floa
     macs = _macs_of_convolutions(dense, image)
     left = dict(small.named_modules())
     kept = {name: left[name].out_channels / dense.get_submodule(name).out_channels if name in left else 0.0 for name in macs}
-    reads = _convolutions_read_directly(dense)
+    reads = _convolutions_read_directly(dense, image)
     after = sum(count * kept[name] * kept.get(reads.get(name), 1.0) for name, count in macs.items())
     return 100 * (1 - after / sum(macs.values()))
 
@@ -28,14 +28,14 @@ def _macs_of_convolutions(network: nn.Module, image: Tensor) -> dict[str, int]:
     return {name: positions[name] * layer.weight.numel() for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
 
 
-def _convolutions_read_directly(network: nn.Module) -> dict[str, str]:
+def _convolutions_read_directly(network: nn.Module, image: Tensor) -> dict[str, str]:
     """For each convolution, by name, the one that it reads with no sum, or other operation on several tensors, between."""
 
     def is_conv(node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(network.get_submodule(node.target), nn.Conv2d)
 
     reads = {}
-    for node in filter(is_conv, trace_network(network).graph.nodes):
+    for node in filter(is_conv, trace_network(network, example=image).graph.nodes):
         source = node.all_input_nodes[0]
         while len(source.all_input_nodes) == 1 and not is_conv(source):
             source = source.all_input_nodes[0]

@@ -40,7 +40,7 @@ def check_equal_training(masked: nn.Module, small: NarrowNetwork, images: Tensor
     `masked` are held at 0, whatever their gradient.
     """
     images = images[:IMAGES]
-    methods = ("forward", "outputs") if has_outputs(masked) else ("forward",)
+    methods = ("forward", "outputs") if has_outputs(masked, images) else ("forward",)
     with preserved_random_state():
         dtype = torch.float64 if _computes_in(masked, images, torch.float64) else torch.float32
         twins = [_copied(network).to(dtype).eval() for network in (masked, small)]

@@ -114,7 +114,7 @@ def finish(
     """
     best = load_network(run.folder / BEST, flag="--save-dir", model=model)
     dense = setup.to_device(best.network, data.device)
-    layers = prunable_layers(dense, linear=config["prune_linear"])
+    layers = prunable_layers(dense, linear=config["prune_linear"], example=data.example)
     kept = {layer.name: len(best.kept.get(layer.name, range(layer.filters))) for layer in layers}
     summary = {**head, "model": best.model, **read_json(run.folder / BEFORE_TRAINING), **result, "kept_filters": kept}
     if (run.folder / LATENCY_TABLE).exists():

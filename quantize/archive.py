@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models import MODELS, build_model, build_on_meta, trusted_model
 from models.channel_flow import output_channels
 from models.narrow import narrow
-from models.network_file import with_versions
+from models.network_file import example_images, with_versions
 from quantize import huffman
 from quantize.container import pack_sections, read_description, unpack_sections
 from quantize.table import ArchiveReport, LayerSize
@@ -62,7 +62,7 @@ def save_archive(
         raise UserError(f"cannot archive a network with {num_classes} classes, at most {MAX_CLASSES:,} are read back")
     dense = build_on_meta(model, num_classes=num_classes)
     kept = dict(getattr(network, "kept", {}))
-    expected = (narrow(dense, kept) if kept else dense).state_dict()
+    expected = _cut(dense, kept, images).state_dict()
     state = network.state_dict()
     _check_fits(state, expected, f"{model} with {num_classes} classes")
     sections = {name: bytearray() for name in SECTIONS}
@@ -202,7 +202,7 @@ def _read(data: bytes, model: str | None) -> tuple[nn.Module, ArchiveReport]:
     identity = {"name": description["model"], "num_classes": description["num_classes"]}
     dense = build_on_meta(**identity)
     kept = _unpack_kept(dense, sections["kept"])
-    network = narrow(dense, kept) if kept else dense
+    network = _cut(dense, kept, images)
     cursors = {name: _Cursor(sections[name], name) for name in SECTIONS if name != "kept"}
     state, coded = {}, {}
     expected = network.state_dict()
@@ -214,9 +214,13 @@ def _read(data: bytes, model: str | None) -> tuple[nn.Module, ArchiveReport]:
     if description["model"] not in MODELS:  # it may hold tensors beside its state, which now cost no more than the file
         with preserved_random_state():
             dense = build_model(**identity)
-        network = narrow(dense, kept) if kept else dense
+        network = _cut(dense, kept, images)
     network.load_state_dict(with_versions(state, like=expected), assign=True)
     return network.eval(), report
+
+
+def _cut(dense: nn.Module, kept: Mapping[str, Sequence[int]], images: ImageSpec | None) -> nn.Module:
+    return narrow(dense, kept, example=example_images(dense, images)) if kept else dense
 
 
 def _check_format(description: Mapping[str, Any]) -> None:

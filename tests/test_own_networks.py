@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -129,6 +130,58 @@ def test_a_network_with_other_classes_than_asked_for_is_refused(tmp_path, run_sc
     ended = run_script("initial_train", "--model", f"{path}:fixed", *SHORT, "--dry-run", "--save-dir", str(tmp_path))
     assert ended.status == 2
     assert "must return logits of shape" in ended.errors
+
+
+ASKING = """
+import torch.nn.functional as F
+from torch import nn
+
+
+class Asking(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)
+        self.second, self.head = nn.Conv2d(8, 16, 3), nn.Linear(16, num_classes)
+
+    def forward(self, images):
+        assert images.shape[-2:] == (40, 40), images.shape
+        missing = -images.shape[-1] % 48
+        if missing:
+            images = F.pad(images, (0, missing, 0, missing))
+        maps = F.relu(self.norm(self.first(images)))
+        return self.head(F.relu(self.second(maps)).mean((2, 3)))
+"""
+
+
+def test_a_network_that_asks_for_the_size_of_its_images_is_rebuilt_for_that_size(tmp_path, image_writer, run_script):
+    """Files are read where no image has come yet; pruned, quantized, decoded, exported, trained on and pruned again."""
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "nets.py").write_text(ASKING)
+    name = f"{tmp_path / 'nets.py'}:Asking"
+    best, small = (tmp_path / "pruned" / file for file in ("model_best.pt", "model_compact.pt"))
+    for part, label in itertools.product(("train", "test"), ("ant", "bee")):
+        image_writer(tmp_path / "images" / part / label, sizes=[40] * 8)
+    data = ["--dataset", "folder", "--data-dir", str(tmp_path / "images")]
+    few, run = [*FEW, *data], [*SHORT, *data, "--save-dir", str(tmp_path), "--run-name"]
+    commands = [
+        ("pruning", "--s-model", name, "--prune-mode", "filter-a", "--prune-rates", "0.5", *run, "pruned"),
+        ("quantize_encode", "--load-path", str(small), "--model", name, *run, "quantized"),
+        ("quantize_encode", "--evaluate", "--load-path", str(tmp_path / "quantized" / "model.huff"), "--model", name, *few),
+        ("export", "--load-path", str(small), "--model", name, *data, "--output", str(tmp_path / "small.onnx")),
+        ("initial_train", "--load-path", str(best), "--model", name, *run, "trained_on"),
+        ("pruning", "--t-path", str(best), "--t-model", name, "--s-copy-t", "--distill", "hap", "--hap-ts", "1", "--prune-mode",
+         "filter-nggm", "--budget", "macs=0.3", *run, "pruned_again"),
+    ]  # fmt: skip
+    for script, *flags in commands:
+        ended = run_script(script, *flags)
+        assert ended.status == 0, ended.errors
+        assert "trains the large network" not in ended.output
+    dense = load_network(best, flag="--load-path", model=name).network
+    compact = load_network(small, flag="--load-path", model=name)
+    images = torch.rand(2, 3, 40, 40)
+    assert compact.compact and compact.kept
+    assert torch.allclose(dense(images), compact.network(images), atol=1e-5)
+    assert (tmp_path / "pruned_again" / "model_compact.pt").exists()
 
 
 class TestThePage:
