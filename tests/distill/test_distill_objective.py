@@ -14,6 +14,7 @@ from distill.flags import check_distillation
 from distill.objective import DistillationObjective, FrozenTeacher, build_objective, default_alpha, sample_outputs
 from models import build_model
 from models.cifar_resnet import CifarResNet
+from models.narrow import narrow
 from models.outputs import Outputs
 from utils.errors import UserError
 
@@ -212,6 +213,15 @@ def test_folding_batch_norms_keeps_the_function(name):
     expected = FrozenTeacher(network)(images)
     for actual, exact in zip(folded(images).blocks, expected.blocks, strict=True):
         torch.testing.assert_close(actual, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
+
+
+def test_a_compact_teacher_gives_what_it_gives_alone():
+    torch.manual_seed(0)
+    network = randomise_batch_norms(build_model("resnet20", num_classes=3))
+    small = narrow(network, {"conv_1_3x3": range(3, 11), "bn_1": range(3, 11), "stage_2.0.conv_a": [0, 5, 31]}).eval()
+    images = torch.randn(2, 3, 32, 32)
+    objective = build_objective(network, small, ["at"], images=images, alpha=0.9)
+    torch.testing.assert_close(objective.teacher(images).logits, small(images), rtol=1e-4, atol=1e-4)
 
 
 class SharedConvolution(nn.Module):
