@@ -104,6 +104,7 @@ def test_a_thousand_runs_take_less_than_20_seconds(tmp_path):
         ("docs/benchmark.md", "docs/studies/benchmark.jsonl.gz", "docs/figures/benchmark", ["accuracy_macs", "accuracy_pflops"]),
         ("docs/allocation.md", "docs/studies/allocation.jsonl.gz", "docs/figures/allocation", ["kept_filters"]),
         ("docs/hard_budget.md", "docs/studies/hard_budget.jsonl.gz", "docs/figures/hard_budget", ["accuracy_macs"]),
+        ("docs/tiny_imagenet.md", "docs/studies/tiny_imagenet.jsonl.gz", "docs/figures/tiny_imagenet", ["accuracy_macs"]),
         ("docs/results.md", "docs/studies/results.jsonl.gz", "docs/figures", README_PICTURES),
         ("docs/ablation.md", "docs/studies/ablation.jsonl.gz", "docs/figures/ablation", ["accuracy_macs"]),
         ("docs/sensitivity.md", "docs/studies/sensitivity.jsonl.gz", "docs/figures", ["sensitivity"]),
