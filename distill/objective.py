@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from distill.base import DISTILLERS, Distiller, full_precision
+from models.batch_norm import UnevenBatchNorm2d
 from models.layer_roles import BATCH_NORMS, conv_norm_pairs
-from models.narrow import NarrowNetwork
 from models.outputs import Outputs
 from utils.effects import typed
 from utils.engine import Objective, cross_entropy_formula
@@ -24,8 +24,8 @@ class FrozenTeacher:
 
     No nn.Module, so that an objective that holds it neither trains, saves, moves, nor synchronises it. The copy stays on
     the network's device. `fold_batch_norm` merges batch norms into the convolutions before them, the same function up to
-    rounding, and may need an `example` of the images, see `trace_network`; a compact network keeps its batch norms.
-    `channels_last` sets the layout of the weights, for images of that layout.
+    rounding, and may need an `example` of the images, see `trace_network`; `channels_last` sets the layout of its weights,
+    for images of that layout.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class FrozenTeacher:
         if isinstance(getattr(network, "outputs", None), nn.Module):
             raise UserError(f"--distill: {type(network).__name__} has a layer `outputs`, the name of what gives the feature maps")
         network = copy.deepcopy(network).eval().requires_grad_(False)
-        if fold_batch_norm and not isinstance(network, NarrowNetwork):
+        if fold_batch_norm:
             _fold_batch_norms(network, example)
         if channels_last:
             network = network.to(memory_format=torch.channels_last)
@@ -227,7 +227,7 @@ def sample_outputs(network: nn.Module, images: Tensor) -> Outputs:
 def _fold_batch_norms(network: nn.Module, example: Tensor | None) -> None:
     for conv_name, norm_name in conv_norm_pairs(network, example=example).items():
         conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
-        plain = type(conv) is nn.Conv2d and type(norm) in BATCH_NORMS  # others do more
+        plain = type(conv) is nn.Conv2d and type(norm) in (*BATCH_NORMS, UnevenBatchNorm2d)  # others do more
         if plain and norm.track_running_stats:
             fused = fuse_conv_bn_eval(conv, norm)
             network.set_submodule(conv_name, fused.requires_grad_(False))

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor, fx, nn
 
 from models.channel_flow import Channels, Plan, members_of_layer, output_channels, plan_channels, trace_network
+from models.narrow import NarrowNetwork
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -25,7 +26,8 @@ def conv_norm_pairs(model: nn.Module, *, example: Tensor | None = None) -> dict[
 
 def norm_pairs(model: nn.Module, *, example: Tensor | None = None) -> dict[str, str]:
     """As `conv_norm_pairs`, and group norms of convolutions without groups, and batch norms of linear layers."""
-    calls = [node for node in trace_network(model, example=example).graph.nodes if node.op == "call_module"]
+    graph = model.graph() if isinstance(model, NarrowNetwork) else trace_network(model, example=example).graph
+    calls = [node for node in graph.nodes if node.op == "call_module"]
     times_called = Counter(node.target for node in calls)
 
     def is_single(node: fx.Node) -> bool:

@@ -138,10 +138,9 @@ class _Functions:
 
     def expect(self, network: nn.Module, images: Tensor) -> None:
         """Makes the function for such images the one that a tracer's proxy gets."""
-        function = self.for_images(network, images)
+        self.for_images(network, images)
         size = tuple(images.shape[1:])
-        del self._by_size[size]
-        self._by_size[size] = function
+        self._by_size[size] = self._by_size.pop(size)  # the last one
 
     def of(self, network: nn.Module) -> Callable[..., Outputs]:
         """The function for images of the size that came last, or else of a usual one."""

@@ -13,6 +13,7 @@ from distill import DISTILLERS, build_distiller
 from distill.flags import check_distillation
 from distill.objective import DistillationObjective, FrozenTeacher, build_objective, default_alpha, sample_outputs
 from models import build_model
+from models.batch_norm import UnevenBatchNorm2d
 from models.cifar_resnet import CifarResNet
 from models.narrow import narrow
 from models.outputs import Outputs
@@ -218,9 +219,14 @@ def test_folding_batch_norms_keeps_the_function(name):
 def test_a_compact_teacher_gives_what_it_gives_alone():
     torch.manual_seed(0)
     network = randomise_batch_norms(build_model("resnet20", num_classes=3))
-    small = narrow(network, {"conv_1_3x3": range(3, 11), "bn_1": range(3, 11), "stage_2.0.conv_a": [0, 5, 31]}).eval()
+    kept = {"conv_1_3x3": range(3, 11), "bn_1": range(3, 11), "stage_2.0.conv_a": [0, 5, 31], "stage_2.0.bn_a": [0, 5, 31]}
+    small = narrow(network, kept).eval()
     images = torch.randn(2, 3, 32, 32)
     objective = build_objective(network, small, ["at"], images=images, alpha=0.9)
+    teacher = objective.teacher.network
+    assert small.relayout_count and not any(
+        isinstance(module, (nn.BatchNorm2d, UnevenBatchNorm2d)) for module in teacher.modules()
+    )
     torch.testing.assert_close(objective.teacher(images).logits, small(images), rtol=1e-4, atol=1e-4)
 
 
