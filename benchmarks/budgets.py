@@ -21,6 +21,7 @@ from benchmarks.common import add_common_flags, machine, print_results, syntheti
 from benchmarks.inference import tasks
 from deploy.latency import LatencyTable, calibrate, measure_table
 from models import build_model, check_model
+from models.layer_roles import BATCH_NORMS
 from models.narrow import NarrowNetwork
 from prune.allocation import FLOOR, Budget
 from prune.choice import FilterChoice
@@ -105,8 +106,14 @@ def measure(model: str, args: argparse.Namespace, *, device: torch.device) -> li
 
 
 def build(model: str) -> nn.Module:
+    """The network in evaluation, with batch norms that make something of a channel of zeros, as trained ones do."""
     torch.manual_seed(0)
-    return build_model(model, num_classes=10).eval()
+    network = build_model(model, num_classes=10).eval()
+    for norm in network.modules():
+        if isinstance(norm, BATCH_NORMS):
+            nn.init.normal_(norm.bias, std=0.1)
+            nn.init.normal_(norm.running_mean, std=0.1)
+    return network
 
 
 def choice_within(

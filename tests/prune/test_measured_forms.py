@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import train_forms
+from benchmarks import budgets, train_forms
 from prune.masks import PrunableLayer
 from prune.measured_forms import TABLE, Step, is_faster_small, multiple_of, record
 
@@ -78,6 +78,12 @@ def test_the_committed_table_is_what_was_measured():
         here = {"hardware": train_forms.hardware(document["machine"]), "network": document["settings"]["model"]}
         for step, taken in found.items():
             assert {**here, **asdict(step), "compact in masked steps": taken} in rows
+
+
+def test_norms_of_a_measured_network_make_something_of_channels_that_are_gone():
+    norms = [module for module in budgets.build("resnet20").modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 19
+    assert all((norm(torch.zeros(1, norm.num_features, 1, 1)) != 0).all() for norm in norms)
 
 
 def test_the_benchmark_measures_every_kind_of_step(tmp_path):
