@@ -109,9 +109,10 @@ def build(model: str) -> nn.Module:
     """The network in evaluation, with batch norms that make something of a channel of zeros, as trained ones do."""
     torch.manual_seed(0)
     network = build_model(model, num_classes=10).eval()
-    for norm in network.modules():
-        if isinstance(norm, BATCH_NORMS):
+    for norm in (module for module in network.modules() if isinstance(module, BATCH_NORMS)):
+        if norm.affine:
             nn.init.normal_(norm.bias, std=0.1)
+        if norm.track_running_stats:
             nn.init.normal_(norm.running_mean, std=0.1)
     return network
 
