@@ -18,13 +18,14 @@ from models.int8 import Int8Network
 from models.narrow import NarrowNetwork, narrow
 from models.network_file import NetworkFile, as_dense, load_network
 from prune.compact import TOLERANCE, check_pruned_zeros, compact, relative_difference
-from utils import cli, setup
-from utils.data import ImageData
-from utils.engine import evaluate
+from utils import cli
 from utils.errors import UserError, naming
 from utils.files import check_output, write_atomic
+from utils.images.batches import ImageData
 from utils.profile import latencies, profile_network
-from utils.run_folder import CONFIG
+from utils.runs.folder import CONFIG
+from utils.training import setup
+from utils.training.engine import evaluate
 
 SCRIPT = "export.py"
 

@@ -13,15 +13,16 @@ from models import NAMES, build_model, check_model
 from models.narrow import NarrowNetwork, narrow
 from models.network_file import NetworkFile, describe_network, example_images, load_network
 from prune.compact import check_pruned_zeros
-from utils import cli, setup
-from utils.data import ImageData
+from utils import cli
+from utils.cli.plan import print_plan
 from utils.distributed import World, leave
-from utils.engine import CrossEntropyObjective, cross_entropy_formula, evaluate
 from utils.errors import UserError, naming
-from utils.plan import print_plan
+from utils.images.batches import ImageData
 from utils.profile import profile_network
-from utils.run_folder import BEST, SUMMARY
+from utils.runs.folder import BEST, SUMMARY
 from utils.seed import seed_everything
+from utils.training import setup
+from utils.training.engine import CrossEntropyObjective, cross_entropy_formula, evaluate
 
 SCRIPT = "initial_train.py"
 

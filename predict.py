@@ -18,13 +18,14 @@ from deploy.onnx_file import SUFFIX, read_onnx
 from models import check_model
 from models.network_file import load_network
 from quantize.archive import read_flagged
-from utils import cli, setup
-from utils.data import Normaliser, test_transform
-from utils.datasets import read_image
+from utils import cli
 from utils.distributed import World
 from utils.errors import UserError, printable
 from utils.files import check_output, is_archive, write_atomic
-from utils.image_spec import ImageSpec
+from utils.images.batches import Normaliser, test_transform
+from utils.images.datasets import read_image
+from utils.images.spec import ImageSpec
+from utils.training import setup
 
 SCRIPT = "predict.py"
 SHOWN_PATH = 200  # characters

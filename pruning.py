@@ -26,16 +26,17 @@ from prune.preview import print_pruning
 from prune.record import describe_pruned, finish, log_accuracy, log_pruning, log_step
 from prune.schedule import SOFT_CRITERIA, PruningSchedule, check_soft_state
 from prune.sensitivity import READ_BY_SENSITIVITY, check_file, measure_sensitivity, read_rates
-from utils import cli, setup
-from utils.data import ImageData
+from utils import cli
 from utils.distributed import World, leave
-from utils.engine import evaluate
 from utils.errors import UserError
 from utils.files import read_json, write_atomic
-from utils.recalibration import check_recalibration
-from utils.run_folder import LATENCY_TABLE, SENSITIVITY
-from utils.runs import Run
+from utils.images.batches import ImageData
+from utils.runs.folder import LATENCY_TABLE, SENSITIVITY
+from utils.runs.run import Run
 from utils.seed import seed_everything
+from utils.training import setup
+from utils.training.engine import evaluate
+from utils.training.recalibration import check_recalibration
 
 SCRIPT = "pruning.py"
 

@@ -21,7 +21,7 @@ from benchmarks.common import add_common_flags, machine, print_results, syntheti
 from benchmarks.inference import tasks
 from deploy.latency import LatencyTable, calibrate, measure_table
 from models import build_model, check_model
-from models.layer_roles import BATCH_NORMS
+from models.graph.roles import BATCH_NORMS
 from models.narrow import NarrowNetwork
 from prune.allocation import FLOOR, Budget
 from prune.choice import FilterChoice
@@ -32,8 +32,8 @@ from utils import cli
 from utils.distributed import World
 from utils.errors import UserError
 from utils.profile import profile_network
-from utils.setup import choose_device, to_device
 from utils.timing import interleaved_seconds, median_ratio
+from utils.training.setup import choose_device, to_device
 
 FORMS = {  # budget, coupled, channel multiple
     "MACs, by layer": ("macs", False, 1),

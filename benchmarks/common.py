@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from utils import cli
-from utils.data import Batch
-from utils.environment import cpu_name, git_sha
 from utils.files import write_atomic
+from utils.images.batches import Batch
+from utils.runs.environment import cpu_name, git_sha
 
 RESULTS = Path(__file__).resolve().parent / "results"
 IMAGE_SIDE_PIXELS = 32

@@ -33,9 +33,9 @@ from prune.compact import compact, relative_difference
 from prune.masks import choose_filters, prunable_layers
 from prune.schedule import HardPruning
 from utils import cli
-from utils.environment import git_sha
 from utils.errors import UserError
 from utils.profile import profile_network
+from utils.runs.environment import git_sha
 
 KEEP_RATIO = 0.6
 NUM_CLASSES = 10

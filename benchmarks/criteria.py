@@ -20,9 +20,9 @@ from prune.gradients import mean_gradients
 from prune.masks import prunable_layers
 from utils import cli
 from utils.distributed import World
-from utils.engine import CrossEntropyObjective, prepare_step, sgd, train_step
-from utils.setup import choose_device, to_device
 from utils.timing import interleaved_seconds, median_ratio
+from utils.training.engine import CrossEntropyObjective, prepare_step, sgd, train_step
+from utils.training.setup import choose_device, to_device
 
 BATCHES = 2  # of one measured pass, and as many steps
 PASSES = {"NGGM": "filter-nggm", "HRank": "filter-hrank", "CHIP": "filter-chip"}

@@ -32,9 +32,10 @@ from tensorboardX.proto.event_pb2 import Event
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import cli, files, profile, tensorboard
-from utils.datasets import load_dataset
-from utils.engine import Trainer
+from utils import cli, files, profile
+from utils.images.datasets import load_dataset
+from utils.runs import tensorboard
+from utils.training.engine import Trainer
 
 RUN = Path("saves", "run")
 TIMINGS = frozenset(("seconds", "images_per_second", "latency"))

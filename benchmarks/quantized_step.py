@@ -14,9 +14,9 @@ from models import MODELS, build_model
 from quantize.codebook import layer_bits, share_weights
 from utils import cli
 from utils.distributed import World
-from utils.engine import CrossEntropyObjective, prepare_step, sgd, train_step
-from utils.setup import choose_device, to_device
 from utils.timing import interleaved_seconds, median_ratio
+from utils.training.engine import CrossEntropyObjective, prepare_step, sgd, train_step
+from utils.training.setup import choose_device, to_device
 
 
 def get_args_parser() -> cli.Parser:

@@ -1,4 +1,4 @@
-"""Ways to add a few channels into their places among many: why `models.narrow` does it as it does.
+"""Ways to add a few channels into their places among many: why `models.narrow.network` does it as it does.
 
     python -m benchmarks.residual_sum
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from benchmarks.common import add_common_flags, machine, report
 from models.cifar_resnet import STAGE_WIDTHS
-from models.relayout import as_maps, as_rows
+from models.narrow.relayout import as_maps, as_rows
 from prune.masks import keep_count
 from utils import cli
 from utils.distributed import World
-from utils.setup import choose_device
 from utils.timing import interleaved_seconds
+from utils.training.setup import choose_device
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 STAGE_SIDES_PIXELS = (32, 16, 8)

@@ -24,10 +24,10 @@ from prune.allocation import Budget
 from prune.measured_forms import MULTIPLES, TABLE, Step, record
 from prune.schedule import HardPruning, PhysicalPruning
 from utils import cli
-from utils.data import Batch
+from utils.images.batches import Batch
 from utils.profile import profile_network
-from utils.setup import to_device
 from utils.timing import interleaved_seconds, median_ratio
+from utils.training.setup import to_device
 
 FORMS = {"compact": PhysicalPruning, "masked": HardPruning}
 DENSE, DISTILLED = "dense", "distilled"

@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import nn
 
 from deploy.latency import TOLERANCE, Comparison, LatencyTable, Widths, calibrate, measure_table, read_table
-from utils.data import ImageData
 from utils.distributed import from_main
 from utils.errors import UserError, naming
-from utils.run_folder import LATENCY_TABLE
-from utils.runs import Run
+from utils.images.batches import ImageData
+from utils.runs.folder import LATENCY_TABLE
+from utils.runs.run import Run
 from utils.seed import preserved_random_state
 
 Chosen = tuple[nn.Module, Widths]  # a small network, and the widths of its layers

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from deploy.runtimes import SESSIONS, Runner, median_seconds, repeated
-from utils.data import ImageData
+from utils.images.batches import ImageData
 from utils.profile import LATENCY_BATCH_SIZES
 
 

@@ -18,7 +18,7 @@ from deploy.onnx import any_batch, to_onnx
 from deploy.runtimes import Runner, median_seconds, onnxruntime_session, repeated
 from deploy.source import network_source
 from models.narrow import NarrowNetwork, narrow
-from utils.image_spec import ImageSpec
+from utils.images.spec import ImageSpec
 from utils.profile import LATENCY_BATCH_SIZES, profile_network
 
 FORM_ROUNDS = 9  # in which the forms of a network are compared

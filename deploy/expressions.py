@@ -13,7 +13,7 @@ from torch import fx, nn
 from torchvision.ops import StochasticDepth
 
 from models.batch_norm import UnevenBatchNorm2d
-from models.in_place import add_over, relu_over
+from models.narrow.reuse import add_over, relu_over
 from utils.errors import UserError
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from deploy.layers import LayerKind, kinds_of_layers, layer_runner, random_input
 from deploy.runtimes import RUNTIMES, Runner, median_seconds
-from utils.environment import cpu_name
 from utils.errors import UserError, shown
 from utils.files import read_json
+from utils.runs.environment import cpu_name
 from utils.timing import timed_in_turn
 
 FRACTIONS = (0.1, 0.25, 0.45, 0.65, 0.85, 1.0)  # of a layer's channels: the widths at which it is measured

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.runtimes import SESSIONS
-from models.layer_roles import norm_pairs
+from models.graph.roles import norm_pairs
 from models.modes import evaluating
 from utils.errors import UserError
 

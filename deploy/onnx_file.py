@@ -8,7 +8,7 @@ from deploy.onnx import PRODUCER
 from deploy.runtimes import Runner, inference_session, session_runner
 from utils.errors import UserError, naming, shown
 from utils.files import open_regular
-from utils.image_spec import FIELDS, ImageSpec, read_image_spec
+from utils.images.spec import FIELDS, ImageSpec, read_image_spec
 
 SUFFIX = ".onnx"
 

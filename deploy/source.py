@@ -24,12 +24,12 @@ from deploy.expressions import (
     required_arguments,
     torch_layers,
 )
-from models.channel_flow.tracing import require_image_size
-from models.graph_function import scopes_of
+from models.graph.function import scopes_of
+from models.graph.tracing import require_image_size
 from models.narrow import NarrowNetwork
-from models.relayout import AddInto, Relayout
+from models.narrow.relayout import AddInto, Relayout
 from utils.errors import UserError
-from utils.image_spec import ImageSpec
+from utils.images.spec import ImageSpec
 
 WIDTH, INDENT = 100, "    "
 WHOLE = "Network"  # the class of all of it

@@ -11,12 +11,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from distill.base import DISTILLERS, Distiller, full_precision
 from models.batch_norm import UnevenBatchNorm2d
-from models.layer_roles import BATCH_NORMS, conv_norm_pairs
+from models.graph.roles import BATCH_NORMS, conv_norm_pairs
 from models.outputs import Outputs
 from utils.effects import typed
-from utils.engine import Objective, cross_entropy_formula
 from utils.errors import UserError
 from utils.seed import derived_seed, preserved_random_state
+from utils.training.engine import Objective, cross_entropy_formula
 
 
 class FrozenTeacher:

@@ -13,9 +13,9 @@ from torch import nn
 
 from models.alexnet import AlexNet
 from models.cifar_resnet import CifarResNet
+from models.graph.features import with_outputs
 from models.imagenet_resnet import build_imagenet_resnet
 from models.sources import SOURCES, build_from_file, build_from_source, has_weights, split_name
-from models.taps import with_outputs
 from utils.errors import UserError, printable, shown
 from utils.python_file import check_function, function_of, names_function
 

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from models.batch_norm import UnevenBatchNorm2d
-from models.graph_function import GraphFunction
-from models.in_place import is_relu, is_sum
+from models.graph.function import GraphFunction
 from models.narrow import NarrowNetwork
+from models.narrow.relayout import AddInto, MaskedRelayout, Relayout
+from models.narrow.reuse import is_relu, is_sum
 from models.outputs import Outputs
-from models.relayout import AddInto, MaskedRelayout, Relayout
 from utils.errors import UserError, shown
 
 UINT8_MAX, INT8_MAX = 255, 127

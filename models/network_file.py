@@ -20,7 +20,7 @@ from models import NAMES, build_model, build_on_meta, check_model, trusted_model
 from models.narrow import narrow
 from utils.errors import UserError, naming, printable, shown
 from utils.files import FORMAT, load_checkpoint
-from utils.image_spec import CHANNELS, ImageSpec, read_image_spec
+from utils.images.spec import CHANNELS, ImageSpec, read_image_spec
 
 SHOWN_DIFFERENCES, SHOWN_NAME = 3, 60
 # A file whose network would be larger than both is refused: at full width so many times what it holds, and so many bytes

@@ -27,5 +27,5 @@ def has_outputs(network: nn.Module, images: Tensor | None = None) -> bool:
     outputs = getattr(network, "outputs", None)
     if not callable(outputs) or isinstance(outputs, nn.Module):
         return False
-    finds = getattr(network, "finds_feature_maps", None)  # of a network whose maps are looked for, `models.taps`
+    finds = getattr(network, "finds_feature_maps", None)  # of a network whose maps are looked for, `models.graph.features`
     return finds is None or finds(images)

@@ -20,9 +20,9 @@ from prune.gradients import mean_gradients
 from prune.groups import ChannelGroup, channel_groups, single_groups
 from prune.masks import PrunableLayer, SharedNorm, check_criterion, choose_filters, prunable_layers, score_filters, shared_norms
 from prune.schedule import HardPruning
-from utils.data import ImageData
 from utils.distributed import sum_over_processes
 from utils.errors import UserError
+from utils.images.batches import ImageData
 from utils.seed import generator
 
 WITHOUT_PASS = "filter-a"  # the criterion of a plan in the place of one that looks at training images

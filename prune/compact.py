@@ -2,7 +2,7 @@
 
 A filter can go when its weights and bias are zero, or when it only feeds a batch norm entry with weight and bias zero; a
 channel that only reads zeros goes with it. `compact` finds such channels from the values of the weights, follows the zeros
-through the network (`models.channel_flow`), has it built without them (`models.narrow`), and proves that both agree.
+through the network (`models.graph`), has it built without them (`models.narrow`), and proves that both agree.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batch_norm import UnevenBatchNorm2d
-from models.channel_flow import Channels, Plan, output_channels, plan_channels, trace_network
+from models.graph import Channels, Plan, output_channels, plan_channels, trace_network
 from models.modes import evaluating
 from models.narrow import NarrowNetwork, narrow
 from models.outputs import has_outputs

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.channel_flow import Channels, LayerCut, output_channels, plan_channels, trace_network
+from models.graph import Channels, LayerCut, output_channels, plan_channels, trace_network
 from models.modes import evaluating
 from utils.profile import profile_network
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from models.graph.features import maps_of_convolutions
 from models.modes import without_trace
-from models.taps import maps_of_convolutions
 from prune.masks import PrunableLayer
 from utils.errors import UserError
 

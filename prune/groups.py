@@ -4,7 +4,7 @@ Channels that meet position by position, in a sum, a product, a depthwise convol
 group. Once a group goes as a whole, what it met stores the same channels on every side: nothing has to be laid out anew. What
 lays channels out in the dense network still does: a channel shuffle becomes a step that picks those that are left in its order,
 and a parameter with a number for each channel gives those of them. The groups are read off the plan of the channel flow
-(`models.channel_flow`), in which every tensor says which layers give its channels and every step says which of them meet.
+(`models.graph`), in which every tensor says which layers give its channels and every step says which of them meet.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.channel_flow import Channels, Plan, output_channels, plan_channels, trace_network
+from models.graph import Channels, Plan, output_channels, plan_channels, trace_network
 from prune.masks import PrunableLayer
 
 Member = tuple[str, int]  # a layer's name and one of its output channels

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.layer_roles import BATCH_NORMS, classifying_layers, depthwise_producers, hidden_layers, norm_pairs
+from models.graph.roles import BATCH_NORMS, classifying_layers, depthwise_producers, hidden_layers, norm_pairs
 from prune.criteria import CRITERIA, Criterion
 from utils.errors import UserError, naming
 

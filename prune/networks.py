@@ -8,9 +8,9 @@ from dataclasses import replace
 from models import build_model
 from models.network_file import NetworkFile, as_dense, load_network
 from prune.compact import check_pruned_zeros
-from utils import setup
-from utils.data import ImageData
 from utils.errors import naming
+from utils.images.batches import ImageData
+from utils.training import setup
 
 
 def read_files(args: argparse.Namespace) -> dict[str, NetworkFile]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, fx, nn
 
-from models.channel_flow import trace_network
+from models.graph import trace_network
 from prune.cost import positions_of_layers
 
 

@@ -7,9 +7,9 @@ from models.network_file import NetworkFile
 from prune.choice import FilterChoice
 from prune.cost import Widths
 from prune.record import WHOLE, whole_layers_table
-from utils.engine import TrainingPlan
+from utils.cli.plan import print_plan
 from utils.errors import UserError
-from utils.plan import print_plan
+from utils.training.engine import TrainingPlan
 
 
 def print_pruning(

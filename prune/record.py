@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.channel_flow import output_channels
+from models.graph import output_channels
 from models.modes import evaluating
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, describe_network, load_network
@@ -15,16 +15,16 @@ from prune.compact import LogitDifference, compact
 from prune.masks import PrunableLayer, prunable_layers
 from prune.papers_flops import papers_flops_drop
 from prune.schedule import PruningSchedule
-from utils import setup
-from utils.data import ImageData
-from utils.engine import evaluate
 from utils.errors import UserError
 from utils.files import read_json
-from utils.metrics import Sums
+from utils.images.batches import ImageData
 from utils.profile import compare_networks, comparison_table
-from utils.recalibration import recalibrated_batch_norm
-from utils.run_folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, LATENCY_TABLE, SUMMARY
-from utils.runs import Run
+from utils.runs.folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, LATENCY_TABLE, SUMMARY
+from utils.runs.run import Run
+from utils.training import setup
+from utils.training.engine import evaluate
+from utils.training.metrics import Sums
+from utils.training.recalibration import recalibrated_batch_norm
 
 WHOLE = "no filter is pruned, the network stays whole (--prune-rates below 1 prunes)"
 CHANCE_MARGIN = 1.2  # a network that is right at most so many times as often as guessing is scored as guessing

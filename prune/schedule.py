@@ -17,8 +17,8 @@ from models.batch_norm import quicken_batch_norms
 from models.narrow import NarrowNetwork, narrow
 from prune.masks import PrunableLayer, SharedNorm, prunable_layers, shared_norms
 from prune.proof import check_equal_training
-from utils.engine import Hooks
 from utils.errors import UserError
+from utils.training.engine import Hooks
 
 SOFT_CRITERIA = ("filter-a", "filter-l2", "filter-gm")
 

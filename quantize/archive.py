@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models import MODELS, build_model, build_on_meta, trusted_model
-from models.channel_flow import output_channels
+from models.graph import output_channels
 from models.narrow import narrow
 from models.network_file import example_images, with_versions
 from quantize import huffman
@@ -22,7 +22,7 @@ from quantize.container import pack_sections, read_description, unpack_sections
 from quantize.table import ArchiveReport, LayerSize
 from utils.errors import UserError, printable, shown
 from utils.files import write_atomic
-from utils.image_spec import FIELDS, ImageSpec, read_image_spec
+from utils.images.spec import FIELDS, ImageSpec, read_image_spec
 from utils.seed import preserved_random_state
 from utils.untrusted import open_regular
 

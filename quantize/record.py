@@ -14,13 +14,13 @@ from models.network_file import NetworkFile, describe_network
 from quantize.archive import differing_tensors, load_archive, save_archive
 from quantize.codebook import bake_weights, share_weights
 from quantize.table import ArchiveReport
-from utils import setup
-from utils.data import ImageData
-from utils.engine import evaluate
 from utils.files import read_json
+from utils.images.batches import ImageData
 from utils.profile import compare_networks
-from utils.run_folder import ARCHIVE, BEFORE_TRAINING, BEST, COMPACT, SUMMARY
-from utils.runs import Run
+from utils.runs.folder import ARCHIVE, BEFORE_TRAINING, BEST, COMPACT, SUMMARY
+from utils.runs.run import Run
+from utils.training import setup
+from utils.training.engine import evaluate
 
 CALIBRATION_BATCHES = 10  # that show the bounds of activations before the training
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from utils.image_spec import ImageSpec
+from utils.images.spec import ImageSpec
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from reporting.naming import model_label
 from reporting.page import Picture
 from reporting.panels import LOOK, png
 from reporting.settings import check_flags
-from utils.data import ImageData
-from utils.datasets import DATASETS, Dataset, load_dataset
 from utils.errors import UserError, naming
 from utils.files import read_json
+from utils.images.batches import ImageData
+from utils.images.datasets import DATASETS, Dataset, load_dataset
 from utils.python_file import names_function
-from utils.run_folder import BEST, CONFIG
+from utils.runs.folder import BEST, CONFIG
 
 MAPS = "magma"
 DIFFERENCES = "PuOr"  # told apart by the colour-blind

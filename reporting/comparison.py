@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from utils.hits import TestHits
+from utils.training.hits import TestHits
 
 LEVEL = 0.95
 FAR_MORE = 10.0  # times the median variance: of three seeds and methods, reached by chance in two tables of a hundred

@@ -22,8 +22,8 @@ from reporting.naming import ORIGIN_FLAGS, flag_label, method_label
 from reporting.run_files import FolderFiles, RunFiles, is_study, read_study
 from reporting.settings import check_flags
 from utils.errors import UserError, naming, printable, shown
-from utils.hits import TestHits, read_hits
-from utils.run_folder import CONFIG, HITS, KEPT_FILTERS, METRICS, SUMMARY
+from utils.runs.folder import CONFIG, HITS, KEPT_FILTERS, METRICS, SUMMARY
+from utils.training.hits import TestHits, read_hits
 
 UNPRUNED_SCRIPT = "initial_train.py"
 PLACE_FLAGS = frozenset(

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from utils.errors import UserError, naming, printable, shown
 from utils.files import read_json, write_atomic
-from utils.metrics_file import check_record, read_metrics
-from utils.run_folder import CONFIG, HITS, KEPT_FILTERS, METRICS, SUMMARY
+from utils.runs.folder import CONFIG, HITS, KEPT_FILTERS, METRICS, SUMMARY
+from utils.runs.metrics_file import check_record, read_metrics
 from utils.untrusted import check_nesting, open_regular
 
 SUFFIX = ".jsonl.gz"

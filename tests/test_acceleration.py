@@ -16,11 +16,11 @@ from prune import record
 from prune.criteria import CRITERIA
 from prune.schedule import SOFT_CRITERIA, HardPruning, PhysicalPruning
 from utils import cli, profile
-from utils.data import ImageData
-from utils.datasets import load_dataset
-from utils.engine import Trainer, check_acceleration
 from utils.errors import UserError
 from utils.files import save_checkpoint
+from utils.images.batches import ImageData
+from utils.images.datasets import load_dataset
+from utils.training.engine import Trainer, check_acceleration
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 LOSSES = ("none", *DISTILLERS)

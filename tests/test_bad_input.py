@@ -12,8 +12,8 @@ import torch
 
 from models import build_model
 from models.network_file import describe_network
-from utils.engine import Trainer
 from utils.files import load_checkpoint, save_checkpoint
+from utils.training.engine import Trainer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

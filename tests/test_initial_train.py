@@ -6,9 +6,9 @@ import shutil
 import torch
 
 from models.network_file import load_network
-from utils.data import ImageData
-from utils.datasets import load_dataset
 from utils.files import load_checkpoint, save_checkpoint
+from utils.images.batches import ImageData
+from utils.images.datasets import load_dataset
 
 
 def test_what_a_run_leaves(trained_run):

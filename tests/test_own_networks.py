@@ -19,7 +19,7 @@ from utils.files import load_checkpoint
 REPOSITORY = Path(__file__).resolve().parent.parent
 FEW = ["--limit-batches", "2", "--batch-size", "16", "--device", "cpu"]
 SHORT = [*FEW, "--n-epochs", "1", "--schedule", "--lr-drops"]
-NETWORKS = (Path(__file__).parent / "models" / "networks_of_others.py").read_text()
+NETWORKS = (Path(__file__).parent / "support" / "networks_of_others.py").read_text()
 
 
 def write_file(folder: Path) -> Path:

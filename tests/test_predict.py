@@ -10,8 +10,8 @@ from PIL import Image
 
 from models.network_file import load_network
 from quantize.archive import save_archive
-from utils.datasets import load_dataset
 from utils.files import load_checkpoint, save_checkpoint
+from utils.images.datasets import load_dataset
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kill_test import differences
-from utils.run_folder import SUMMARY
+from utils.runs.folder import SUMMARY
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")

@@ -19,7 +19,7 @@ from models.narrow import NarrowNetwork, narrow
 from prune.choice import FilterChoice
 from prune.masks import keep_ratios, prunable_layers
 from utils.errors import UserError
-from utils.image_spec import ImageSpec
+from utils.images.spec import ImageSpec
 
 IMAGES = ImageSpec(("zebra", 'a "quoted"\nname \\', "日本"), (32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 

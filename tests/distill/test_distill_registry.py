@@ -133,7 +133,7 @@ def test_at_compares_the_last_stages_where_one_network_has_more():
     assert build_distiller("at", student=last_two[0], teacher=teacher)(last_two[0], teacher) == expected
 
 
-OTHERS = Path(__file__).resolve().parent.parent / "models" / "networks_of_others.py"
+OTHERS = Path(__file__).resolve().parent.parent / "support" / "networks_of_others.py"
 FAMILIES = ["resnet20", "torchvision/densenet121", "timm/mobilenetv3_small_050", f"{OTHERS}:small"]
 
 

@@ -10,7 +10,7 @@ from models.narrow import narrow
 from models.network_file import describe_network, load_network
 from utils.errors import UserError
 from utils.files import load_checkpoint, save_checkpoint
-from utils.image_spec import ImageSpec
+from utils.images.spec import ImageSpec
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 KEPT = {"stage_1.0.conv_a": [0, 3, 7], "stage_1.0.bn_a": [0, 3, 7]}

@@ -11,7 +11,7 @@ from random_networks import RandomNetwork, network_descriptions
 from torch import nn
 
 from models import build_model
-from models.channel_flow import output_channels
+from models.graph import output_channels
 from models.narrow import narrow
 from prune.groups import channel_groups
 from prune.masks import prunable_layers

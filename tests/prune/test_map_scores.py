@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models import build_model
-from models.taps import maps_of_convolutions
+from models.graph.features import maps_of_convolutions
 from prune.criteria import CRITERIA
 from prune.feature_maps import mean_of_maps
 from prune.map_scores import channel_independence, map_ranks

@@ -14,8 +14,8 @@ from prune.allocation import Budget
 from prune.choice import FilterChoice
 from prune.masks import choose_filters, keep_count, keep_ratios, prunable_layers
 from prune.schedule import GradualPruning, HardPruning, PruningSchedule, SoftPruning
-from utils.engine import Hooks
 from utils.errors import UserError
+from utils.training.engine import Hooks
 
 
 def small_resnet():

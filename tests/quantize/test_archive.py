@@ -18,7 +18,7 @@ from quantize.archive import SECTIONS, differing_tensors, load_archive, read_arc
 from quantize.codebook import bake_weights, layer_bits, share_weights
 from quantize.huffman import entropy_bits
 from utils.files import is_archive
-from utils.image_spec import ImageSpec
+from utils.images.spec import ImageSpec
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from reporting.comparison import Scores, compare, image_variances, interval_of_s
 from reporting.comparison_table import comparison_tables
 from reporting.gather import gather
 from utils.errors import UserError
-from utils.hits import TestHits
+from utils.training.hits import TestHits
 
 
 def without_hits(*rows):

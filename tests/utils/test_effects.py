@@ -8,9 +8,10 @@ import pytest
 
 from distill import DISTILLERS, distiller_options
 from prune.criteria import CRITERIA
-from utils import cli, setup
+from utils import cli
 from utils.effects import given_flags, typed
 from utils.errors import UserError
+from utils.training import setup
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from utils import profile
-from utils.engine import CrossEntropyObjective
 from utils.profile import compare_networks, comparison_table, latencies, profile_network, training_flops
+from utils.training.engine import CrossEntropyObjective
 
 IMAGE = torch.randn(1, 3, 8, 8)
 

@@ -1,5 +1,0 @@
-"""What each operation does with the channels of its inputs, one file a family of operations."""
-
-from models.channel_flow.rules import layers, pieces, pointwise, shapes, sizes, space, sums, timm_layers
-
-__all__ = ["layers", "pieces", "pointwise", "shapes", "sizes", "space", "sums", "timm_layers"]

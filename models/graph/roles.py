@@ -1,0 +1,136 @@
+"""What the layers of a network are to one another, as its graph has it.
+
+Which norm belongs to a convolution, which depthwise one follows it, which layers classify, and which give hidden units.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, fx, nn
+
+from models.graph import Channels, Plan, members_of_layer, output_channels, plan_channels, trace_network
+from models.narrow import NarrowNetwork
+
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def conv_norm_pairs(model: nn.Module, *, example: Tensor | None = None) -> dict[str, str]:
+    """Names of convolutions, each with the name of the one batch norm that alone reads it; neither of them is used twice.
+
+    Pass the bare network, not one wrapped by `torch.compile` or DistributedDataParallel, whose names differ; `example` is
+    for networks whose Python asks for sizes, see `trace_network`. Raises UserError where torch.fx cannot trace it.
+    """
+    pairs = norm_pairs(model, example=example)
+    return {name: norm for name, norm in pairs.items() if _are(model, name, nn.Conv2d) and _are(model, norm, BATCH_NORMS)}
+
+
+def norm_pairs(model: nn.Module, *, example: Tensor | None = None) -> dict[str, str]:
+    """As `conv_norm_pairs`, and group norms of convolutions without groups, and batch norms of linear layers."""
+    graph = model.graph() if isinstance(model, NarrowNetwork) else trace_network(model, example=example).graph
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    times_called = Counter(node.target for node in calls)
+
+    def is_single(node: fx.Node) -> bool:
+        return node.op == "call_module" and times_called[node.target] == 1
+
+    return {
+        layer.target: reader.target
+        for layer in filter(is_single, calls)
+        for reader in filter(is_single, layer.users)
+        if len(layer.users) == 1 and _is_pair(model.get_submodule(layer.target), model.get_submodule(reader.target))
+    }
+
+
+def _is_pair(layer: nn.Module, norm: nn.Module) -> bool:
+    if isinstance(layer, nn.Linear):
+        return isinstance(norm, nn.BatchNorm1d)
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    return isinstance(norm, BATCH_NORMS) or (isinstance(norm, nn.GroupNorm) and layer.groups == 1 < norm.num_groups)
+
+
+def _are(model: nn.Module, name: str, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(model.get_submodule(name), kinds)
+
+
+def depthwise_producers(model: nn.Module, *, example: Tensor | None = None) -> dict[str, str]:
+    """Names of depthwise convolutions, each with the name of the one convolution whose channels it reads, in their order.
+
+    `example` is for networks whose Python asks for sizes, see `trace_network`.
+    """
+
+    def all_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
+        return range(output_channels(layer))
+
+    graph = trace_network(model, example=example).graph
+    plan = plan_channels(graph, model, live_outputs=all_outputs, carriers=frozenset())
+    producers = {}
+    for node, step in plan.steps.items():
+        layer = model.get_submodule(node.target) if step.cut is not None else None
+        if not isinstance(layer, nn.Conv2d) or not 1 < layer.groups == layer.in_channels == layer.out_channels:
+            continue
+        given = plan.steps[node.all_input_nodes[0]].out
+        name = given.members[0][0] if isinstance(given, Channels) and given.members[0] else None
+        if name is not None and given.members == members_of_layer(name, layer.in_channels):
+            producers[node.target] = name
+    return {name: source for name, source in producers.items() if isinstance(model.get_submodule(source), nn.Conv2d)}
+
+
+def classifying_layers(model: nn.Module, *, example: Tensor | None = None) -> frozenset[str]:
+    """Names of the convolutions and linear layers whose outputs become the network's results, with no other in between."""
+    graph = trace_network(model, example=example).graph
+    pending, seen, found = [node for node in graph.nodes if node.op == "output"], set(), set()
+    while pending:
+        node = pending.pop()
+        layer = model.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+            found.add(node.target)
+        else:
+            pending += [source for source in node.all_input_nodes if source not in seen]
+            seen.update(node.all_input_nodes)
+    return frozenset(found)
+
+
+def hidden_layers(model: nn.Module, *, example: Tensor | None = None) -> frozenset[str]:
+    """Names of the linear layers of which any output may go: what reads it reads unit by unit, up to the next layers' columns.
+
+    So are the hidden units of an MLP, between two linear layers with an activation; not what enters a residual sum, or is
+    normalised or laid out anew. A batch norm between them belongs to the first one. `example` is for networks whose Python asks
+    for sizes, see `trace_network`.
+    """
+    graph = trace_network(model, example=example).graph
+    pairs = norm_pairs(model, example=example)
+    hidden = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    while hidden:
+        plan = _plan_with_half(graph, model, hidden)
+        cuts = plan.cuts()
+        cut = {name for name in hidden & cuts.keys() if len(cuts[name].rows) < output_channels(model.get_submodule(name))}
+        found = cut - _met_or_laid_out_anew(plan, pairs)
+        if found == hidden:
+            break
+        hidden = found
+    return frozenset(hidden)
+
+
+def _plan_with_half(graph: fx.Graph, model: nn.Module, halved: Collection[str]) -> Plan:
+    """The plan of the network whose layers `halved` have every second output; a norm has the channels that it is given."""
+
+    def live_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
+        if name in halved:
+            return range(0, output_channels(layer), 2)
+        is_norm = given is not None and not hasattr(layer, "out_channels") and not hasattr(layer, "out_features")
+        return given.stored if is_norm else range(output_channels(layer))
+
+    return plan_channels(graph, model, live_outputs=live_outputs, carriers=frozenset())
+
+
+def _met_or_laid_out_anew(plan: Plan, pairs: Mapping[str, str]) -> set[str]:
+    """The layers whose outputs meet others position by position, are restored for some operation, or feed a norm of others."""
+    names = {member[0] for step in plan.steps.values() for pair in step.meets for side in pair for member in side if member}
+    for node, step in plan.steps.items():
+        is_norm = step.cut is not None and step.cut.columns is None and node.target not in pairs.values()
+        for source in node.all_input_nodes if is_norm else step.wants:
+            out = plan.steps[source].out
+            if isinstance(out, Channels) and (is_norm or out.stored != step.wants[source].stored):
+                names |= {member[0] for member in out.members if member}
+    return names

@@ -1,0 +1,258 @@
+"""A network as a torch.fx graph that is valid in training and in evaluation, without in-place operations."""
+
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.random import fork_rng
+
+from models.graph.concrete import ConcreteTracer, NoValue, Values, replica
+from models.graph.out_of_place import make_out_of_place
+from models.modes import preserved_modes
+from utils.errors import UserError
+
+# What is tried where nobody says for which images: what the network says of itself, then these (pixels).
+IMAGE_SIDES = (32, 224, 64, 256)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The graph of one method of a network.
+
+    `both_modes` is False where training takes another path than evaluation. `image_size` is (height, width) where the
+    network's Python read the size of the images, so that the graph is right for this size only, and None otherwise. `refusal`
+    is the reason if an in-place operation does what the graph does not say.
+    """
+
+    graph: fx.Graph
+    both_modes: bool
+    image_size: tuple[int, int] | None = None
+    refusal: str | None = None
+
+    def checked(self, model: nn.Module) -> "Trace":
+        """Itself; raises UserError where the graph does not say all."""
+        if self.refusal is not None:
+            raise UserError(f"{type(model).__name__}: {self.refusal}")
+        return self
+
+
+def trace_network(model: nn.Module, method: str = "forward", *, example: Tensor | Sequence[Tensor] | None = None) -> Trace:
+    """The fx graph of `model.<method>`, valid in training and evaluation if both run the same operations.
+
+    `example` is the input (several: a sequence of them) for which conditions, loops and arithmetic on sizes are answered;
+    only its shape, type and device count. A network that asks nothing of the kind needs none; for one that does, some usual
+    image sizes are tried without it. Where an answer depended on the image size, the graph refuses images of another.
+
+    A boolean that is `self.training` (as in `F.dropout(x, training=self.training)`) is read when the graph runs. In-place
+    operations become ordinary ones. A module that torch.fx cannot look into becomes a single operation. `model` and the
+    random streams are left as they were. Raises UserError where the network itself cannot be traced, naming the line.
+    """
+    examples = [(example,) if isinstance(example, Tensor) else tuple(example)] if example is not None else _examples(model)
+    failures = []
+    for strict in (True, False):  # an image of the wrong size is no reason not to look into a module
+        for inputs in examples:
+            try:
+                return _trace_for(model, method, inputs, strict=strict)
+            except (NoValue, UserError) as error:
+                failures.append(error)
+    raise (
+        failures[0]
+        if isinstance(failures[0], UserError)
+        else UserError(f"{type(model).__name__}: torch.fx cannot trace it: images do not go through it ({failures[0]})")
+    )
+
+
+def _examples(model: nn.Module) -> list[tuple[Tensor]]:
+    parameter = next(model.parameters(), torch.empty(0))
+    config = getattr(model, "pretrained_cfg", None) or {}
+    stated = config.get("input_size") if isinstance(config, dict) else None
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    channels = stated[0] if stated else convs[0].in_channels if convs else 3
+    sides = [stated[1:]] if stated else []
+    sides += [(model.image_size, model.image_size)] if isinstance(getattr(model, "image_size", None), int) else []
+    sides += [(side, side) for side in IMAGE_SIDES]
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    return [(torch.empty(2, channels, *side, dtype=dtype, device=parameter.device),) for side in sides]
+
+
+def _trace_for(model: nn.Module, method: str, inputs: Sequence[Tensor], *, strict: bool) -> Trace:
+    """Raises NoValue if the Python asks for sizes that there are not for these inputs; `strict` makes no module opaque."""
+    inputs = [torch.cat([own, own]) if len(own) == 1 else own for own in inputs]  # one image may pass for no batch at all
+    opaque: set[Any] | None = None if strict else set()
+    evaluation, questions = _trace(model, method, inputs, training=False, opaque=opaque)
+    known = len(opaque or ())
+    try:
+        training, more = _trace(model, method, inputs, training=True, opaque=opaque)
+        if len(opaque or ()) > known:
+            evaluation, questions = _trace(model, method, inputs, training=False, opaque=opaque)
+        both_modes = _merge_modes(evaluation, training)
+    except (UserError, NoValue):
+        both_modes, more = False, []
+    image_size = next((size for size in (questions, more) if size), None)
+    refusal = make_out_of_place(evaluation, model)
+    _require_image_size(evaluation, image_size, type(model).__name__)
+    return Trace(evaluation, both_modes, image_size, refusal)
+
+
+def _trace(
+    model: nn.Module, method: str, inputs: Sequence[Tensor], *, training: bool, opaque: set[Any] | None
+) -> tuple[fx.Graph, tuple[int, int] | None]:
+    """The graph in one mode, and the image size if it depends on it. What cannot be looked into is added to `opaque`."""
+    while True:
+        with preserved_modes(model):  # the parameters are the model's own, and `train` may freeze some
+            network = replica(model).train(training)
+        tracer = ConcreteTracer(network, method, inputs, opaque or set())
+        try:
+            with fork_rng(devices=[]):
+                graph = tracer.trace(replica(network))
+                size = _size_that_was_asked(tracer, network, graph, inputs)
+            return graph, size
+        except NoValue:
+            raise
+        except Exception as error:  # tracing runs the network's own Python, which may raise anything on a proxy
+            name, module = getattr(error, "innermost", ("", None))
+            if opaque is None or not name or name in opaque or type(module) in opaque:
+                raise _untraceable(model, method, error) from error
+            opaque.add(name if type(module) in (nn.Sequential, nn.ModuleList) else type(module))
+
+
+def _untraceable(model: nn.Module, method: str, error: Exception) -> UserError:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+    frames = [frame for frame in frames if "/models/graph/" not in frame.filename]
+    where = f"{frames[-1].name}: {frames[-1].line}` ({frames[-1].filename}:{frames[-1].lineno}" if frames else f"{method}` ("
+    reason = str(error).strip().split("\n")[0]
+    return UserError(f"{type(model).__name__}: torch.fx cannot trace `{where}: {reason})")
+
+
+# ---- what the network's Python was told --------------------------------------------------------------------------------
+
+
+def _size_that_was_asked(
+    tracer: ConcreteTracer, network: nn.Module, graph: fx.Graph, inputs: Sequence[Tensor]
+) -> tuple[int, int] | None:
+    """The image size if an answer that the Python got depends on it. Raises TraceError for one that depends on the batch."""
+    sources = {question: _sources_of_answer(tracer, question) for question in tracer.questions}
+    if not sources:
+        return None
+    every = {source for own in sources.values() for source in own}
+    of_batch = _changed(tracer, network, every, [torch.cat([own, own[:1]]) for own in inputs])
+    for question, (name, line) in tracer.questions.items():
+        if not of_batch.isdisjoint(sources[question]):
+            error = fx.proxy.TraceError(f"its Python asks for the size of the batch at {line}")
+            if name:
+                error.innermost = (name, network.get_submodule(name))
+            raise error
+    images = inputs[0]
+    larger = [own.new_empty(*own.shape[:2], *(2 * side for side in own.shape[2:])) for own in inputs]
+    depends = images.dim() == 4 and _changed(tracer, network, every, larger)
+    _erase_answered(graph, tracer.questions)
+    return tuple(images.shape[2:]) if depends else None
+
+
+def _sources_of_answer(tracer: ConcreteTracer, question: fx.Node) -> set[fx.Node]:
+    """The sizes from which the answer was worked out: the first plain values on the way back to tensors."""
+    pending, seen, sources = [question], set(), set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        parts = [own for own in node.all_input_nodes if _is_plain(tracer.values.of(own))]
+        if parts and not _is_tensor(tracer.values.of(node)):
+            pending += parts
+        elif node.op != "get_attr":
+            sources.add(node)
+    return sources
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number or flag, not a tensor or the sizes of one."""
+    return isinstance(value, int | float)
+
+
+def _changed(tracer: ConcreteTracer, network: nn.Module, sources: Iterable[fx.Node], inputs: Sequence[Tensor]) -> set[fx.Node]:
+    """Those of the sources that other inputs, or an input that does not go through, would change."""
+    values, changed = Values(network, inputs, tracer.running), set()
+    for node in sources:
+        try:
+            if _comparable(values.of(node)) != _comparable(tracer.values.of(node)):
+                changed.add(node)
+        except NoValue:
+            changed.add(node)
+    return changed
+
+
+def _comparable(value: Any) -> Any:
+    return len(value) if isinstance(value, Tensor) else value
+
+
+def _erase_answered(graph: fx.Graph, questions: Iterable[fx.Node]) -> None:
+    """Operations on sizes that only the Python read, which has its answers."""
+    pending = list(questions)
+    while pending:
+        node = pending.pop()
+        if node.graph is graph and not node.users and node.op in ("call_function", "call_method") and not node._erased:
+            sources = node.all_input_nodes
+            graph.erase_node(node)
+            pending += sources
+
+
+def _require_image_size(graph: fx.Graph, size: tuple[int, int] | None, name: str) -> None:
+    if size is None:
+        return
+    images = next(node for node in graph.nodes if node.op == "placeholder")
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        graph.call_function(require_image_size, (images, size, name))
+
+
+def require_image_size(images: Tensor, size: Sequence[int], name: str) -> None:
+    """Raises UserError for images (N, C, H, W) of another size than the one that the graph of the network is for."""
+    if tuple(images.shape[2:]) != tuple(size):
+        found, expected = ("x".join(map(str, own)) for own in (images.shape[2:], size))
+        raise UserError(f"{name}: its Python reads the size of the images: this form is for {expected} pixels, not {found}")
+
+
+# ---- training and evaluation -------------------------------------------------------------------------------------------
+
+
+def _merge_modes(evaluation: fx.Graph, training: fx.Graph) -> bool:
+    """Replaces each flag that is False in evaluation and True in training by `self.training`; says if that was all."""
+    pairs = list(zip(evaluation.nodes, training.nodes, strict=False))
+    if len(evaluation.nodes) != len(training.nodes) or any(not _same_call(*pair) for pair in pairs):
+        return False
+    first = next(node for node in evaluation.nodes if node.op != "placeholder")
+    with evaluation.inserting_before(first):
+        flag = evaluation.create_node("get_attr", "training")
+    for node, other in pairs:
+        node.args = tuple(flag if _is_flag(*pair) else pair[0] for pair in zip(node.args, other.args, strict=True))
+        node.kwargs = {key: flag if _is_flag(value, other.kwargs[key]) else value for key, value in node.kwargs.items()}
+    if not flag.users:
+        evaluation.erase_node(flag)
+    return True
+
+
+def _is_flag(value: Any, other: Any) -> bool:
+    return value is False and other is True
+
+
+def _same_call(node: fx.Node, other: fx.Node) -> bool:
+    def same(values: Sequence[Any], others: Sequence[Any]) -> bool:
+        return all(_is_flag(*pair) or repr(pair[0]) == repr(pair[1]) for pair in zip(values, others, strict=True))
+
+    return (
+        (node.op, node.target, len(node.args), list(node.kwargs)) == (other.op, other.target, len(other.args), list(other.kwargs))
+        and same(node.args, other.args)
+        and same(list(node.kwargs.values()), list(other.kwargs.values()))
+    )
+
+
+def is_mode(node: fx.Node) -> bool:
+    return node.op == "get_attr" and node.target == "training"

@@ -1,0 +1,576 @@
+"""A network with only some of its channels: kept channels in, a physically smaller module out.
+
+`narrow(model, kept)` cuts filters, input channels, batch norm entries and linear columns of any network that torch.fx can
+trace, and puts steps between the layers where they store different channels. Each residual sum adds the side with fewer
+channels into its places in the other, so that both convolutions of a block shrink.
+
+The layers that are cut keep their names, so the keys of `state_dict()` are the dense network's. The steps in between hold
+nothing but indices, which follow from `kept`: a network is rebuilt from the dense architecture, `kept` and a state dict.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from models.graph import (
+    Channels,
+    LayerCut,
+    Plan,
+    Restored,
+    Step,
+    Trace,
+    counted_channels,
+    is_mode,
+    missing_carriers,
+    output_channels,
+    plan_channels,
+    restored_channels,
+    trace_network,
+    whole_layers,
+)
+from models.graph.function import SCOPES, GraphFunction, scopes_of
+from models.modes import deviating_modes
+from models.narrow.relayout import AddInto, Relayout, Relayouts
+from models.narrow.reuse import reuse_memory
+from models.outputs import Outputs, has_outputs
+from utils.errors import UserError, shown
+
+
+def narrow(
+    model: nn.Module, kept: Mapping[str, Sequence[int]], *, wide_sums: bool = False, example: Tensor | None = None
+) -> "NarrowNetwork":
+    """The network that is left of `model` when each layer in `kept` has only the output channels listed for it.
+
+    `kept` maps names of convolutions, batch norms and linear layers to ascending output channels, possibly none; a layer that
+    is not listed keeps all. The result carries the dense weights that are left, buffers, device, dtype and mode, shares no
+    tensor with `model`, and computes in training and evaluation what `model` computes with every other output of the listed
+    layers (a batch norm's, where one follows) at zero. Raises UserError for names or channels that the network does not
+    have, and where torch.fx cannot trace it.
+
+    `wide_sums` leaves the outputs of layers that meet other channels in a sum at full width, with zeros: more arithmetic,
+    but plain sums, for runtimes that add into places slowly (onnxruntime).
+
+    `example` is a batch for networks whose Python asks for the size of its input, see `trace_network`.
+    """
+    kept = {name: _checked_channels(model, name, channels) for name, channels in kept.items()}
+    methods = ("forward", "outputs") if has_outputs(model, example) else ("forward",)
+    traces = {method: trace_network(model, method, example=example).checked(model) for method in methods}
+    if wide_sums:
+        summed = {name for plan in _plan_all(model, traces, kept).values() for name in _layers_of_uneven_sums(plan)}
+        kept = {name: channels for name, channels in kept.items() if name not in summed}
+    plans = _plan_all(model, traces, kept)
+    return NarrowNetwork(model, kept, plans, trainable=all(trace.both_modes for trace in traces.values()))
+
+
+def _checked_channels(model: nn.Module, name: str, channels: Sequence[int]) -> tuple[int, ...]:
+    layers = dict(model.named_modules())
+    full = output_channels(layers[name]) if name in layers else None
+    if full is None:
+        raise UserError(
+            f"kept channels: {type(model).__name__} has no convolution, batch norm or linear layer named {shown(name)}"
+        )
+    whole_numbers = all(isinstance(channel, int) and 0 <= channel < full for channel in channels)
+    if not whole_numbers or list(channels) != sorted(set(channels)):
+        raise UserError(
+            f"kept channels of {name!r}: ascending numbers from 0 to {full - 1} expected, not {shown(list(channels))}"
+        )
+    return tuple(channels)
+
+
+def _plan_all(model: nn.Module, traces: Mapping[str, Trace], kept: Mapping[str, tuple[int, ...]]) -> dict[str, Plan]:
+    """One plan a method, with the same cuts: a layer that must exist for one method exists for all."""
+
+    def live_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
+        return kept[name] if name in kept else range(output_channels(layer))
+
+    carriers: frozenset[str] = frozenset()
+    while True:
+        plans = {
+            method: plan_channels(trace.graph, model, live_outputs=live_outputs, carriers=carriers)
+            for method, trace in traces.items()
+        }
+        missing = frozenset().union(*(missing_carriers(plan) for plan in plans.values()))
+        if missing <= carriers:
+            return plans
+        carriers |= missing
+
+
+def _layers_of_uneven_sums(plan: Plan) -> set[str]:
+    """The layers whose outputs reach a sum of different channels with nothing but operations on single channels between."""
+    names: set[str] = set()
+    uneven = [step for step in plan.steps.values() if step.form == "sum" and len({w.stored for w in step.wants.values()}) > 1]
+    pending = [source for step in uneven for source in step.wants]
+    seen = set(pending)
+    while pending:
+        step = plan.steps[pending.pop()]
+        if step.cut is not None:
+            names.add(step.node.target)
+        if step.exists and (step.cut is None or step.cut.columns is None):
+            pending += [source for source in step.node.all_input_nodes if source not in seen]
+            seen.update(step.node.all_input_nodes)
+    return names
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a narrow network knows of the dense one. `state` holds shapes and types, on the meta device."""
+
+    name: str
+    state: dict[str, Any]
+    metadata: Any  # versions of the modules, which `load_state_dict` asks for
+    homes: dict[str, str]  # where a tensor goes by several names: the name that the narrow network may have it under
+    idle: frozenset[str]  # tensors that no method reads
+    modes: dict[bool, dict[str, bool]]  # mode -> modules that train(mode) leaves in another one
+
+
+class NarrowNetwork(nn.Module):
+    """What `narrow` returns. `kept` is what it was made from.
+
+    A module like any other: it can be copied, pickled, compiled and exported. All that it knows is in one attribute, and its
+    graphs run on a plain module that has its layers, so that a layer of the dense network may have any name.
+    """
+
+    def __init__(self, model: nn.Module, kept: Mapping[str, Sequence[int]], plans: Mapping[str, Plan], *, trainable: bool):
+        super().__init__()
+        owner = nn.Module()  # the same layers and tensors, without the names of this class
+        _share_layers(self, owner)
+        cuts = {name: cut for plan in plans.values() for name, cut in plan.cuts().items()}
+        entries = _take_layers(model, owner, cuts, _needed_names(plans.values()))
+        self.training = model.training
+        relayouts = Relayouts(_free_name(owner), self.training)
+        graphs = {method: _GraphWriter(plan, relayouts).write() for method, plan in plans.items()}
+        owner.add_module(relayouts.name, relayouts)
+        for graph in graphs.values():
+            reuse_memory(graph, owner)
+        self.__parts = _Parts(
+            kept={name: list(channels) for name, channels in kept.items()},
+            origin=_origin(model, plans.values()),
+            entries=entries,
+            owner=owner,
+            relayouts=relayouts.name,
+            restored=restored_channels(plans["forward"]),
+            uncut=whole_layers(plans["forward"]),
+            functions={method: GraphFunction(graph) for method, graph in graphs.items()},
+            trainable=trainable,
+        )
+        if not trainable:
+            self.eval()
+
+    @property
+    def kept(self) -> dict[str, list[int]]:
+        return self.__parts.kept
+
+    @property
+    def trainable(self) -> bool:
+        """Whether training runs the same operations as evaluation; if not, it can only be evaluated."""
+        return self.__parts.trainable
+
+    def forward(self, x: Tensor, *more: Tensor) -> Any:
+        return self.__parts.functions["forward"](self.__parts.owner, self.training, x, *more)
+
+    def outputs(self, x: Tensor) -> Outputs:
+        """What the dense network's `outputs` returns, its feature maps at full width."""
+        if "outputs" not in self.__parts.functions:
+            raise UserError(f"{self.__parts.origin.name} has no feature maps: a network with outputs(x) is needed")
+        return self.__parts.functions["outputs"](self.__parts.owner, self.training, x)
+
+    @property
+    def restored(self) -> list[Restored]:
+        """Where the forward pass puts back channels that are gone, for an operation that makes something else of zeros."""
+        return self.__parts.restored
+
+    @property
+    def uncut(self) -> dict[str, str]:
+        """The layers that could not be cut at all, by name, with what keeps them from it."""
+        return self.__parts.uncut
+
+    @property
+    def relayout_count(self) -> int:
+        """How many steps of the forward pass lay channels out anew between layers that store different ones."""
+        return self.__parts.functions["forward"].calls_below(self.__parts.relayouts)
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether it gives its feature maps: `outputs(x)`."""
+        return "outputs" in self.__parts.functions
+
+    def graph(self, method: str = "forward") -> fx.Graph:
+        """The operations of `forward` or `outputs`, for use with the layers of `bare()`; the first input is the mode."""
+        return self.__parts.functions[method].graph()
+
+    def bare(self) -> nn.Module:
+        """The same layers and `forward` under no names but their own, for torch.export, which looks for layers by attribute."""
+        return _BareNetwork(self.__parts.owner, self.__parts.functions["forward"], training=self.training)
+
+    def train(self, mode: bool = True) -> "NarrowNetwork":
+        """As the dense network's `train(mode)`: layers that it leaves in evaluation, such as frozen batch norms, stay so."""
+        origin = self.__parts.origin
+        if mode and not self.__parts.trainable:
+            raise UserError(f"{origin.name} runs other operations in training: its narrow form can only be evaluated")
+        super().train(mode)
+        modules = dict(self.named_modules())
+        for name, own_mode in origin.modes[mode].items():
+            if name in modules:
+                modules[name].training = own_mode
+        return self
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self.__parts.owner.get_submodule(target) if target else self
+
+    def stored(self, key: str) -> tuple[Tensor, list[int]] | None:
+        """The tensor that holds what is left of the dense tensor `key`, and the dense rows in it; None if nothing is left."""
+        own = self.state_dict(keep_vars=True).get(self.__home(key))
+        if own is None:
+            return None
+        entries = self.__parts.entries.get(self.__home(key))
+        if entries is not None:
+            return own, entries[0].flatten().tolist()
+        return own, list(range(len(own))) if own.dim() else []
+
+    def __home(self, key: str) -> str:
+        return self.__parts.origin.homes.get(key, key)
+
+    def dense_state_dict(self, *, idle: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """A state dict for the dense network with which it computes the same function.
+
+        What was cut is 0, but for a batch norm's running variance, which is 1: with weight and bias 0 its output is 0.
+        Tensors that no method of the dense network reads are not in this one; they come from `idle`, a dense state dict, and
+        are 0 without it. The versions of the modules that the dense network's own state dict carries are carried as well.
+        """
+        state, origin = self.state_dict(), self.__parts.origin
+        device = next((value.device for value in state.values() if isinstance(value, Tensor)), torch.device("cpu"))
+        dense: dict[str, Tensor] = OrderedDict()
+        for key, full in origin.state.items():
+            value = state.get(self.__home(key), full if not isinstance(full, Tensor) else None)
+            if value is None and key in origin.idle and idle is not None:
+                value = idle[key]
+            blank = 1 if key.endswith("running_var") else 0
+            dense[key] = self.widened(key, value, blank=blank).to(device) if isinstance(full, Tensor) else value
+        dense._metadata = copy.deepcopy(origin.metadata)
+        return dense
+
+    def widened(self, key: str, value: Tensor | None, *, blank: float = 0) -> Tensor:
+        """`value`, of the shape of this network's tensor `key`, in the shape of the dense one, with `blank` where it was cut.
+
+        None stands for a tensor of which nothing is left; the result is then on the CPU.
+        """
+        entries, full = self.__parts.entries.get(self.__home(key)), self.__parts.origin.state[key]
+        if value is None:
+            return torch.full(full.shape, blank, dtype=full.dtype)
+        if entries is None:
+            return value
+        dense = value.new_full(full.shape, blank)
+        dense[entries] = value
+        return dense
+
+    def narrowed(self, key: str, value: Tensor) -> Tensor:
+        """What this network keeps of `value`, of the shape of the dense tensor `key`: the inverse of `widened`."""
+        entries = self.__parts.entries.get(self.__home(key))
+        return value if entries is None else value[entries]
+
+    def load_dense_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what this network keeps out of a dense network's state dict. Raises UserError for one of another network."""
+        name, dense = self.__parts.origin.name, self.__parts.origin.state
+        own: dict[str, Any] = OrderedDict()
+        for key, value in self.state_dict().items():
+            if isinstance(value, Tensor) and (key not in state or state[key].shape != dense[key].shape):
+                found = f"shape {tuple(state[key].shape)}" if key in state else "nothing"
+                raise UserError(f"{key}: {name} needs shape {tuple(dense[key].shape)}, found {found}")
+            own[key] = self.narrowed(key, state[key]) if isinstance(value, Tensor) else state[key]
+        if hasattr(state, "_metadata"):
+            own._metadata = state._metadata
+        self.load_state_dict(own)
+
+
+class _BareNetwork(nn.Module):
+    def __init__(self, owner: nn.Module, function: GraphFunction, *, training: bool):
+        super().__init__()
+        _share_layers(owner, self)
+        self.training = training
+        self.__function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.__function(self, self.training, x)
+
+
+def _share_layers(owner: nn.Module, other: nn.Module) -> None:
+    """Gives `other` the layers, parameters and buffers that `owner` has and will have."""
+    for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        setattr(other, registry, getattr(owner, registry))
+
+
+@dataclass
+class _Parts:
+    """What a narrow network consists of, besides its layers."""
+
+    kept: dict[str, list[int]]
+    origin: _Origin
+    entries: dict[str, "Entries"]
+    owner: nn.Module
+    relayouts: str
+    restored: list[Restored]
+    uncut: dict[str, str]
+    functions: dict[str, GraphFunction]
+    trainable: bool
+
+
+def _origin(model: nn.Module, plans: Iterable[Plan]) -> _Origin:
+    state = model.state_dict(keep_vars=True)
+    read = _read_tensors(model, plans)
+    names: dict[int, list[str]] = {}
+    for key, value in state.items():
+        names.setdefault(id(value), []).append(key)
+    return _Origin(
+        name=type(model).__name__,
+        state={key: value.detach().to("meta") if isinstance(value, Tensor) else value for key, value in state.items()},
+        metadata=copy.deepcopy(getattr(state, "_metadata", None)),
+        homes={key: read[id(value)] for key, value in state.items() if read.get(id(value), key) != key},
+        idle=frozenset(key for key, value in state.items() if id(value) not in read),
+        modes={mode: deviating_modes(model, mode) for mode in (False, True)},
+    )
+
+
+def _read_tensors(model: nn.Module, plans: Iterable[Plan]) -> dict[int, str]:
+    """By identity, the tensors that any method reads, those of layers that are gone included, each with a name that is read."""
+    names = {step.node.target for plan in plans for step in plan.steps.values() if step.node.op in ("call_module", "get_attr")}
+    read: dict[int, str] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        owners = {key[:end] for end, letter in enumerate(key) if letter == "."} | {key}
+        if isinstance(value, Tensor) and not owners.isdisjoint(names):
+            read.setdefault(id(value), key)
+    return read
+
+
+def _free_name(owner: nn.Module) -> str:
+    name = "relayouts"
+    while hasattr(owner, name):
+        name += "_"
+    return name
+
+
+# ---- layers ------------------------------------------------------------------------------------------------------------
+
+Entries = tuple[Tensor, ...]  # an index into a dense tensor that gives what is left of it
+
+
+def _needed_names(plans: Iterable[Plan]) -> set[str]:
+    """Names of the modules, parameters and buffers that the narrow graphs use."""
+    steps = [step for plan in plans for step in plan.steps.values() if step.exists]
+    return {step.node.target for step in steps if step.node.op in ("call_module", "get_attr")} - {"training"}
+
+
+def _take_layers(model: nn.Module, network: nn.Module, cuts: Mapping[str, LayerCut], names: set[str]) -> dict[str, Entries]:
+    """Copies the named modules and tensors into `network`, cut; returns what was taken of each tensor that was cut."""
+    entries: dict[str, Entries] = {}
+    copies: dict[int, Any] = {}  # keeps parameters that two modules share one parameter
+    for name, module in model.named_modules():
+        if name in names:
+            layer = _copied(module, copies)
+            if getattr(layer, "inplace", False):
+                layer.inplace = False
+            if name in cuts:
+                own = _cut_layer(layer, cuts[name])
+                entries |= {f"{name}.{key}": index for key, index in own.items()}
+            _place(network, name, layer)
+    for name in sorted(names - dict(model.named_modules()).keys()):
+        _place_tensor(model, network, name, copies)
+    for name, module in network.named_modules():
+        if name:
+            module.training = model.get_submodule(name).training
+    return entries
+
+
+def _copied(module: nn.Module, copies: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(module, copies)
+    except (RuntimeError, TypeError) as error:  # it holds a tensor that was computed, as weight norm of old, or a handle
+        raise UserError(f"{type(module).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
+
+
+def _place(network: nn.Module, name: str, layer: nn.Module) -> None:
+    path, _, last = name.rpartition(".")
+    setattr(_container(network, path), last, layer)
+
+
+def _container(network: nn.Module, path: str) -> nn.Module:
+    for part in filter(None, path.split(".")):
+        if part not in network._modules:
+            setattr(network, part, nn.Module())
+        network = network._modules[part]
+    return network
+
+
+def _place_tensor(model: nn.Module, network: nn.Module, name: str, copies: dict[int, Any]) -> None:
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    value, target = copy.deepcopy(getattr(owner, last), copies), _container(network, path)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        target.register_buffer(last, value, persistent=last in owner.state_dict(keep_vars=True))
+    else:
+        setattr(target, last, value)
+
+
+def _cut_layer(layer: nn.Module, cut: LayerCut) -> dict[str, Entries]:
+    """Cuts the tensors of a layer and the sizes that it states; returns what was taken of each that became smaller."""
+    rows, entries = torch.tensor(cut.rows), {}
+    weight_entries = (rows,)
+    if cut.columns is not None:
+        columns = torch.tensor(cut.columns)  # (groups, inputs)
+        weight_entries = (rows[:, None], columns.repeat_interleave(len(rows) // len(columns), 0) if len(columns) > 1 else columns)
+        _state(layer, in_channels=columns.numel(), in_features=columns.numel(), groups=len(columns))
+    for key, value in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+        taken = value.detach()[weight_entries if key == "weight" else (rows,)] if value.dim() else value  # or a count of batches
+        if taken.shape != value.shape:
+            entries[key] = weight_entries if key == "weight" else (rows,)
+            setattr(layer, key, nn.Parameter(taken, value.requires_grad) if isinstance(value, nn.Parameter) else taken)
+    if isinstance(layer, nn.GroupNorm):
+        _state(layer, num_groups=layer.num_groups * len(rows) // layer.num_channels, num_channels=len(rows))
+    _state(layer, out_channels=len(rows), num_features=len(rows), out_features=len(rows), num_parameters=len(rows))
+    return entries
+
+
+def _state(layer: nn.Module, **sizes: int) -> None:
+    """Corrects those of the sizes that a layer of this kind states."""
+    for name, size in sizes.items():
+        if hasattr(layer, name):
+            setattr(layer, name, size)
+
+
+# ---- graphs ------------------------------------------------------------------------------------------------------------
+
+
+class _GraphWriter:
+    """Writes the graph of a plan: the dense graph's nodes, without those whose result is gone, and the steps between."""
+
+    def __init__(self, plan: Plan, relayouts: Relayouts):
+        self.plan, self.relayouts = plan, relayouts
+        self.graph = fx.Graph()
+        self.written: dict[fx.Node, fx.Node | int] = {}
+        self.laid_out: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
+        self.training = self.graph.placeholder("training")  # the first input: is the network in training mode?
+
+    def write(self) -> fx.Graph:
+        for node, step in self.plan.steps.items():
+            if is_mode(node):
+                self.written[node] = self.training
+            elif step.exists:
+                self.written[node] = _FORMS[step.form](self, step)
+                self._say_where(node)
+        return self.graph
+
+    def _say_where(self, node: fx.Node) -> None:
+        """What was written for `node` was called where it was."""
+        for new in reversed(self.graph.nodes):
+            if SCOPES in new.meta:
+                break
+            new.meta[SCOPES] = scopes_of(node)
+
+    def given(self, step: Step, source: fx.Node) -> fx.Node:
+        """The new node that holds `source` as the step wants it."""
+        written, want = self.written[source], step.wants.get(source)
+        out = self.plan.steps[source].out or (want and want.whole())  # what is not known has not been cut
+        if want is None or out.stored == want.stored:
+            return written
+        key = (source, want.stored)
+        if key not in self.laid_out:
+            name = self.relayouts.name_of(Relayout, out, want)
+            self.laid_out[key] = self.graph.call_module(name, (written,))
+        return self.laid_out[key]
+
+
+def _copy(writer: _GraphWriter, step: Step) -> fx.Node:
+    return writer.graph.node_copy(step.node, lambda source: writer.given(step, source))
+
+
+def _through(writer: _GraphWriter, step: Step) -> fx.Node:
+    return writer.given(step, step.node.all_input_nodes[0])
+
+
+def _sum(writer: _GraphWriter, step: Step) -> fx.Node:
+    part, whole = sorted(step.wants, key=lambda source: len(step.wants[source].stored))
+    if not step.wants[part].stored:
+        return writer.given(step, whole)
+    if step.wants[part].stored == step.out.stored:
+        return _copy(writer, step)
+    if _is_padded(writer.plan, part, whole):
+        padded = writer.graph.call_function(F.pad, (writer.given(step, part), _behind_channels(step, part)))
+        return writer.graph.node_copy(step.node, lambda source: padded if source is part else writer.given(step, source))
+    name = writer.relayouts.name_of(AddInto, step.wants[whole], step.wants[part], step.out)
+    return writer.graph.call_module(name, (writer.given(step, whole), writer.given(step, part)))
+
+
+def _is_padded(plan: Plan, part: fx.Node, whole: fx.Node) -> bool:
+    """Whether `part` has lost some of the zero channels that pad it, and nothing else that `whole` stores."""
+    if plan.steps[part].form != "pad":
+        return False
+    own, others = plan.steps[part].out, plan.steps[whole].out.stored
+    behind = [channel for channel in others if channel not in own.stored]
+    return own.stored == others[: len(own.stored)] and all(own.members[channel] is None for channel in behind)
+
+
+def _behind_channels(step: Step, part: fx.Node) -> tuple[int, ...]:
+    """The widths of `F.pad` that bring the channels of `part` to those of the sum."""
+    axes_behind = step.out.rank - 1 - step.out.axis
+    return (0, 0) * axes_behind + (0, len(step.out.stored) - len(step.wants[part].stored))
+
+
+def _cat(writer: _GraphWriter, step: Step) -> fx.Node:
+    parts = step.node.args[0] if step.node.args else step.node.kwargs["tensors"]
+    existing = [writer.given(step, part) for part in parts if writer.plan.steps[part].exists]
+    return writer.graph.call_function(torch.cat, (existing, step.out.axis))
+
+
+def _pad(writer: _GraphWriter, step: Step) -> fx.Node:
+    """Zero channels need no padding: they are not stored."""
+    source, widths, *rest = step.node.args
+    position = 2 * (step.out.rank - 1 - step.out.axis)
+    widths = (*widths[:position], 0, 0, *widths[position + 2 :])
+    if not any(widths):
+        return writer.given(step, source)
+    return writer.graph.call_function(F.pad, (writer.given(step, source), widths, *rest), dict(step.node.kwargs))
+
+
+def _piece(writer: _GraphWriter, step: Step) -> fx.Node:
+    """A piece of a chunk: the stored channels of one follow those of the piece before it."""
+    chunk, index = step.node.args
+    split = writer.plan.steps[chunk]
+    start = sum(len(piece.stored) for piece in split.out[: index % len(split.out)])
+    whole = writer.given(split, chunk.args[0])
+    return writer.graph.call_method("narrow", (whole, step.out.axis, start, len(step.out.stored)))
+
+
+def _sized(writer: _GraphWriter, step: Step) -> fx.Node:
+    """A view or an expansion, whose sizes count the channels that are stored."""
+    source, *sizes = step.node.args
+    sizes = [*(sizes[0] if isinstance(sizes[0], list | tuple) else sizes)]
+    sizes[step.out.axis] = len(step.out.stored)
+    sizes = [writer.written[size] if isinstance(size, fx.Node) else size for size in sizes]
+    method = step.node.target if isinstance(step.node.target, str) else "reshape"
+    return writer.graph.call_method(method, (writer.given(step, source), *sizes))
+
+
+def _count(writer: _GraphWriter, step: Step) -> int:
+    return counted_channels(writer.plan.steps, step.node)
+
+
+def _nothing(writer: _GraphWriter, step: Step) -> None:
+    return None
+
+
+_FORMS: dict[str, Callable[[_GraphWriter, Step], fx.Node | int | None]] = {
+    "copy": _copy,
+    "through": _through,
+    "sum": _sum,
+    "cat": _cat,
+    "pad": _pad,
+    "piece": _piece,
+    "sized": _sized,
+    "count": _count,
+    "nothing": _nothing,
+}

@@ -1,0 +1,1 @@
+"""The folder of a run: its files, its saved states, and who may write them."""

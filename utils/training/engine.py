@@ -1,0 +1,524 @@
+"""The loop that the entry scripts share: train an epoch, evaluate, record, save; stop at any step and go on as if nothing was.
+
+An objective is called as `objective(images, labels) -> (loss, logits, terms)`: the 0-dim loss to minimise,
+and detached the (b, classes) logits and each named 0-dim term of the loss. Nothing in a step waits for the device.
+"""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.distributed import World, any_process, broadcast_from_main
+from utils.errors import Interrupted, NonFiniteLoss, UserError, printable
+from utils.images.batches import Batch, ImageData
+from utils.profile import training_flops
+from utils.runs.folder import AVERAGE, BEST, HITS, LAST, TRAINED
+from utils.runs.run import Run
+from utils.seed import random_state, restore_random_state
+from utils.training.averaging import WeightAverage
+from utils.training.hits import TestHits, gather_hits
+from utils.training.learning_rate import LearningRate
+from utils.training.metrics import Sums
+from utils.training.recalibration import recalibrated_batch_norm
+
+READ_INTERVAL_STEPS = 50
+VOTE_INTERVAL_STEPS = 20
+
+
+class Objective(nn.Module):
+    """What is trained: called as the module's docstring says."""
+
+    def formula(self) -> str:
+        """The loss as the plan of a run shows it."""
+        raise NotImplementedError
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before the first step of `epoch`, counted from 0, and when it is gone on with."""
+
+    def exchange(self, network: nn.Module) -> None:
+        """Trains `network`, which gives outputs of the same shapes, in place of the one so far."""
+        raise NotImplementedError
+
+
+class CrossEntropyObjective(Objective):
+    """Plain training: the cross-entropy of `network`, its targets softened by `label_smoothing` (a share from 0 to below 1)."""
+
+    def __init__(self, network: nn.Module, *, label_smoothing: float = 0.0):
+        super().__init__()
+        self.network = network
+        self.label_smoothing = label_smoothing
+
+    def formula(self) -> str:
+        return cross_entropy_formula(self.label_smoothing)
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logits = self.network(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        return loss, logits.detach(), {}
+
+    def exchange(self, network: nn.Module) -> None:
+        self.network = network
+
+
+def cross_entropy_formula(label_smoothing: float) -> str:
+    """How a formula names the cross-entropy."""
+    return f"CE (labels smoothed by {label_smoothing:g})" if label_smoothing else "CE"
+
+
+class Hooks:
+    """What a method may do beside the steps, such as keeping pruned filters at zero; this one does nothing."""
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+        self.hold()
+
+    def hold(self) -> None:
+        """Brings the weights that the network has now to what the method holds them at; a second call changes nothing."""
+
+    def after_epoch(self, epoch: int) -> nn.Module | None:
+        """Called after the last step of `epoch`, counted from 0, before anything is evaluated or saved.
+
+        May give another network to train from now on.
+        """
+        return None
+
+    def carried(self, key: str, value: Tensor, *, before: nn.Module) -> Tensor:
+        """`value`, which belongs to the parameter `key` of the network `before`, in the shape of the one that took its place."""
+        return value
+
+    def is_final(self, epoch: int) -> bool:
+        """Whether the network that `epoch` ends with has the form in which the training ends."""
+        return True
+
+    @contextlib.contextmanager
+    def shipped(self) -> Iterator[Mapping[str, Tensor]]:
+        """Within it the network is as it is evaluated and saved; gives the channels that live, by layer."""
+        yield {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+
+
+def sgd(parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD with Nesterov momentum (plain without momentum), one fused launch a step where the device has it."""
+    parameters = list(parameters)
+    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in parameters)
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused)
+
+
+def check_acceleration(*, device: torch.device, amp: bool, compiled: bool, sync_bn: bool) -> None:
+    """Raises UserError for a switch that this machine cannot follow."""
+    if amp and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"--amp: {torch.cuda.get_device_name(device)} has no bfloat16; leave --amp out")
+    if compiled and device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except (InvalidCxxCompiler, RuntimeError) as error:
+            raise UserError("--compile: no C++ compiler was found; install g++ or clang, or leave --compile out") from error
+    if compiled and device.type == "cuda" and not torch.utils._triton.has_triton():
+        raise UserError("--compile: Triton is not installed or does not support this GPU; leave --compile out")
+    if sync_bn and device.type != "cuda":
+        raise UserError(f"--sync-bn: needs CUDA devices, this run is on {device.type}; leave --sync-bn out")
+
+
+def prepare_step(objective: nn.Module, *, device: torch.device, world: World, compiled: bool) -> Callable[..., Any]:
+    """The objective as it is called in a step: with gradients averaged over processes, compiled if asked for."""
+    step: Any = objective
+    if compiled:
+        # one static graph a batch size; on CUDA whole steps replay as CUDA graphs
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        step = torch.compile(objective, dynamic=False, mode=mode)
+    if world.size > 1:
+        devices = [device.index] if device.type == "cuda" else None
+        step = nn.parallel.DistributedDataParallel(step, device_ids=devices)
+    return step
+
+
+def autocast(device: torch.device, amp: bool) -> torch.autocast:
+    """bfloat16 autocast if `amp`; its exponent range is float32's, so no loss scaling is needed."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+
+
+def train_step(
+    step: Callable[..., Any], batch: Batch, *, optimizer: torch.optim.Optimizer, amp: bool = False
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One step of `optimizer`; `step` is what `prepare_step` made. Gives the loss, logits and terms of before, detached."""
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(batch.images.device, amp):
+        loss, logits, terms = step(batch.images, batch.labels)
+    (loss if batch.weight == 1 else loss * batch.weight).backward()
+    optimizer.step()
+    return loss.detach(), logits, terms
+
+
+@torch.no_grad()
+def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first floating-point tensor that holds NaN or an infinite number; the device is waited for once."""
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not floating:
+        return None
+    finite = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist()
+    return next((name for name, good in zip(floating, finite, strict=True) if not good), None)
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, data: ImageData, *, amp: bool = False) -> dict[str, float]:
+    """Loss, top-1 and top-5 accuracy in percent over the test images of all processes; the network's mode is kept."""
+    return _evaluate(network, data, amp=amp)[0].read()
+
+
+@torch.no_grad()
+def evaluate_each(network: nn.Module, data: ImageData, *, amp: bool = False) -> tuple[dict[str, float], TestHits]:
+    """As `evaluate`, and which of the test images are classified rightly, over all processes."""
+    sums, labels, hits = _evaluate(network, data, amp=amp)
+    return sums.read(), gather_hits(labels, hits, data.world)
+
+
+def _evaluate(network: nn.Module, data: ImageData, *, amp: bool) -> tuple[Sums, list[Tensor], list[Tensor]]:
+    """What this process's part of the test images adds up to, and batch by batch their labels and whether each is a hit."""
+    was_training = network.training
+    network.eval()
+    sums, all_labels, hits = Sums(data.device), [], []
+    for images, labels, _ in data.test_batches():
+        with autocast(data.device, amp):
+            logits = network(images)
+        hits.append(sums.add({"loss": F.cross_entropy(logits.float(), labels)}, logits, labels))
+        all_labels.append(labels)
+    network.train(was_training)
+    return sums, all_labels, hits
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask for an end after the current step; a second SIGINT ends at once.
+
+    A second SIGTERM does not: torchrun and the cluster's scheduler may each send one.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How long and how: the recipe of a run as its flags give it."""
+
+    learning_rate: LearningRate
+    amp: bool = False
+    checkpoint_interval: int = 1
+    checkpoint_minutes: float | None = None
+    recalibrate_bn_batches: int | None = None
+    ema_decay: float | None = None
+    ships_average: bool = True  # with a decay: whether the averaged network is scored and shipped, or the trained one
+
+    @property
+    def n_epochs(self) -> int:
+        return self.learning_rate.n_epochs
+
+
+class Trainer:
+    """One training, from its first step or from a saved state on.
+
+    `objective` is trained through what `prepare(objective)` makes of it, as `prepare_step` does; `network` is the part of it that
+    is evaluated, which hooks may exchange for another between epochs; that one `place(network)` puts where it trains.
+    `describe(network, kept)` gives the checkpoint that others read, called with the network as it ships and `hooks.shipped()`.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        *,
+        prepare: Callable[[nn.Module], Callable[..., Any]],
+        network: nn.Module,
+        describe: Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Any]],
+        optimizer: torch.optim.Optimizer,
+        data: ImageData,
+        run: Run,
+        plan: TrainingPlan,
+        hooks: Hooks | None = None,
+        place: Callable[[nn.Module], nn.Module] = lambda network: network,
+    ):
+        self.objective, self.prepare, self.network, self.describe, self.place = objective, prepare, network, describe, place
+        self.step = prepare(objective)
+        self.optimizer, self.data, self.run, self.plan = optimizer, data, run, plan
+        self.hooks = hooks or Hooks()
+        self.epoch, self.batch = 0, 0  # epochs and, in the current one, batches that are done
+        self.sums = Sums(data.device)
+        self.average = WeightAverage(network, plan.ema_decay) if plan.ema_decay is not None else None
+        self.earlier = {"flops": 0, "epochs": 0}  # what networks took that were exchanged for others since
+        self.best: dict[str, float] | None = None
+        self.last: dict[str, float] | None = None
+        self._saved_at = time.monotonic()
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end and gives `{"last": ..., "best": ...}`, each with epoch, loss, top1, top5, and `training_flops`.
+
+        Raises Interrupted once the state is saved after a signal, NonFiniteLoss if training diverges.
+        """
+        with StopSignals() as signals:
+            while self.epoch < self.plan.n_epochs:
+                self._train_epoch(signals)
+                self._finish_epoch()
+        flops = self.earlier["flops"] + self._flops(self.plan.n_epochs - self.earlier["epochs"])
+        return {"last": self.last, "best": self.best, "training_flops": flops}
+
+    def _flops(self, epochs: int) -> int:
+        """Of the steps of so many epochs of the network that is trained now."""
+        return training_flops(self.objective, self.data.example[:1]) * self.data.train_images * epochs
+
+    def _train_epoch(self, signals: StopSignals) -> None:
+        self.objective.train()
+        self.objective.begin_epoch(self.epoch)
+        self._began, self._began_batch = time.monotonic(), self.batch
+        batches = self.data.train_batches(self.epoch, start=self.batch)
+        with self._progress_bar() as bar:
+            for batch in batches:
+                self._train_step(batch)
+                self.batch += 1
+                bar.update()
+                if self.batch % READ_INTERVAL_STEPS == 0:
+                    self.sums.check_finite(epoch=self.epoch)
+                    if not bar.disable and self.run.world.size == 1:  # reading speaks to the other processes
+                        bar.set_postfix(loss=f"{self.sums.read()['loss']:.4f}")
+                self._save_within_epoch(signals)
+        self._check_finite()
+
+    def _train_step(self, batch: Batch) -> None:
+        lr = self.plan.learning_rate.at(self.epoch, self.batch, steps=self.data.train_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss, logits, terms = train_step(self.step, batch, optimizer=self.optimizer, amp=self.plan.amp)
+        self.hooks.after_step()
+        if self.average is not None:
+            self.average.update()
+        self.sums.add({"loss": loss, **terms}, logits, batch.labels, step=self.batch)
+
+    def _progress_bar(self) -> tqdm:
+        description = f"epoch {self.epoch + 1}/{self.plan.n_epochs}"
+        disable = None if self.run.world.is_main else True  # None: quiet where stderr is no terminal
+        return tqdm(total=self.data.train_steps, initial=self.batch, desc=description, disable=disable, leave=False, unit="step")
+
+    def _save_within_epoch(self, signals: StopSignals) -> None:
+        """Saves if `--checkpoint-minutes` have passed or a signal came; in step with all other processes."""
+        if dist.is_initialized() and self.batch % VOTE_INTERVAL_STEPS and self.batch < self.data.train_steps:
+            return
+        minutes = self.plan.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        stop = any_process(signals.received is not None)
+        if stop or any_process(due):
+            self._check_finite()
+            self._save_last()
+        if stop:
+            number = signals.received or signal.SIGTERM
+            name = signal.Signals(number).name
+            where = f"epoch {self.epoch + 1}, step {self.batch} of {self.data.train_steps}"
+            raise Interrupted(f"stopped by {name} after {where}; go on with: {self.run.resume_command()}", signal_number=number)
+
+    def _check_finite(self) -> None:
+        """Raises NonFiniteLoss before a state is saved that could only go on to it: a last step may have spoilt what is saved."""
+        self.sums.check_finite(epoch=self.epoch)
+        spoilt = first_non_finite({**dict(self.objective.named_parameters()), **dict(self.objective.named_buffers())})
+        if spoilt is not None:
+            where = f"after epoch {self.epoch + 1}, step {self.batch}"
+            layer, _, tensor = spoilt.rpartition(".")
+            layer = layer.partition(".")[2] or layer  # the objective calls the network its own
+            raise NonFiniteLoss(f"the {tensor} of layer {layer} holds numbers that are not finite {where}; try a lower --lr")
+
+    def _finish_epoch(self) -> None:
+        train, seconds = self.sums.read(), time.monotonic() - self._began
+        broadcast_from_main(self.network.buffers())
+        if self.average is not None:
+            broadcast_from_main(self.average.buffers(self.network))
+        other = self.hooks.after_epoch(self.epoch)
+        if other is not None:
+            self._exchange(self.place(other))
+        if self.average is not None:
+            with self.average.swapped():  # which still has the weights that the network has just lost
+                self.hooks.hold()
+        self._check_finite()
+        began = time.monotonic()
+        with self._shipped() as kept:
+            test, hits = evaluate_each(self.network, self.data, amp=self.plan.amp)
+            test_seconds = time.monotonic() - began
+            if not math.isfinite(test["loss"]):
+                raise NonFiniteLoss(f"the test loss is no finite number after epoch {self.epoch + 1}; try a lower --lr")
+            self.last = {"epoch": self.epoch, **{name: test[name] for name in ("loss", "top1", "top5")}}
+            is_best = self._has_no_best() or self.last["top1"] > self.best["top1"]
+            self.best = self.last if is_best else self.best
+            checkpoint = self._checkpoint(kept)
+        beside = self._score_other()
+        self._record("train", train, seconds, images=train["images"] * (1 - self._began_batch / self.data.train_steps))
+        self._record("test", {**test, **beside}, test_seconds, images=test["images"])
+        self._report(train, {**test, **beside}, seconds + test_seconds)
+        if is_best:
+            self.run.save(BEST, checkpoint)
+        if self.epoch + 1 == self.plan.n_epochs:
+            self.run.save_json(HITS, {"epoch": self.epoch, **hits.document()})
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.data.device)
+        if self.epoch % self.plan.checkpoint_interval == 0 or self.epoch == self.plan.n_epochs:
+            self._save_last(checkpoint)
+
+    def _exchange(self, network: nn.Module) -> None:
+        """Goes on with another network; what stays of the parameters keeps its momentum."""
+        epochs = self.epoch + 1
+        self.earlier = {"flops": self.earlier["flops"] + self._flops(epochs - self.earlier["epochs"]), "epochs": epochs}
+        before, momentum = self.network, self.optimizer.state
+        carried = {
+            name: self.hooks.carried(name, momentum[parameter]["momentum_buffer"], before=before)
+            for name, parameter in before.named_parameters()
+            if momentum.get(parameter, {}).get("momentum_buffer") is not None
+        }
+        self.objective.exchange(network)
+        self.network = network
+        settings = {name: value for name, value in self.optimizer.param_groups[0].items() if name != "params"}
+        self.optimizer = torch.optim.SGD(list(self.objective.parameters()), **settings)
+        own = {parameter: name for name, parameter in network.named_parameters()}
+        for parameter in self.optimizer.param_groups[0]["params"]:
+            if own.get(parameter) in carried:
+                self.optimizer.state[parameter]["momentum_buffer"] = carried[own[parameter]].contiguous(
+                    memory_format=torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
+                )
+            elif parameter in momentum:
+                self.optimizer.state[parameter] = momentum[parameter]
+        torch.compiler.reset()  # it gives up on code that it has compiled for too many networks
+        self.step = self.prepare(self.objective)
+
+    def _has_no_best(self) -> bool:
+        """Whether the first epoch of its kind has ended: one before the network has its final form is no rival of those after."""
+        return self.best is None or (self.hooks.is_final(self.epoch) and not self.hooks.is_final(self.best["epoch"]))
+
+    def _score_other(self) -> dict[str, float]:
+        """With an average: scores the network that is not shipped, `average_top1` or `trained_top1`, and saves it beside."""
+        if self.average is None:
+            return {}
+        other = "trained" if self.plan.ships_average else "average"
+        with self._shipped(average=other == "average") as kept:
+            scores = evaluate(self.network, self.data, amp=self.plan.amp)
+            values = {name: scores[name] for name in ("loss", "top1", "top5")}
+            if (self.epoch + 1) % self.plan.checkpoint_interval == 0 or self.epoch + 1 == self.plan.n_epochs:
+                metrics = {"epoch": self.epoch, **values}
+                checkpoint = {**self.describe(self.network, kept), "epoch": self.epoch, "metrics": metrics}
+                self.run.save(AVERAGE if other == "average" else TRAINED, checkpoint)
+        return {f"{other}_{name}": value for name, value in values.items()}
+
+    @contextlib.contextmanager
+    def _shipped(self, *, average: bool | None = None) -> Iterator[Mapping[str, Tensor]]:
+        """Within it the network is as it is evaluated and saved for others, batch norm statistics included.
+
+        `average` says whether it is the averaged one; None takes the one that is to be shipped.
+        """
+        batches = self.plan.recalibrate_bn_batches
+        averaged = self.average is not None and (self.plan.ships_average if average is None else average)
+        with (
+            self.hooks.shipped() as kept,
+            self.average.swapped() if averaged else contextlib.nullcontext(),
+            recalibrated_batch_norm(self.network, self.data, batches=batches, amp=self.plan.amp),
+        ):
+            yield kept
+
+    def _checkpoint(self, kept: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {**self.describe(self.network, kept), "epoch": self.last["epoch"] if self.last else -1, "metrics": self.last or {}}
+
+    def _record(self, split: str, values: Mapping[str, float], seconds: float, *, images: float) -> None:
+        rate = images / max(seconds, 1e-9)
+        lr = self.optimizer.param_groups[0]["lr"]
+        values = {name: value for name, value in values.items() if name != "images"}
+        self.run.record({"epoch": self.epoch, "split": split, **values, "lr": lr, "seconds": seconds, "images_per_second": rate})
+
+    def _report(self, train: Mapping[str, float], test: Mapping[str, float], seconds: float) -> None:
+        steps = self.data.train_steps - self._began_batch
+        left = (self.plan.n_epochs - self.epoch - 1) * seconds * self.data.train_steps / max(steps, 1)
+        rate = steps / self.data.train_steps * self.data.train_images / seconds
+        beside = [f"{name.partition('_')[0]} top1 {value:.2f}  " for name, value in test.items() if name.endswith("_top1")]
+        self.run.log(
+            f"epoch {self.epoch + 1}/{self.plan.n_epochs}  lr {self.optimizer.param_groups[0]['lr']:.4g}  "
+            f"train loss {train['loss']:.4f} top1 {train['top1']:.2f}  test loss {test['loss']:.4f} top1 {test['top1']:.2f} "
+            f"top5 {test['top5']:.2f}  {''.join(beside)}best {self.best['top1']:.2f}  "
+            f"{seconds:.1f} s, {rate:.0f} images/s, {_clock(left)} left"
+        )
+
+    def _save_last(self, checkpoint: dict[str, Any] | None = None) -> None:
+        if checkpoint is None:
+            with self._shipped() as kept:
+                checkpoint = self._checkpoint(kept)
+        self.run.save(LAST, {**checkpoint, "resume": self.state_dict()})
+        self._saved_at = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how training goes on."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "earlier": dict(self.earlier),
+            "best": self.best,
+            "last": self.last,
+            "sums": _gather(self.sums.state_dict(), self.run.world),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "hooks": self.hooks.state_dict(),
+            "random": _gather(random_state(), self.run.world),
+            **({"average": self.average.state_dict()} if self.average is not None else {}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` gave, in this or another process. Raises UserError for the state of another training."""
+        rank = self.run.world.rank
+        try:
+            self.epoch, self.batch, self.best, self.last = state["epoch"], state["batch"], state["best"], state["last"]
+            self.earlier = state.get("earlier", self.earlier)  # states of older versions have none
+            self.sums.load_state_dict(state["sums"][rank])
+            self.objective.load_state_dict(state["objective"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.hooks.load_state_dict(state["hooks"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            restore_random_state(state["random"][rank])
+            if self.batch > self.data.train_steps:
+                raise ValueError(f"it has done {self.batch} of the {self.data.train_steps} steps of an epoch")
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            reason = printable(str(error))
+            raise UserError(f"--resume {self.run.folder}: its saved state does not fit this run: {reason}") from error
+
+
+def _gather(value: Any, world: World) -> list[Any]:
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
