@@ -143,8 +143,13 @@ def _reason_to_refuse(node: fx.Node, written: fx.Node, shared: "_SharedMemory") 
     return None
 
 
+def place_in_code(node: fx.Node) -> tuple[str, str]:
+    """The path of the module in whose forward pass the operation is, and the line; empty where that is not known."""
+    return node.meta.get("place", ("", ""))
+
+
 def place_of(node: fx.Node) -> str:
-    path, line = node.meta.get("place", ("", ""))
+    path, line = place_in_code(node)
     return f" ({', '.join(filter(None, (path, line)))})" if path or line else ""
 
 

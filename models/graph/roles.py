@@ -9,9 +9,12 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor, fx, nn
 
 from models.graph import Channels, Plan, members_of_layer, output_channels, plan_channels, trace_network
+from models.graph.out_of_place import place_in_code
 from models.narrow import NarrowNetwork
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+WEIGHED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+CHANNEL_COUNTS = (("in_channels", "out_channels"), ("in_features", "out_features"))
 
 
 def conv_norm_pairs(model: nn.Module, *, example: Tensor | None = None) -> dict[str, str]:
@@ -77,18 +80,35 @@ def depthwise_producers(model: nn.Module, *, example: Tensor | None = None) -> d
 
 
 def classifying_layers(model: nn.Module, *, example: Tensor | None = None) -> frozenset[str]:
-    """Names of the convolutions and linear layers whose outputs become the network's results, with no other in between."""
+    """Names of the convolutions and linear layers whose outputs become the network's results, with no other in between.
+
+    A fixed layer that gives as many channels as it reads, such as the convolution that puts the mean of the colours back
+    (EDSR's MeanShift), is one of them, and so is the last layer before it that learns.
+    """
     graph = trace_network(model, example=example).graph
     pending, seen, found = [node for node in graph.nodes if node.op == "output"], set(), set()
     while pending:
         node = pending.pop()
-        layer = model.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
-            found.add(node.target)
-        else:
+        name = _layer_of(node, model)
+        if name is not None:
+            found.add(name)
+        if name is None or _keeps_channels(model.get_submodule(name)):
             pending += [source for source in node.all_input_nodes if source not in seen]
             seen.update(node.all_input_nodes)
     return frozenset(found)
+
+
+def _layer_of(node: fx.Node, model: nn.Module) -> str | None:
+    """The convolution or linear layer that a node is the call of, or an operation in the own forward pass of."""
+    name = node.target if node.op == "call_module" else place_in_code(node)[0]
+    is_call = node.op in ("call_module", "call_function", "call_method")
+    return name if is_call and isinstance(model.get_submodule(name), WEIGHED) else None
+
+
+def _keeps_channels(layer: nn.Module) -> bool:
+    """Whether the layer is fixed and gives as many channels as it reads."""
+    sizes = (getattr(layer, reads) == getattr(layer, gives) for reads, gives in CHANNEL_COUNTS if hasattr(layer, reads))
+    return all(sizes) and not any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def hidden_layers(model: nn.Module, *, example: Tensor | None = None) -> frozenset[str]:
