@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models import NAMES, build_model, build_on_meta, check_model, trusted_model
+from models.graph import output_channels
 from models.narrow import narrow
 from utils.errors import UserError, naming, printable, shown
 from utils.files import FORMAT, load_checkpoint
@@ -198,9 +199,14 @@ def _build(name: str, num_classes: int, state: Mapping[str, Tensor], origin: str
 
 
 def _check_layers(network: nn.Module, kept: Mapping[str, Sequence[int]], origin: str, model: str) -> None:
-    unknown = kept.keys() - dict(network.named_modules()).keys()
+    layers = dict(network.named_modules())
+    unknown = kept.keys() - layers.keys()
     if unknown:
         raise UserError(f"{origin}: keeps channels of {printable(min(unknown), SHOWN_NAME)}, which {model} has not")
+    for name, channels in kept.items():
+        width = output_channels(layers[name]) or 0
+        if len(channels) > width:
+            raise UserError(f"{origin}: keeps {len(channels):,} channels of {name}, which has {width}")
 
 
 def _load_bare(checkpoint: Mapping[str, Any], origin: str, model: str | None, model_flag: str) -> NetworkFile:

@@ -24,7 +24,7 @@ from utils.errors import UserError, printable, shown
 from utils.files import write_atomic
 from utils.images.spec import FIELDS, ImageSpec, read_image_spec
 from utils.seed import preserved_random_state
-from utils.untrusted import open_regular
+from utils.untrusted import read_whole
 
 PLAIN_FORMAT, FORMAT = 1, 2  # without and with what a user of the network must know of its images
 SHOWN_VALUE = 80
@@ -93,8 +93,7 @@ def load_archive(path: str | os.PathLike, *, model: str | None = None) -> nn.Mod
 def read_archive(path: str | os.PathLike, *, model: str | None = None) -> tuple[nn.Module, ArchiveReport]:
     """`load_archive`, and where the bytes of the file go; the report names the model and its classes."""
     try:
-        with open_regular(path) as file:
-            return _read(file.read(), model)
+        return _read(read_whole(path), model)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UserError as error:

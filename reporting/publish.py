@@ -37,7 +37,10 @@ def check_output(folder: Path) -> None:
 
 
 def _is_report(path: Path) -> bool:
-    return path.is_file() and GENERATOR in path.read_text(errors="replace")[:1000]
+    if not path.is_file():
+        return False
+    with path.open(errors="replace") as file:
+        return GENERATOR in file.read(1000)
 
 
 def write_report(

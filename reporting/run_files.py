@@ -16,12 +16,12 @@ from utils.errors import UserError, naming, printable, shown
 from utils.files import read_json, write_atomic
 from utils.runs.folder import CONFIG, HITS, KEPT_FILTERS, METRICS, SUMMARY
 from utils.runs.metrics_file import check_record, read_metrics
-from utils.untrusted import check_nesting, open_regular
+from utils.untrusted import MAX_TEXT_BYTES, json_objects, open_regular, parse_json, read_whole
 
 SUFFIX = ".jsonl.gz"
 COLLECTED = (CONFIG, SUMMARY, METRICS, KEPT_FILTERS, HITS)
 MAX_RUN_BYTES, MAX_STUDY_BYTES = 10_000_000, 200_000_000  # of what a study says is small
-MAX_RUNS = 100_000
+MAX_RUNS, MAX_STUDY_OBJECTS = 100_000, 4_000_000
 
 
 class RunFiles(Protocol):
@@ -58,7 +58,7 @@ class FolderFiles:
         return read_json(self.place / name)
 
     def content(self, name: str) -> bytes:
-        return (self.place / name).read_bytes()
+        return read_whole(self.place / name, limit=MAX_TEXT_BYTES)
 
     def metrics(self) -> list[dict[str, Any]]:
         if self.has(METRICS):
@@ -130,18 +130,17 @@ def read_study(path: Path) -> list[StudyFiles]:
 
 
 def _lines(file: gzip.GzipFile) -> Iterator[bytes]:
-    total = 0
+    total = objects = 0
     while line := file.readline(MAX_RUN_BYTES):
-        total += len(line)
-        if not line.endswith(b"\n") or total > MAX_STUDY_BYTES:
+        total, objects = total + len(line), objects + json_objects(line)
+        if not line.endswith(b"\n") or total > MAX_STUDY_BYTES or objects > MAX_STUDY_OBJECTS:
             raise UserError("is refused: cut off, or larger than any study is")
         yield line
 
 
 def _run(line: bytes, number: int) -> tuple[str, dict[str, Any]]:
     try:
-        run = json.loads(line)
-        check_nesting(run)
+        run = parse_json(line)
         name, files = run["run"], run["files"]
         if not isinstance(name, str) or not isinstance(files, dict) or not _is_name(name):
             raise ValueError("no run")

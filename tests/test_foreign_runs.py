@@ -1,6 +1,7 @@
 """Resuming a folder that somebody else made: it can decide how the run goes on, and nothing outside of it but its log."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -79,3 +80,16 @@ def test_downloads_only_into_a_folder_that_was_typed(foreign, tmp_path, run_scri
     assert ended.status == 2
     assert "--dataset cifar10" in ended.errors
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("typed", [(), ("--model", "nets.py:tiny")])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_code_that_only_the_run_names_is_not_even_opened(kind, typed, foreign, tmp_path, run_script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text("def tiny(num_classes): ...")
+    place = tmp_path / "code.py"
+    os.mkfifo(place) if kind == "pipe" else place.symlink_to("/dev/zero")
+    forge(foreign, model=f"{place}:network")
+    ended = run_script("initial_train", "--resume", str(foreign), "--n-epochs", "3", *typed)
+    assert (ended.status, ended.output, len(ended.errors.splitlines())) == (2, "", 1)
+    assert f"began with --model {place}:network" in ended.errors

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError, printable, shown
-from utils.untrusted import check_before_loading, check_loaded, check_nesting, open_regular
+from utils.untrusted import MAX_TEXT_BYTES, check_before_loading, check_loaded, open_regular, parse_json, read_whole
 
 FORMAT = 1
 DIGEST_KEY, FORMAT_KEY = "sha256", "format"
@@ -114,16 +114,11 @@ def read_json(path: str | os.PathLike, *, flag: str | None = None) -> Any:
     """Reads a JSON file. Raises UserError, naming it and its `flag`, if it is missing, no ordinary file, or no JSON."""
     name = f"{flag} {path}" if flag else path
     try:
-        with open_regular(path) as file:
-            value = json.loads(file.read())
-        check_nesting(value)
-        return value
+        return parse_json(read_whole(path, limit=MAX_TEXT_BYTES))
     except UserError as error:
         raise UserError(f"{name} {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from error
-    except RecursionError as error:
-        raise UserError(f"{name} is damaged: nested without an end") from error
     except ValueError as error:
         raise UserError(f"{name} is damaged: not valid JSON ({printable(str(error))})") from error
 
@@ -147,6 +142,9 @@ def _feed(state: "hashlib._Hash", value: Any) -> None:
             _feed(state, value[key])
     elif isinstance(value, list | tuple):
         state.update(f"sequence {len(value)}\n".encode())
+        if set(map(type, value)) == {int}:
+            state.update("".join(map("{}\n".format, value)).encode())
+            return
         for item in value:
             _feed(state, item)
     else:

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from utils.errors import UserError
+from utils.untrusted import MAX_TEXT_BYTES, read_whole
 
 _NAME = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)", re.DOTALL)
 
@@ -35,13 +36,16 @@ def check_function(name: str) -> None:
     """Raises UserError unless the file of `FILE.py:FUNCTION` is there and defines the function. Runs nothing of it."""
     path, function = _split(name)
     try:
-        table = symtable.symtable(path.read_bytes(), str(path), "exec")
+        code = read_whole(path, limit=MAX_TEXT_BYTES)
+        table = symtable.symtable(code, str(path), "exec")
     except OSError as error:
         raise UserError(f"{name}: {path} cannot be read: {error.strerror or error}") from error
+    except UserError as error:
+        raise UserError(f"{name}: {path} {error}") from error
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{name}: {path}{_line(error)} is no Python: {getattr(error, 'msg', error)}") from error
     defined = [symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()]
-    if function not in defined and "import *" not in path.read_text():
+    if function not in defined and b"import *" not in code:
         nearest = get_close_matches(function, defined) or [symbol for symbol in defined if not symbol.startswith("_")]
         raise UserError(f"{name}: {path} defines no {function}; it has {', '.join(nearest) or 'nothing'}")
 

@@ -7,8 +7,10 @@ and what was loaded must be in proportion to the file before any of it is copied
 """
 
 import io
+import json
 import os
 import pickletools
+import re
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +23,10 @@ from utils.errors import UserError, printable, shown
 
 MAX_SHARING = 10  # a checkpoint's tensors, each counted where it occurs, are at most so many times as large as the file
 MAX_DEPTH = 100  # of containers in containers
+# What may be read into memory: of text, of a pickle, of a whole file (and of that half of the machine's memory)
+MAX_TEXT_BYTES, MAX_PICKLE_BYTES, MAX_FILE_BYTES = 64 << 20, 256 << 20, 16 << 30
+MAX_JSON_OBJECTS = 2_000_000  # numbers, texts, lists and objects of a text, each of which takes some 60 bytes once it is parsed
+MAX_PICKLE_OPERATIONS = 500_000  # besides plain numbers
 LEGACY_PICKLES = 4  # a file of torch before 1.6 begins with: magic number, version, sizes of types, content
 SHOWN_NAME = 80
 ZIP_BEGIN = b"PK\x03\x04"
@@ -64,18 +70,58 @@ def _kind(mode: int) -> str:
     return next(name for test, name in kinds if test(mode))
 
 
+def read_whole(path: str | os.PathLike, *, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The content of an ordinary file of at most `limit` bytes; what it claims counts, holes included.
+
+    Raises OSError, UserError.
+    """
+    with open_regular(path) as file:
+        check_size(file, limit=limit)
+        return file.read(limit)
+
+
+def check_size(file: BinaryIO, *, limit: int = MAX_FILE_BYTES) -> None:
+    """Raises UserError for a file that would not fit into memory, or is larger than `limit` bytes."""
+    size, memory = os.fstat(file.fileno()).st_size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = min(limit, memory // 2)
+    if size > limit:
+        raise UserError(f"is refused: it claims to have {size:,} bytes, at most {limit:,} are read")
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON text that anybody may have written, in time and memory that are known before.
+
+    Raises UserError for a text that holds too many values or nests them too deep, and ValueError for what is no JSON.
+    """
+    if len(text) > MAX_TEXT_BYTES or json_objects(text) > MAX_JSON_OBJECTS:
+        raise UserError(f"is refused: it holds more than {MAX_JSON_OBJECTS:,} values, or {MAX_TEXT_BYTES:,} bytes")
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise UserError("is damaged: nested without an end") from error
+    check_nesting(value)
+    return value
+
+
+def json_objects(text: bytes) -> int:
+    """How many values a JSON text holds at most, counted without parsing it."""
+    return 1 + sum(map(text.count, (b",", b"[", b"{", b":")))
+
+
 def check_before_loading(file: BinaryIO) -> None:
     """Raises UserError if loading this file of torch.save could take much more than its own size, or holds other things.
 
     What is no such file at all, or a damaged one, may pass, for torch to refuse, or raise what `zipfile` raises.
     """
+    check_size(file)
     is_zip = file.read(len(ZIP_BEGIN)) == ZIP_BEGIN  # how torch tells them apart
     file.seek(0)
     if is_zip:
         _check_zip(file)
     else:
+        content, position = file.read(MAX_PICKLE_BYTES), 0
         for _ in range(LEGACY_PICKLES):
-            _check_pickle(file)
+            position = _check_pickle(content, position)
     file.seek(0)
 
 
@@ -91,17 +137,24 @@ def _check_zip(file: BinaryIO) -> None:
             raise UserError(f"refused, its parts claim more than the {size:,} bytes of the file")
         for member in members:
             if member.filename.lower().endswith(".pkl"):
-                _check_pickle(io.BytesIO(archive.read(member)))
+                if member.file_size >= MAX_PICKLE_BYTES:
+                    raise UserError(f"refused, its part {printable(member.filename, SHOWN_NAME)} is no dict of tensors: too long")
+                _check_pickle(archive.read(member), 0)
 
 
-def _check_pickle(file: BinaryIO) -> None:
-    """Follows a pickle's operations without doing them. Raises UserError for anything that no dict of plain tensors needs."""
+def _check_pickle(content: bytes, position: int) -> int:
+    """Follows the operations of the pickle that begins at `position` without doing them, and says where it ends.
+
+    Raises UserError for anything that no dict of plain tensors needs.
+    """
     try:
-        _Pickle().follow(pickletools.genops(file))
+        return _Pickle().follow(content, position)
     except UserError:
         raise
-    except (ValueError, LookupError, MemoryError):
-        pass  # no pickle, or a damaged one, at which torch stops as well
+    except (ValueError, LookupError, MemoryError) as error:
+        if len(content) >= MAX_PICKLE_BYTES:  # torch would read on
+            raise UserError("refused, what comes before its tensors is too long") from error
+        return position  # no pickle, or a damaged one, at which torch stops as well
 
 
 class _Name(str):
@@ -111,6 +164,9 @@ class _Name(str):
 _MARK, _PLAIN, _MADE, _SHARED = "a mark", "a plain value", "a container or result", "one that was made before"
 _TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 _CONTAINERS = frozenset((*_TUPLES, "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "LIST", "DICT", "FROZENSET", "BINPERSID", "PERSID"))
+# What puts a plain number on the stack and does nothing else: None, True, False, whole numbers of 1, 2 and 4 bytes, floats
+_PLAIN_NUMBER = re.compile(rb"[N\x88\x89]|K.|M..|J.{4}|G.{8}", re.DOTALL)
+_PLAIN_NUMBERS = re.compile(rb"(?:[N\x88\x89]|K.|M..|J.{4}|G.{8})+", re.DOTALL)
 _FILLING = frozenset(("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"))
 
 
@@ -124,24 +180,38 @@ class _Pickle:
     def __init__(self) -> None:
         self.stack: list[str] = []
         self.memo: dict[int, str] = {}
-        self.depth = 0  # of marks
+        self.marks: list[int] = []  # where they lie on the stack
 
-    def follow(self, operations: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
-        for operation, argument, _ in operations:
-            if operation.name == "GLOBAL" and argument in PLAIN_GLOBALS:
-                self.stack.append(_Name(argument))
-            elif operation.name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX"):
-                raise UserError(f"{REFUSAL}: {printable(str(argument).replace(' ', '.'), SHOWN_NAME)}")
-            elif operation.name in ("REDUCE", "NEWOBJ"):
-                self._call()
-            elif operation.name == "BUILD" and self.stack.pop() is _SHARED:
-                raise UserError(f"{REFUSAL}: a state that was used before")
-            elif operation.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                self.memo[argument] = self.stack[-1]
-            elif operation.name in ("GET", "BINGET", "LONG_BINGET"):
-                self.stack.append(_SHARED if self.memo[argument] is _MADE else self.memo[argument])
-            elif operation.name != "BUILD":
-                self._apply(operation)
+    def follow(self, content: bytes, position: int) -> int:
+        """Follows the pickle that begins at `position`, and gives the place behind it."""
+        file = io.BytesIO(content)
+        for _ in range(MAX_PICKLE_OPERATIONS):
+            if numbers := _PLAIN_NUMBERS.match(content, position):
+                self.stack += [_PLAIN] * len(_PLAIN_NUMBER.findall(content, position, numbers.end()))
+                position = numbers.end()
+            file.seek(position)
+            operation, argument, _ = next(pickletools.genops(file))
+            position = file.tell()
+            if operation.name == "STOP":
+                return position
+            self._follow(operation, argument)
+        raise UserError(f"{REFUSAL}: more than {MAX_PICKLE_OPERATIONS:,} operations of its pickle")
+
+    def _follow(self, operation: pickletools.OpcodeInfo, argument: Any) -> None:
+        if operation.name == "GLOBAL" and argument in PLAIN_GLOBALS:
+            self.stack.append(_Name(argument))
+        elif operation.name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX"):
+            raise UserError(f"{REFUSAL}: {printable(str(argument).replace(' ', '.'), SHOWN_NAME)}")
+        elif operation.name in ("REDUCE", "NEWOBJ"):
+            self._call()
+        elif operation.name == "BUILD" and self.stack.pop() is _SHARED:
+            raise UserError(f"{REFUSAL}: a state that was used before")
+        elif operation.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.stack[-1]
+        elif operation.name in ("GET", "BINGET", "LONG_BINGET"):
+            self.stack.append(_SHARED if self.memo[argument] is _MADE else self.memo[argument])
+        elif operation.name != "BUILD":
+            self._apply(operation)
 
     def _call(self) -> None:
         arguments, called = self.stack.pop(), self.stack.pop()
@@ -153,16 +223,17 @@ class _Pickle:
         """Takes off the stack what the operation takes, and puts on what it puts."""
         before, taken = list(operation.stack_before), []
         if pickletools.markobject in before:
-            while (item := self.stack.pop()) is not _MARK:
-                taken.append(item)
-            self.depth -= 1
+            mark = self.marks.pop()
+            taken = self.stack[mark + 1 :]
+            del self.stack[mark:]
             before = before[: before.index(pickletools.markobject)]
         if operation.name in _FILLING:  # the container stays where it is
             del self.stack[len(self.stack) - len(before) + 1 :]
             return
         taken += [self.stack.pop() for _ in before]
-        self.depth += operation.name == "MARK"
-        if self.depth > MAX_DEPTH:
+        if operation.name == "MARK":
+            self.marks.append(len(self.stack))
+        if len(self.marks) > MAX_DEPTH:
             raise UserError("damaged or forged, nested without an end")
         made = _MARK if operation.name == "MARK" else _MADE if operation.name in _CONTAINERS else _PLAIN
         if operation.name in _TUPLES and _SHARED in taken:
@@ -194,6 +265,8 @@ def check_loaded(value: Any, *, file_bytes: int) -> None:
     while pending:
         part, name, depth = pending.pop()
         parts += 1
+        if type(part) is list and _PLAIN_TYPES.issuperset(map(type, part)):
+            parts, part = parts + len(part), None  # channels by the thousand, in which there is nothing to look for
         if isinstance(part, Tensor):
             _check_plain(part, name)
             tensor_bytes += part.numel() * part.element_size()
@@ -205,6 +278,9 @@ def check_loaded(value: Any, *, file_bytes: int) -> None:
                 f"refused, its tensors claim more than {MAX_SHARING} times the {file_bytes:,} bytes of the file: "
                 f"{printable(name, SHOWN_NAME)} is {tuple(part.shape)}"
             )
+
+
+_PLAIN_TYPES = frozenset((int, float, bool, type(None)))
 
 
 def _inside(part: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -109,6 +109,14 @@ def test_a_study_that_unpacks_to_far_more_than_it_says_is_refused(tmp_path, monk
         read_study(path)
 
 
+def test_a_study_of_empty_lists_without_end_is_refused_before_it_is_parsed(tmp_path):
+    """A few kilobytes, compressed, that would be half a gigabyte of objects."""
+    line = b'{"run": "%d", "files": {"config.json": [' + b"[]," * 400_000 + b"0]}}\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(line.replace(b"%d", b"%d" % run) for run in range(20))))
+    with pytest.raises(UserError, match="larger than any study is"):
+        read_study(tmp_path / "a.jsonl.gz")
+
+
 def test_a_damaged_run_of_a_study_is_left_out_by_name(saves, tmp_path):
     collect(gather([saves]).groups, tmp_path / "study.jsonl.gz")
     lines = [json.loads(line) for line in gzip.decompress((tmp_path / "study.jsonl.gz").read_bytes()).splitlines()]

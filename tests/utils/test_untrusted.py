@@ -13,8 +13,14 @@ import pytest
 import torch
 from bounded import run_bounded
 
+from models import build_model
+from models.network_file import describe_network, load_network
+from quantize.archive import load_archive
+from reporting.run_files import read_study
 from utils.errors import UserError
 from utils.files import load_checkpoint, read_json, save_checkpoint
+from utils.python_file import check_function
+from utils.runs.metrics_file import read_metrics
 
 SECONDS = 10.0  # of the process's own time; well below 1 where the machine does nothing else
 GIGABYTES_25 = 25 * 10**9
@@ -218,9 +224,84 @@ class TestNoOrdinaryFile:
         assert load_checkpoint(tmp_path / "b.pt") == {"format": 1}
 
 
-@pytest.mark.parametrize("depth", [101, 1000, 10**6])
+@pytest.mark.parametrize("depth", [101, 1000, 500_000])
 @pytest.mark.parametrize("brackets", [("[", "]"), ('{"a":', "}")])
 def test_json_nested_without_an_end(depth, brackets, tmp_path):
     (tmp_path / "a.json").write_text(brackets[0] * depth + "0" + brackets[1] * depth)
     with pytest.raises(UserError, match="is damaged: nested "):
         read_json(tmp_path / "a.json")
+
+
+CLAIMED_BYTES = 40 * 10**9
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        load_checkpoint,
+        read_json,
+        load_archive,
+        lambda path: read_metrics(path.parent),
+        lambda path: check_function(f"{path}:network"),
+        lambda path: read_study(path),
+    ],
+    ids=["checkpoint", "JSON", "archive", "metrics", "code", "study"],
+)
+@pytest.mark.parametrize("head", [b"", b"PK\x03\x04", b"\x80\x02X\xff\xff\xff\x7f", b"\0" * 8 + b"{"])
+def test_a_file_that_claims_forty_gigabytes_is_not_read(read, head, tmp_path):
+    path = tmp_path / "metrics.jsonl.py"
+    path.write_bytes(head)
+    os.truncate(path, CLAIMED_BYTES)
+    (tmp_path / "metrics.jsonl").hardlink_to(path)
+    with pytest.raises(UserError, match=r"claims to have 40,000,000,000 bytes|is damaged, or no study|an archive, expected"):
+        run_bounded_or_raise(read, path)
+
+
+def run_bounded_or_raise(read, path) -> None:
+    """`read(path)` within bounds of memory and time; its UserError is raised here."""
+    message, seconds = run_bounded(refusal, read, path)
+    assert seconds < SECONDS
+    raise UserError(message)
+
+
+def refusal(read, path) -> tuple[str, float]:
+    start = time.process_time()
+    with pytest.raises(UserError) as caught:
+        read(path)
+    return str(caught.value), time.process_time() - start
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        ({"stage_1.0.conv_a": [0] * 10**6}, "stage_1.0.conv_a"),
+        ({"stage_1.0.conv_a": list(range(10**6))}, "stage_1.0.conv_a"),
+        ({f"layer{number}": [0] for number in range(10**6)}, "more than 500,000 operations"),
+    ],
+    ids=["one channel", "a layer", "layers"],
+)
+def test_a_million_entries_are_checked_at_once(kept, expected, tmp_path):
+    state = build_model("resnet20", num_classes=10).state_dict()
+    checkpoint = describe_network(state, model="resnet20", num_classes=10, config={})
+    save_checkpoint(tmp_path / "a.pt", {**checkpoint, "kept": kept})
+    message, seconds = refusal(lambda path: load_network(path, flag="--t-path"), tmp_path / "a.pt")
+    assert expected in message and "\n" not in message and len(message) < 400
+    assert seconds < SECONDS
+
+
+def test_numbers_between_other_operations_are_followed(tmp_path):
+    """What is passed over at once must leave the stack as it would be: a call behind it is still seen."""
+    numbers = b"K\x01M\x01\x02J\x01\x02\x03\x04G\x3f\xf0\0\0\0\0\0\0N\x88\x89"
+    forged = b"\x80\x02}X\x01\x00\x00\x00a(" + numbers + b"lX\x01\x00\x00\x00bcposix\nsystem\n(" + numbers + b"tRu."
+    (tmp_path / "a.pt").write_bytes(with_pickle(forged))
+    with pytest.raises(UserError, match=r"holds more than tensors and plain values: posix\.system"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" + b"[]," * 2_000_001 + b"0]", b"[" + b"0," * 2_000_001 + b"0]", b'"' + b"a" * (65 << 20) + b'"']
+)
+def test_json_of_millions_of_values(text, tmp_path):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"a\.json is refused: "):
+        run_bounded_or_raise(read_json, tmp_path / "a.json")

@@ -302,8 +302,7 @@ def _complete(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def _resumed_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> argparse.Namespace:
-    saved = _saved_flags(parser, folder)
-    _check_code(vars(saved), given, folder=folder)
+    saved = _saved_flags(parser, folder, given)
     for name in given.keys() - PLACEMENT_FLAGS:
         value, before = given[name], getattr(saved, name)
         may_rise = name == "n_epochs" and saved.lr_schedule == "steps"  # the others fall to 0 at the end that was named
@@ -327,7 +326,7 @@ def _begun_flags(parser: Parser, args: argparse.Namespace, given: Mapping[str, A
     if not (folder / CONFIG).exists():
         _check_sources(args)
         return args
-    saved = _saved_flags(parser, str(folder))
+    saved = _saved_flags(parser, str(folder), given)
     resumed = _resumed_flags(parser, str(folder), {name: given[name] for name in given.keys() - {"auto_resume", *_WHERE}})
     asked, found = (argparse.Namespace(**vars(flags)) for flags in (args, resumed))
     for flags in (asked, found):
@@ -355,18 +354,23 @@ def _check_sources(args: argparse.Namespace) -> None:
 
 
 def _check_code(saved: Mapping[str, Any], given: Mapping[str, Any], *, folder: str) -> None:
-    """Raises UserError for a Python file that only config.json names: code runs because somebody typed its name."""
+    """Raises UserError for a Python file that only config.json names: code runs because somebody typed its name.
+
+    It is not even looked at: it may be a pipe or a device.
+    """
     for name, value in saved.items():
-        if names_function(value) and name not in given:
+        if names_function(value) and given.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"--resume {folder}: began with {flag} {value}, code that never runs because a file names it; give {flag} again"
-            )
+            began = f"began with {flag} {printable(value)}"
+            if name in given:
+                raise UserError(f"{typed(name, given[name])}: --resume {folder} {began}, and a resumed run keeps its flags")
+            raise UserError(f"--resume {folder}: {began}, code that never runs because a file names it; give {flag} again")
 
 
-def _saved_flags(parser: Parser, folder: str) -> argparse.Namespace:
-    """The flags in a run's config.json, checked as if they had just been typed."""
+def _saved_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> argparse.Namespace:
+    """The flags in a run's config.json, checked as if they had just been typed; those that name code must have been `given`."""
     flags = read_config(folder, script=parser.prog)["flags"]
+    _check_code(flags, given, folder=folder)
     try:
         return parser.parse_args(recorded_words(parser, flags))
     except UserError as error:

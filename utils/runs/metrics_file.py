@@ -1,6 +1,5 @@
 """metrics.jsonl: what a run recorded, a line an epoch and split."""
 
-import json
 import math
 from itertools import zip_longest
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.runs.folder import METRICS
-from utils.untrusted import open_regular
+from utils.untrusted import MAX_TEXT_BYTES, parse_json, read_whole
 
 SPLITS = ("train", "test")
 REMEDY = "put back a copy of it to go on"
@@ -26,8 +25,7 @@ def read_metrics(folder: Path, *, skip_damaged: bool = False) -> list[dict[str, 
     """
     path = folder / METRICS
     try:
-        with open_regular(path) as file:
-            *whole, torn = file.read().split(b"\n")
+        *whole, torn = read_whole(path, limit=MAX_TEXT_BYTES).split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
     except UserError as error:
@@ -46,7 +44,9 @@ def read_metrics(folder: Path, *, skip_damaged: bool = False) -> list[dict[str, 
 def _record(line: bytes) -> dict[str, Any]:
     """Raises ValueError for a line that no run writes."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
+    except UserError as error:
+        raise ValueError(str(error)) from error
     except ValueError:
         raise TornLine("no JSON") from None
     check_record(record)
