@@ -14,6 +14,7 @@ from deploy.int8 import to_int8_onnx
 from deploy.onnx import to_onnx, with_metadata
 from deploy.runtimes import SESSIONS, onnxruntime_session
 from models import check_model
+from models.difference import ResultDifference
 from models.int8 import Int8Network
 from models.narrow import NarrowNetwork, narrow
 from models.network_file import NetworkFile, as_dense, load_network
@@ -179,17 +180,15 @@ def calibration_images(data: ImageData, count: int) -> list[Tensor]:
 
 @torch.no_grad()
 def exported_difference(network: nn.Module, run: Callable[[Tensor], Tensor], data: ImageData) -> float:
-    """The largest difference of any logit over the test images, relative to the largest logit of `network`.
+    """The largest difference of any logit over the test images, relative to the largest logit of `network`; NaN if one is NaN.
 
     The images are in plain layout: operations choose their kernels by it, and kernels round in ways of their own.
     """
-    difference = largest = 0.0
+    difference = ResultDifference()
     for batch in data.test_batches():
         images = batch.images.contiguous()
-        expected = network(images)
-        difference = max(difference, float((run(images) - expected).abs().max()))
-        largest = max(largest, float(expected.abs().max()))
-    return difference / largest if largest else difference
+        difference.add(network(images), run(images))
+    return difference.relative
 
 
 def speed_table(dense: nn.Module, small: nn.Module, run: Callable[[Tensor], Tensor], image: Tensor, *, name: str) -> str:

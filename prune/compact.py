@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batch_norm import UnevenBatchNorm2d
+from models.difference import ResultDifference
 from models.graph import Channels, Plan, output_channels, plan_channels, trace_network
 from models.modes import evaluating
 from models.narrow import NarrowNetwork, narrow
@@ -120,30 +121,15 @@ def _live_entries_of(layer: nn.Module) -> Callable[[nn.Module, Channels | None],
 
 
 def relative_difference(dense: nn.Module, smaller: nn.Module, images: Iterable[Tensor]) -> float:
-    """The largest difference of any logit of the two networks, in evaluation, over the largest logit of `dense`.
+    """The largest difference of any result of the two networks, in evaluation, over the largest of `dense`; NaN if one is NaN.
 
     `images` are batches on the networks' device. The networks' modes are left as they were.
     """
-    difference = LogitDifference()
+    difference = ResultDifference()
     with evaluating(dense, smaller), torch.no_grad():
         for batch in images:
             difference.add(dense(batch), smaller(batch))
     return difference.relative
-
-
-class LogitDifference:
-    """The largest difference of any two logits so far, and the largest logit that was expected."""
-
-    def __init__(self) -> None:
-        self.difference = self.largest = 0.0
-
-    def add(self, expected: Tensor, found: Tensor) -> None:
-        self.difference = max(self.difference, float((expected - found).abs().max()))
-        self.largest = max(self.largest, float(expected.abs().max()))
-
-    @property
-    def relative(self) -> float:
-        return self.difference / self.largest if self.largest else self.difference
 
 
 def check_pruned_zeros(state: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> None:

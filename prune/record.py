@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.difference import ResultDifference
 from models.graph import output_channels
 from models.modes import evaluating
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, describe_network, load_network
-from prune.compact import LogitDifference, compact
+from prune.compact import compact
 from prune.masks import PrunableLayer, prunable_layers
 from prune.papers_flops import papers_flops_drop
 from prune.schedule import PruningSchedule
@@ -135,7 +136,7 @@ def finish(
 
 def compare_outputs(dense: nn.Module, small: nn.Module, data: ImageData) -> tuple[float, dict[str, float]]:
     """`relative_difference` over the test images, and the top-1 accuracy of either, in one pass."""
-    difference, sums = LogitDifference(), {"dense": Sums(data.device), "compact": Sums(data.device)}
+    difference, sums = ResultDifference(), {"dense": Sums(data.device), "compact": Sums(data.device)}
     with evaluating(dense, small), torch.no_grad():
         for images, labels, _ in data.test_batches():
             logits = {"dense": dense(images), "compact": small(images)}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.difference import ResultDifference
 from models.int8 import Int8Network
 from models.modes import evaluating
 from models.narrow import NarrowNetwork
@@ -141,9 +142,11 @@ def _identity(file: NetworkFile) -> dict[str, Any]:
 def check_identical(encoded: nn.Module, decoded: nn.Module, data: ImageData) -> None:
     """Compares every tensor and the logits of every test image, bit for bit; a difference is an error of this program."""
     names = differing_tensors(encoded, decoded)
+    difference = ResultDifference()
     with evaluating(encoded, decoded):
-        same = all(torch.equal(encoded(batch.images), decoded(batch.images)) for batch in data.test_batches())
-    if names or not same:
+        for batch in data.test_batches():
+            difference.add(encoded(batch.images), decoded(batch.images))
+    if names or difference.difference != 0:
         raise RuntimeError(f"the decoded network is not the encoded one: {', '.join(names[:3]) or 'other logits'}")
 
 

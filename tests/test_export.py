@@ -282,3 +282,22 @@ def test_a_file_that_computes_something_else_is_not_written(checkpoints, run_exp
         )
     assert status == 2 and "the exported network differs" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_answers_no_number_is_not_exported(run_export, tmp_path):
+    path = tmp_path / "nets.py"
+    path.write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x).abs().neg().log()\n"
+        "def net(num_classes):\n"
+        "    return Net(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n"
+    )
+    model, checkpoint = f"{path}:net", tmp_path / "model.pt"
+    description = describe_network(build_model(model, num_classes=10).state_dict(), model=model, num_classes=10, config={})
+    save_checkpoint(checkpoint, {**description, "epoch": 0, "metrics": {}})
+    output = tmp_path / "small.onnx"
+    status, _, errors = run_export("--load-path", checkpoint, "--model", model, "--output", output, *FLAGS)
+    assert status == 2 and errors.count("\n") == 1 and "nan" in errors
+    assert not output.exists()
