@@ -112,7 +112,7 @@ def starting_network(args: argparse.Namespace, file: NetworkFile | None, data: I
                 check_pruned_zeros(file.network.state_dict(), file.kept)
                 example = example_images(file.network, data.dataset.images)
                 file = replace(file, network=narrow(file.network, file.kept, example=example), compact=True)
-    setup.check_images(setup.to_device(file.network, data.device), data, origin=origin)
+    setup.check_images(setup.to_device(file.network, data.device), data, origin=origin, trains=True)
     return replace(file, images=data.dataset.images)
 
 

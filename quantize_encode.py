@@ -182,7 +182,7 @@ def with_data(
         with naming(origin):
             check_pruned_zeros(file.network.state_dict(), file.kept)
     for name, own in files.items():
-        setup.check_images(setup.to_device(own.network, device), data, origin=name)
+        setup.check_images(setup.to_device(own.network, device), data, origin=name, trains=own is file and not args.evaluate)
     return replace(file, images=data.dataset.images), data
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from deploy.onnx import INPUT, to_onnx, with_metadata
 from models.int8 import Bounds, Int8Network
-from models.modes import evaluating
 from models.narrow import NarrowNetwork
 from utils.errors import UserError
+from utils.modes import evaluating
 
 OPERATIONS = ("Conv", "Gemm", "MatMul", "Add", "Relu")  # those whose inputs are rounded; a ReLU becomes part of the rounding
 FLOAT_RESULTS = ["Gemm", "MatMul"]  # logits, and sums that are rounded where they are read

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from deploy.runtimes import SESSIONS
 from models.graph.roles import norm_pairs
-from models.modes import evaluating
 from utils.errors import UserError
+from utils.modes import evaluating
 
 
 @dataclass(frozen=True)

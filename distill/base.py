@@ -22,10 +22,12 @@ class Distiller(nn.Module, ABC):
 
     `__init__(student, teacher, *, option=default)` gets sample Outputs of both networks, of any batch size, for their
     shapes, and raises UserError where they don't fit together. Keyword-only arguments are the loss's options. A loss that
-    asks what an image's true class is sets `reads_labels`, and its `loss` takes them as a third argument.
+    asks what an image's true class is sets `reads_labels`, and its `loss` takes them as a third argument. One that compares
+    logits alone clears `reads_maps`: networks without feature maps can be distilled by it, and each runs its own forward pass.
     """
 
     reads_labels = False
+    reads_maps = True
 
     def setting(self) -> str:
         """The options as the formula of a training shows them, such as `T 4`; empty for a loss without any."""
@@ -64,7 +66,7 @@ class DistillerEntry:
     """A registered loss: what builds it, its paper's usual beta (None: weighted by alpha alone), its options by keyword.
 
     `replaces_kd`: the loss takes KD's place, whose alpha is 0 then unless it is given. `rise` is the share of the epochs
-    over which the weight rises linearly to beta.
+    over which the weight rises linearly to beta. `reads_maps`: it compares feature maps, not logits alone.
     """
 
     build: Callable[..., Distiller]
@@ -72,6 +74,7 @@ class DistillerEntry:
     options: Mapping[str, Option] = field(default_factory=dict)
     replaces_kd: bool = False
     rise: float = 0.0
+    reads_maps: bool = True
 
     @property
     def weights(self) -> list[str]:
@@ -112,7 +115,7 @@ def register_distiller(
         unlike = [key for key, option in options.items() if others.get(key, option) != option]
         if unlike:
             raise ValueError(f"option {unlike[0]!r} of distiller {name!r} is another loss's too, with another default or help")
-        DISTILLERS[name] = DistillerEntry(cls, beta, options, replaces_kd, rise)
+        DISTILLERS[name] = DistillerEntry(cls, beta, options, replaces_kd, rise, cls.reads_maps)
         return cls
 
     return register

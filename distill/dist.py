@@ -47,6 +47,8 @@ def dist_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: fl
 class DIST(Distiller):
     """Correlation of class probabilities, within an image and within a batch."""
 
+    reads_maps = False
+
     def __init__(self, student: Outputs, teacher: Outputs, *, kd_t: float = 4.0, dist_beta: float = 2.0, dist_gamma: float = 2.0):
         super().__init__()
         check_temperature(kd_t)

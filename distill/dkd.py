@@ -67,6 +67,7 @@ class DKD(Distiller):
     """The target's probability and the distribution over the other classes, weighed apart."""
 
     reads_labels = True
+    reads_maps = False
 
     def __init__(
         self,

@@ -38,6 +38,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
 class KD(Distiller):
     """Softened class probabilities."""
 
+    reads_maps = False
+
     def __init__(self, student: Outputs, teacher: Outputs, *, kd_t: float = 4.0, kd_standardize: bool = False):
         super().__init__()
         check_temperature(kd_t)

@@ -16,12 +16,13 @@ from models.outputs import Outputs
 from utils.effects import typed
 from utils.errors import UserError
 from utils.seed import derived_seed, preserved_random_state
-from utils.training.engine import Objective, cross_entropy_formula
+from utils.training.engine import Objective, cross_entropy_formula, logits_of
 
 
 class FrozenTeacher:
     """A private copy of a network in eval mode that builds no graph: `teacher(images) -> Outputs`.
 
+    Without `maps` the outputs are the logits alone, by the network's own forward pass.
     No nn.Module, so that an objective that holds it neither trains, saves, moves, nor synchronises it. The copy stays on
     the network's device. `fold_batch_norm` merges batch norms into the convolutions before them, the same function up to
     rounding, and may need an `example` of the images, see `trace_network`; `channels_last` sets the layout of its weights,
@@ -29,20 +30,31 @@ class FrozenTeacher:
     """
 
     def __init__(
-        self, network: nn.Module, *, fold_batch_norm: bool = False, channels_last: bool = False, example: Tensor | None = None
+        self,
+        network: nn.Module,
+        *,
+        maps: bool = True,
+        fold_batch_norm: bool = False,
+        channels_last: bool = False,
+        example: Tensor | None = None,
     ):
-        if isinstance(getattr(network, "outputs", None), nn.Module):
+        if maps and isinstance(getattr(network, "outputs", None), nn.Module):
             raise UserError(f"--distill: {type(network).__name__} has a layer `outputs`, the name of what gives the feature maps")
         network = copy.deepcopy(network).eval().requires_grad_(False)
         if fold_batch_norm:
             _fold_batch_norms(network, example)
         if channels_last:
             network = network.to(memory_format=torch.channels_last)
-        self.network = network
+        self.network, self.maps = network, maps
 
     def __call__(self, images: Tensor) -> Outputs:
         with torch.no_grad():  # not inference_mode: the losses save these tensors for the student's backward pass
-            return self.network.outputs(images)
+            return outputs_of(self.network, images, maps=self.maps)
+
+
+def outputs_of(network: nn.Module, images: Tensor, *, maps: bool) -> Outputs:
+    """Logits and feature maps, or without `maps` the logits alone, which the network's own forward pass gives."""
+    return network.outputs(images) if maps else Outputs(logits_of(network(images)))
 
 
 class DistillationObjective(Objective):
@@ -74,6 +86,7 @@ class DistillationObjective(Objective):
         self.teacher = teacher
         self.label_smoothing = label_smoothing
         self.distillers = nn.ModuleDict({name: distiller for name, distiller, _ in weighted})
+        self.reads_maps = any(distiller.reads_maps for distiller in self.distillers.values())
         self.weights = {name: weight for name, _, weight in weighted}
         self.rises = nn.ModuleDict({name: _Rise(epochs) for name, epochs in (rise_epochs or {}).items()})
 
@@ -98,10 +111,10 @@ class DistillationObjective(Objective):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(loss, logits, terms): the 0-dim loss, and detached the (b, classes) logits and each term before its weight."""
         if self.teacher is None:
-            logits = self.student(images)
+            logits = logits_of(self.student(images))
             loss = self._cross_entropy(logits, labels)
             return loss, logits.detach(), {"ce": loss.detach()}
-        student, teacher = self.student.outputs(images), self.teacher(images)
+        student, teacher = outputs_of(self.student, images, maps=self.reads_maps), self.teacher(images)
         loss = self._cross_entropy(student.logits, labels)
         terms = {"ce": loss.detach()}
         for name, distiller in self.distillers.items():
@@ -149,8 +162,9 @@ def build_objective(
     """
     if list(names) == ["none"]:
         return DistillationObjective(student, label_smoothing=label_smoothing)
-    frozen = FrozenTeacher(teacher, channels_last=True, fold_batch_norm=True, example=images)
-    samples = sample_outputs(student, images), frozen(images)
+    maps = reads_maps(names, alpha=alpha)
+    frozen = FrozenTeacher(teacher, maps=maps, channels_last=True, fold_batch_norm=True, example=images)
+    samples = sample_outputs(student, images, maps=maps), frozen(images)
     with preserved_random_state():
         torch.manual_seed(derived_seed(seed, "distillers"))
         built = {name: _build(name, *samples, options or {}).to(images.device) for name in dict.fromkeys([*names, "kd"])}
@@ -183,6 +197,11 @@ def active_losses(names: Sequence[str], *, alpha: float) -> set[str]:
     if list(names) == ["none"]:
         return set()
     return {*weighted_losses(names), *(["kd"] if alpha > 0 else [])}
+
+
+def reads_maps(names: Sequence[str], *, alpha: float) -> bool:
+    """Whether one of the losses that `--distill NAMES` trains by compares more than logits."""
+    return any(DISTILLERS[name].reads_maps for name in active_losses(names, alpha=alpha))
 
 
 def default_alpha(names: Sequence[str]) -> float:
@@ -219,13 +238,17 @@ def check_effective(names: Sequence[str], *, alpha: float, betas: Sequence[float
             )
 
 
-def sample_outputs(network: nn.Module, images: Tensor) -> Outputs:
+def sample_outputs(network: nn.Module, images: Tensor, *, maps: bool = True) -> Outputs:
     """What `build_distiller` needs of a network: its outputs for a few images, leaving no trace in it."""
-    return FrozenTeacher(network)(images)
+    return FrozenTeacher(network, maps=maps)(images)
 
 
 def _fold_batch_norms(network: nn.Module, example: Tensor | None) -> None:
-    for conv_name, norm_name in conv_norm_pairs(network, example=example).items():
+    try:
+        pairs = conv_norm_pairs(network, example=example)
+    except UserError:  # a network without a graph runs as it is
+        return
+    for conv_name, norm_name in pairs.items():
         conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
         plain = type(conv) is nn.Conv2d and type(norm) in (*BATCH_NORMS, UnevenBatchNorm2d)  # others do more
         if plain and norm.track_running_stats:

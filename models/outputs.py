@@ -10,13 +10,13 @@ class Outputs(NamedTuple):
 
     `logits` is (B, classes); `stages` holds the last map of each stage, (B, C, H, W); `blocks` holds one map a residual
     block in order of depth (for a network without residual blocks one map a convolution), the stem excluded;
-    `embedding` is (B, D), what the classifier reads.
+    `embedding` is (B, D), what the classifier reads. Beside logits that alone were asked for, the others are empty.
     """
 
     logits: Tensor
-    stages: tuple[Tensor, ...]
-    blocks: tuple[Tensor, ...]
-    embedding: Tensor
+    stages: tuple[Tensor, ...] = ()
+    blocks: tuple[Tensor, ...] = ()
+    embedding: Tensor | None = None
 
 
 def has_outputs(network: nn.Module, images: Tensor | None = None) -> bool:

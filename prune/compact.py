@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from models.batch_norm import UnevenBatchNorm2d
 from models.difference import ResultDifference
 from models.graph import Channels, Plan, output_channels, plan_channels, trace_network
-from models.modes import evaluating
 from models.narrow import NarrowNetwork, narrow
 from models.outputs import has_outputs
 from utils.errors import UserError, shown
+from utils.modes import evaluating
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.graph import Channels, LayerCut, output_channels, plan_channels, trace_network
-from models.modes import evaluating
+from utils.modes import evaluating
 from utils.profile import profile_network
 
 COSTS = ("macs", "params", "latency")

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from models.graph.features import maps_of_convolutions
-from models.modes import without_trace
 from prune.masks import PrunableLayer
 from utils.errors import UserError
+from utils.modes import without_trace
 
 
 @torch.no_grad()

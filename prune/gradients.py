@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.modes import without_trace
 from prune.masks import PrunableLayer
 from utils.errors import UserError
+from utils.modes import without_trace
+from utils.training.engine import logits_of
 
 
 def mean_gradients(
@@ -56,7 +57,7 @@ def _batch_gradients(
     model: nn.Module, images: Tensor, labels: Tensor, *, weights: list[Tensor], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, ...]:
     # Asked for these weights alone, autograd neither touches `.grad` nor computes what no criterion reads.
-    return torch.autograd.grad(loss(model(images), labels), weights, materialize_grads=True)
+    return torch.autograd.grad(loss(logits_of(model(images)), labels), weights, materialize_grads=True)
 
 
 def _reduce(sums: list[Tensor], images_seen: int, all_reduce: Callable[[Tensor], object]) -> int:

@@ -66,5 +66,5 @@ def build_networks(
     student = replace(as_dense(student), images=data.dataset.images)
     for file in filter(None, (teacher, student)):
         setup.to_device(file.network, data.device)
-        setup.check_images(file.network, data, origin=f"the {file.model}")
+        setup.check_images(file.network, data, origin=f"the {file.model}", trains=file is student)
     return teacher, student

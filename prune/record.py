@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from models.difference import ResultDifference
 from models.graph import output_channels
-from models.modes import evaluating
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, describe_network, load_network
 from prune.compact import compact
@@ -19,6 +18,7 @@ from prune.schedule import PruningSchedule
 from utils.errors import UserError
 from utils.files import read_json
 from utils.images.batches import ImageData
+from utils.modes import evaluating
 from utils.profile import compare_networks, comparison_table
 from utils.runs.folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, LATENCY_TABLE, SUMMARY
 from utils.runs.run import Run

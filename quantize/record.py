@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from models.difference import ResultDifference
 from models.int8 import Int8Network
-from models.modes import evaluating
 from models.narrow import NarrowNetwork
 from models.network_file import NetworkFile, describe_network
 from quantize.archive import differing_tensors, load_archive, save_archive
@@ -17,6 +16,7 @@ from quantize.codebook import bake_weights, share_weights
 from quantize.table import ArchiveReport
 from utils.files import read_json
 from utils.images.batches import ImageData
+from utils.modes import evaluating
 from utils.profile import compare_networks
 from utils.runs.folder import ARCHIVE, BEFORE_TRAINING, BEST, COMPACT, SUMMARY
 from utils.runs.run import Run

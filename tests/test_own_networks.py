@@ -262,3 +262,55 @@ def test_a_network_of_timm_goes_all_the_way(tmp_path, run_script):
     )
     ended = run_script("export", *flags)
     assert ended.status == 0, ended.errors
+
+
+TRAINING_PATHS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes, beside):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 16, 3, 2)
+        self.head, self.auxiliary, self.beside = nn.Linear(16, num_classes), nn.Linear(8, num_classes), beside
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        logits = self.head(self.second(x).relu().mean((2, 3)))
+        return self.beside(logits, self.auxiliary(x.mean((2, 3)))) if self.training else logits
+
+def auxiliary(num_classes):
+    return Net(num_classes, lambda logits, others: (logits, others))
+
+def mapping(num_classes):
+    return Net(num_classes, lambda logits, others: {"out": logits, "aux": others})
+
+def other_classes(num_classes):
+    return Net(num_classes, lambda logits, others: (logits[:, :3], others))
+"""
+
+
+@pytest.fixture
+def training_paths(tmp_path) -> Path:
+    path = tmp_path / "nets.py"
+    path.write_text(TRAINING_PATHS)
+    return path
+
+
+def test_a_network_with_auxiliary_heads_trains_by_its_logits_and_says_so_once(training_paths, tmp_path, run_script):
+    model = f"{training_paths}:auxiliary"
+    ended = run_script("initial_train", "--model", model, *SHORT, "--save-dir", str(tmp_path), "--run-name", "run")
+    assert ended.status == 0, ended.errors
+    said = f"--model {model} returns a tuple of 2 in training: it trains by the first entry, the logits"
+    assert (tmp_path / "initial_train.txt").read_text().count(said) == 1
+    before, after = build_model(model, num_classes=10), load_checkpoint(tmp_path / "run" / "model_best.pt")["state_dict"]
+    assert after.keys() == before.state_dict().keys()
+
+
+@pytest.mark.parametrize("function", ["mapping", "other_classes"])
+def test_what_holds_no_logits_in_training_is_refused_before_a_folder_is_made(function, training_paths, tmp_path, run_script):
+    model = f"{training_paths}:{function}"
+    ended = run_script("initial_train", "--model", model, *SHORT, "--save-dir", str(tmp_path / "saves"))
+    assert ended.status == 2 and ended.errors.count("\n") == 1
+    assert f"--model {model}: must return logits of shape (8, 10) for 8 images in training too" in ended.errors
+    assert not (tmp_path / "saves").exists()

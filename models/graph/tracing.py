@@ -11,8 +11,8 @@ from torch.random import fork_rng
 
 from models.graph.concrete import ConcreteTracer, NoValue, Values, replica
 from models.graph.out_of_place import make_out_of_place
-from models.modes import preserved_modes
 from utils.errors import UserError
+from utils.modes import preserved_modes
 
 # What is tried where nobody says for which images: what the network says of itself, then these (pixels).
 IMAGE_SIDES = (32, 224, 64, 256)

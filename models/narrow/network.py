@@ -35,11 +35,11 @@ from models.graph import (
     whole_layers,
 )
 from models.graph.function import SCOPES, GraphFunction, scopes_of
-from models.modes import deviating_modes
 from models.narrow.relayout import AddInto, Relayout, Relayouts
 from models.narrow.reuse import reuse_memory
 from models.outputs import Outputs, has_outputs
 from utils.errors import UserError, shown
+from utils.modes import deviating_modes
 
 
 def narrow(

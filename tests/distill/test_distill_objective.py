@@ -162,6 +162,50 @@ def test_a_teacher_without_a_loss_and_a_loss_without_a_teacher_are_refused():
         DistillationObjective(objective.student, kd=objective.distillers["kd"])
 
 
+LOGIT_LOSSES = {"kd", "dkd", "dist"}
+
+
+def test_a_loss_says_whether_it_reads_feature_maps():
+    assert {name for name, entry in DISTILLERS.items() if not entry.reads_maps} == LOGIT_LOSSES
+
+
+class WithoutMaps(nn.Module):
+    """A network whose forward pass no graph can say, with an auxiliary head in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3 * 16 * 16, 3), nn.Linear(3 * 16 * 16, 3)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        with torch.no_grad():
+            left = self.first(x)
+        logits = left if x.sum() > 0 else left + self.second(x)
+        return (logits, self.second(x)) if self.training else logits
+
+
+@pytest.mark.parametrize("name", sorted(LOGIT_LOSSES))
+def test_losses_of_logits_need_no_graph_and_train_what_the_forward_pass_trains(name):
+    torch.manual_seed(0)
+    student, teacher, images = WithoutMaps(), WithoutMaps(), -IMAGES.abs()
+    objective = build_objective(student, teacher, [name], images=images, alpha=default_alpha([name])).train()
+    loss, logits, terms = objective(images, LABELS)
+    loss.backward()
+    torch.testing.assert_close(logits, student(images)[0])
+    assert terms[name].isfinite() and student.second.weight.grad.abs().sum() > 0
+    assert student.first.weight.grad is None
+
+
+@pytest.mark.parametrize("name", sorted(LOGIT_LOSSES))
+def test_losses_of_logits_are_what_they_are_beside_the_maps(name):
+    student, teacher = small_network(0), small_network(1)
+    samples = {"student": sample_outputs(student, IMAGES), "teacher": sample_outputs(teacher, IMAGES)}
+    alone = build_objective(student, teacher, [name], images=IMAGES, alpha=0.9)
+    assert not alone.reads_maps
+    expected = build_distiller(name, **samples)(student.train().outputs(IMAGES), alone.teacher(IMAGES), LABELS)
+    torch.testing.assert_close(alone.train()(IMAGES, LABELS)[2][name], expected.detach(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_step_trains_every_parameter_and_leaves_the_teacher(name):
     objective = make_objective(name).train()

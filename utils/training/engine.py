@@ -62,12 +62,17 @@ class CrossEntropyObjective(Objective):
         return cross_entropy_formula(self.label_smoothing)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logits = self.network(images)
+        logits = logits_of(self.network(images))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         return loss, logits.detach(), {}
 
     def exchange(self, network: nn.Module) -> None:
         self.network = network
+
+
+def logits_of(result: Any) -> Tensor:
+    """The logits among what a network gives: in training some give more beside them, those of auxiliary heads."""
+    return result[0] if isinstance(result, tuple | list) and result else result
 
 
 def cross_entropy_formula(label_smoothing: float) -> str:

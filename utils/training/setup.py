@@ -18,11 +18,12 @@ from utils.images.batches import ImageData
 from utils.images.choice import Origins, agreed_normalisation, check_class_names, flagged_normalisation, image_remarks
 from utils.images.datasets import load_dataset
 from utils.images.spec import read_image_spec
+from utils.modes import without_trace
 from utils.runs.folder import CONFIG, check_entries, check_save_dir, check_text_log
 from utils.runs.lease import Lease
 from utils.runs.run import Run
 from utils.runs.state import check_best, check_state, read_state
-from utils.training.engine import Hooks, Trainer, TrainingPlan, check_acceleration, prepare_step, sgd
+from utils.training.engine import Hooks, Trainer, TrainingPlan, check_acceleration, logits_of, prepare_step, sgd
 from utils.training.learning_rate import LearningRate
 
 NO_SETTINGS = frozenset(("resume", "auto_resume", "dry_run", "defaults", "may_download"))
@@ -239,20 +240,50 @@ def check_classes(num_classes: int, data: ImageData, *, origin: str) -> None:
 
 
 @torch.no_grad()
-def check_images(network: nn.Module, data: ImageData, *, origin: str) -> None:
-    """Raises UserError if the network of `origin` (flag and value) gives no logits for images of the dataset's size."""
-    was_training = network.training
+def check_images(network: nn.Module, data: ImageData, *, origin: str, trains: bool = False) -> None:
+    """Raises UserError if the network of `origin` (flag and value) gives no logits for images of the dataset's size.
+
+    One that `trains` may give more beside its logits in training, which is remarked once. The network is left as it was.
+    """
+    with without_trace(network):
+        result = _result_for_example(network.eval(), data, origin)
+        if not _are_logits(result, data):
+            raise UserError(f"{origin}: must return {_logits_wanted(data)}, not {_found(result)}")
+        if trains:
+            with naming(origin):
+                network.train()
+            result = _result_for_example(network, data, origin)
+    if not _are_logits(logits_of(result), data):
+        raise UserError(f"{origin}: must return {_logits_wanted(data)} in training too, or first of all, not {_found(result)}")
+    if not isinstance(result, Tensor):
+        data.remarks += (f"{origin} returns {_found(result)} in training: it trains by the first entry, the logits",)
+
+
+def _result_for_example(network: nn.Module, data: ImageData, origin: str) -> Any:
     height, width = data.example.shape[2:]
     try:
-        logits = network.eval()(data.example)
+        return network(data.example)
     except Exception as error:  # networks refuse a size in any way: by an assertion, a shape that does not fit
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{origin}: cannot take {width}x{height} images of --dataset {data.dataset.name} ({reason})") from error
-    network.train(was_training)
-    expected = (len(data.example), len(data.dataset.classes))
-    if not isinstance(logits, Tensor) or logits.shape != expected:
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise UserError(f"{origin}: must return logits of shape {expected} for {len(data.example)} images, not {found}")
+        where = " in training" if network.training else ""
+        raise UserError(
+            f"{origin}: cannot take {width}x{height} images of --dataset {data.dataset.name}{where} ({reason})"
+        ) from error
+
+
+def _are_logits(result: Any, data: ImageData) -> bool:
+    return isinstance(result, Tensor) and result.shape == (len(data.example), len(data.dataset.classes))
+
+
+def _logits_wanted(data: ImageData) -> str:
+    return f"logits of shape {(len(data.example), len(data.dataset.classes))} for {len(data.example)} images"
+
+
+def _found(result: Any) -> str:
+    if isinstance(result, Tensor):
+        return f"shape {tuple(result.shape)}"
+    entries = f" of {len(result)}" if isinstance(result, tuple | list) else ""
+    return f"a {type(result).__name__}{entries}"
 
 
 def to_device(network: nn.Module, device: torch.device, *, sync_bn: bool = False) -> nn.Module:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from utils.seed import preserved_random_state
+
 
 @contextmanager
 def preserved_modes(*networks: nn.Module) -> Iterator[None]:
@@ -32,10 +34,10 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_trace(network: nn.Module) -> Iterator[None]:
-    """Afterwards modes, `requires_grad`, buffers and torch's default random streams are as before, whatever ran in between."""
+    """Afterwards modes, `requires_grad`, buffers and every global random stream are as before, whatever ran in between."""
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     cuda_devices = {tensor.device.index for tensor in (*network.parameters(), *network.buffers()) if tensor.is_cuda}
-    with torch.random.fork_rng(devices=cuda_devices), preserved_modes(network):
+    with preserved_random_state(), torch.random.fork_rng(devices=cuda_devices), preserved_modes(network):
         try:
             yield
         finally:
