@@ -22,9 +22,9 @@ from torch import Tensor, fx, nn
 from models.graph import trace_network
 from models.graph.statistics import Moments, groups_of, is_linear_map, set_weight_matrix, weight_matrix
 from models.graph.walk import Inputs, Walk
-from models.modes import evaluating
 from models.narrow import NarrowNetwork
 from utils.errors import UserError
+from utils.modes import evaluating
 
 RIDGE = 1e-3
 UNCHANGED = 1e-10  # of the squares of an output: rounding of two forward passes is below, and nothing is to be mended
