@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from deploy.onnx import any_batch, to_onnx
+from deploy.onnx import any_batch, to_onnx, unread_parts
 from deploy.runtimes import Runner, median_seconds, onnxruntime_session, repeated
 from deploy.source import network_source
 from models.narrow import NarrowNetwork, narrow
@@ -65,7 +65,10 @@ def export_onnx(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, origi
     contents = {form: to_onnx(network, images, metadata=origin.metadata()) for form, network in forms.items()}
     runners = {form: onnxruntime_session(content) for form, content in contents.items()}
     form, remark = fastest_form(runners, images)
-    return Export({output.suffix: contents[form]}, "onnxruntime", runners[form], remark)
+    remarks = [remark] if remark else []
+    if odd := unread_parts(contents[form]):
+        remarks.append(f"other programs run this file, predict.py does not: it has {odd}")
+    return Export({output.suffix: contents[form]}, "onnxruntime", runners[form], "; ".join(remarks))
 
 
 def forms_of(dense: nn.Module, small: NarrowNetwork, images: Tensor) -> dict[str, NarrowNetwork]:

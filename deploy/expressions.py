@@ -1,7 +1,6 @@
 """Layers and operations of a network's graph as lines of Python."""
 
 import inspect
-import json
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -210,6 +209,12 @@ def _index(value: Any, operand: Operand) -> str:
     return literal(value, operand)
 
 
+def quoted(text: str) -> str:
+    """A text as Python writes it, in double quotes where that needs no backslash more."""
+    text = repr(text)
+    return f'"{text[1:-1]}"' if text.startswith("'") and '"' not in text else text
+
+
 def literal(value: Any, operand: Operand | None = None) -> str:
     """The Python text of a value of a graph. Raises UserError for one that has none."""
     if isinstance(value, fx.Node) and operand is not None:
@@ -217,7 +222,7 @@ def literal(value: Any, operand: Operand | None = None) -> str:
     if value is None or isinstance(value, bool | int):
         return repr(value)
     if value is Ellipsis or isinstance(value, str):
-        return "..." if value is Ellipsis else json.dumps(value)
+        return "..." if value is Ellipsis else quoted(value)
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else f'float("{value}")'
     if isinstance(value, torch.dtype | torch.memory_format):

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploy.onnx_operations import problems
 from models.narrow import NarrowNetwork
-from utils.errors import UserError, shown
+from utils.errors import UserError, printable, shown
 
 PRODUCER = "filter-pruning-self-distillation"
 INPUT, LOGITS = "x", "logits"
@@ -54,6 +55,13 @@ def with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
     import onnx
 
     return described(onnx.load_from_string(content), metadata).SerializeToString()
+
+
+def unread_parts(content: bytes) -> str:
+    """What keeps predict.py from running the file `content`, such as an operation of its own; empty where nothing does."""
+    import onnx
+
+    return printable(next(problems(onnx.load_from_string(content)), ""))
 
 
 def any_batch() -> dict[int, torch.export.Dim]:

@@ -4,12 +4,12 @@ import os
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deploy.onnx import to_onnx
+from deploy.onnx_operations import inference_session
 from utils.errors import UserError
 from utils.timing import interleaved_seconds
 
@@ -25,29 +25,12 @@ def run_torch(network: nn.Module, images: Tensor) -> Runner:
     return run
 
 
-def inference_session(content: bytes) -> Any:
-    """The ONNX file `content` as an onnxruntime.InferenceSession, on as many threads as PyTorch has.
-
-    Processors without VNNI add pairs of products of uint8 and int8 in 16 bits, which overflow; there onnxruntime is told to
-    take the slower kernels that do not (`session.x64quantprecision`). Raises UserError where onnxruntime is missing.
-    """
+def onnxruntime_session(content: bytes) -> Runner:
+    """Runs the ONNX file `content` by onnxruntime on as many threads as PyTorch has. Raises UserError where it is missing."""
     try:
-        import onnxruntime
+        session = inference_session(content, threads=torch.get_num_threads())
     except ImportError as error:
         raise UserError("onnxruntime is not installed, pip install -r requirements-export.txt") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
-def onnxruntime_session(content: bytes) -> Runner:
-    """Runs the ONNX file `content` by onnxruntime. Raises UserError where it is missing."""
-    return session_runner(inference_session(content))
-
-
-def session_runner(session: Any) -> Runner:
-    """An onnxruntime.InferenceSession as a function of images."""
     name = session.get_inputs()[0].name
     return lambda batch: torch.from_numpy(session.run(None, {name: batch.contiguous().numpy()})[0])
 

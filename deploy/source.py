@@ -4,7 +4,6 @@ The operations are those of the network's graph. Modules of the dense network th
 classes again, the same code with other numbers becomes one class, and layers one after the other become an `nn.Sequential`.
 """
 
-import json
 import keyword
 import re
 from collections import Counter
@@ -21,6 +20,7 @@ from deploy.expressions import (
     expression,
     layer_arguments,
     literal,
+    quoted,
     required_arguments,
     torch_layers,
 )
@@ -28,10 +28,10 @@ from models.graph.function import scopes_of
 from models.graph.tracing import require_image_size
 from models.narrow import NarrowNetwork
 from models.narrow.relayout import AddInto, Relayout
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.images.spec import ImageSpec
 
-WIDTH, INDENT = 100, "    "
+WIDTH, INDENT, MAX_LINE = 100, "    ", 1000
 WHOLE = "Network"  # the class of all of it
 LONGEST_EXPRESSION = 84  # characters, above which what is written into it becomes a line of its own
 MAP_RANK = 4  # of a tensor of which nothing else is known
@@ -65,7 +65,8 @@ def network_source(network: NarrowNetwork, *, title: str, images: ImageSpec, wei
 
 
 def _in_docstring(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', "'")
+    lines = [printable(line, MAX_LINE) for line in text.split("\n")]
+    return "\n".join(lines).replace("\\", "\\\\").replace('"', "'")
 
 
 _USAGE = """    network = load()                          # with the weights in {weights}, beside this file
@@ -91,14 +92,16 @@ def load(path=WEIGHTS):
 
 
 def _constants(images: ImageSpec, weights: str) -> str:
-    names = ", ".join(json.dumps(name, ensure_ascii=False) for name in images.class_names)
+    names = [quoted(name) for name in images.class_names]
+    on_one_line = f"CLASS_NAMES = [{', '.join(names)}]"
+    in_lines = ["CLASS_NAMES = [", *_filled(names, INDENT), "]"]
     return "\n".join(
         [
-            *_broken(f"CLASS_NAMES = [{names}]"),
+            *([on_one_line] if len(on_one_line) <= WIDTH else in_lines),
             f"IMAGE_SIZE = {tuple(images.image_size)}  # height, width",
             f"MEAN = {tuple(images.mean)}",
             f"STD = {tuple(images.std)}",
-            f"WEIGHTS = Path(__file__).with_name({json.dumps(weights)})",
+            f"WEIGHTS = Path(__file__).with_name({quoted(weights)})",
         ]
     )
 
@@ -107,13 +110,14 @@ def _broken(text: str, indent: str = "", *, last: str = "") -> list[str]:
     """`text` in lines of `indent`, broken within its brackets where one is too short for it."""
     if len(indent) + len(text) + len(last) <= WIDTH or not text.endswith((")", "]")):
         return [f"{indent}{text}{last}"]
+    code = _QUOTED.sub(lambda found: "-" * len(found[0]), text)  # a bracket or comma of a text is none of the code
     depth, opening, commas = 0, 0, []
-    for place in reversed(range(len(text))):  # the last bracket that is in no other
-        depth += (text[place] in ")]}") - (text[place] in "([{")
+    for place in reversed(range(len(code))):  # the last bracket that is in no other
+        depth += (code[place] in ")]}") - (code[place] in "([{")
         if depth == 0:
             opening = place
             break
-        if depth == 1 and text[place] == ",":
+        if depth == 1 and code[place] == ",":
             commas.insert(0, place)
     ends = [*commas, len(text) - 1]
     items = [text[begin + 1 : end].strip() for begin, end in zip([opening, *commas], ends, strict=True)]
@@ -121,13 +125,22 @@ def _broken(text: str, indent: str = "", *, last: str = "") -> list[str]:
     if any("(" in item or "[" in item for item in items):
         lines = [line for item in items for line in _broken(item, inner, last=",")]
     else:
-        lines = [inner + items[0] + ","]
-        for item in items[1:]:
-            if len(lines[-1]) + len(item) + 2 <= WIDTH:
-                lines[-1] += f" {item},"
-            else:
-                lines.append(f"{inner}{item},")
+        lines = _filled(items, inner)
     return [f"{indent}{text[: opening + 1]}", *lines, f"{indent}{text[-1]}{last}"]
+
+
+_QUOTED = re.compile(r"""(["'])(?:\\.|(?!\1).)*\1""")
+
+
+def _filled(items: Sequence[str], indent: str) -> list[str]:
+    """The items with a comma behind each, as many in a line as it has room for."""
+    lines: list[str] = []
+    for item in items:
+        if lines and len(lines[-1]) + len(item) + 2 <= WIDTH:
+            lines[-1] += f" {item},"
+        else:
+            lines.append(f"{indent}{item},")
+    return lines
 
 
 # ---- what a scope consists of ------------------------------------------------------------------------------------------

@@ -4,15 +4,19 @@ import ast
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from norms import fill_norms
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from deploy.expressions import quoted
 from deploy.source import Source, network_source
 from models import build_model
 from models.narrow import NarrowNetwork, narrow
@@ -215,3 +219,73 @@ def test_a_title_cannot_leave_the_docstring():
     title = 'x"""\nimport os\n"""\\'
     text = network_source(coupled_resnet().eval(), title=title, images=IMAGES, weights='a"b.safetensors').text
     assert not [node for node in ast.parse(text).body if isinstance(node, ast.Import) and node.names[0].name == "os"]
+
+
+# ---- names that anybody may have chosen --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    return narrow(built("resnet20"), {}, example=torch.randn(2, 3, 8, 8)).eval()
+
+
+def class_names(text: str) -> list[str]:
+    """What the source says that its classes are called; nothing of it runs."""
+    tree = ast.parse(text)
+    named = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return ast.literal_eval(named["CLASS_NAMES"])
+
+
+ORDINARY = [
+    "tench, Tinca tinca",
+    "cat (tabby",
+    "a,b",
+    "]",
+    "(",
+    "it's",
+    'an "inch"',
+    "\\",
+    "😀",
+    "𝔸, 𝔹",
+    "\u2028",
+    "\x1b[31m",
+    "",
+    "'\"",
+    "#",
+]
+
+
+@pytest.mark.parametrize("count", [1, 3, len(ORDINARY), 200])
+def test_class_names_are_what_they_are(count, small):
+    names = tuple((ORDINARY * 20)[:count])
+    source = network_source(
+        small, title="\x1b]0;a\ud800", images=replace(IMAGES, class_names=names), weights="a\udcff.safetensors"
+    )
+    assert class_names(source.text) == list(names)
+    source.text.encode()
+    assert max(map(len, source.text.splitlines())) <= 120
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=30))
+def test_any_class_names_are_what_they_are(names):
+    assert ast.literal_eval("[" + ", ".join(map(quoted, names)) + "]") == names
+    assert all(quoted(name).isprintable() for name in names)
+
+
+def test_texts_in_calls_stay_whole():
+    class Einsum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            maps = self.conv(x)
+            scaled = torch.einsum("b c h w , k c -> b k", torch.sigmoid(maps) * torch.tanh(maps) + torch.relu(maps), self.weight)
+            return scaled + torch.einsum("b c h w , k c -> b k", torch.sigmoid(maps), torch.relu(self.weight))
+
+    network = narrow(Einsum(), {}, example=torch.randn(2, 3, 8, 8)).eval()
+    source = network_source(network, title="A network.", images=IMAGES, weights="small.safetensors")
+    texts = [node.value for node in ast.walk(ast.parse(source.text)) if isinstance(node, ast.Constant)]
+    assert texts.count("b c h w , k c -> b k") == 2
