@@ -106,13 +106,14 @@ def _stored(given: Channels | None, full: int, like: Tensor | None) -> Tensor:
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, UnevenBatchNorm2d, nn.SyncBatchNorm)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _LIVE = {
     nn.Conv1d: _live_filters,
     nn.Conv2d: _live_filters,
     nn.Conv3d: _live_filters,
     nn.Linear: _live_units,
     nn.GroupNorm: _live_groups,
-    **dict.fromkeys(BATCH_NORMS, _live_entries),
+    **dict.fromkeys((*BATCH_NORMS, *INSTANCE_NORMS), _live_entries),
 }
 
 

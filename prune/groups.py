@@ -145,7 +145,8 @@ def _members_laid_out_anew(plan: Plan) -> set[Member]:
         for source, want in step.wants.items():
             out = plan.steps[source].out
             if isinstance(out, Channels):
-                blocked |= {out.members[channel] for channel in set(out.stored) ^ set(want.stored)} - {None}
+                unread = set() if step.form == "slice" else set(out.stored) - set(want.stored)
+                blocked |= {out.members[channel] for channel in unread | set(want.stored) - set(out.stored)} - {None}
             elif step.cut is not None and (len(step.cut.columns) > 1 or not want.complete):
                 blocked |= set(step.out.members)
     return blocked

@@ -11,6 +11,8 @@ from models.graph.channels import Channels, Step
 from utils.errors import UserError
 
 LiveOutputs = Callable[[str, nn.Module, Channels | None], Sequence[int]]
+ALIASES = {"dim": ("axis",), "dims": ("dim", "axis"), "keepdim": ("keepdims",)}
+SHAPE = "shape"  # in a node's `meta`: the shape of its result for the example, where a rule may ask for it
 
 
 @dataclass
@@ -39,9 +41,14 @@ class Call:
         return out if isinstance(out, Channels) else None
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument given by position or by name; a method's own tensor is position 0."""
-        args = self.node.args
-        return args[position] if len(args) > position else self.node.kwargs.get(name, default)
+        """An argument given by position or by name, torch's or NumPy's; a method's own tensor is position 0."""
+        args, kwargs = self.node.args, self.node.kwargs
+        given = (kwargs[alias] for alias in (name, *ALIASES.get(name, ())) if alias in kwargs)
+        return args[position] if len(args) > position else next(given, default)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a tensor of the dense network for the example, None where it is not known."""
+        return node.meta.get(SHAPE)
 
     def channelled_inputs(self) -> list[fx.Node]:
         return [node for node in self.node.all_input_nodes if self.channels(node) is not None]
@@ -62,6 +69,7 @@ Rule = Callable[["Call"], Step]
 
 _MODULES: dict[type[nn.Module], Rule] = {}
 _FUNCTIONS: dict[Any, Rule] = {}  # functions by identity, tensor methods by name
+_ENTRYWISE: set[Rule] = set()
 
 
 def rule(*operations: Any) -> Callable[[Rule], Rule]:
@@ -81,6 +89,17 @@ def rule(*operations: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+def entrywise(rule: Rule) -> Rule:
+    """Marks a rule of operations that work on each entry by itself where they are given one tensor."""
+    _ENTRYWISE.add(rule)
+    return rule
+
+
+def is_entrywise(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the operation reads one tensor, and each of its entries by itself."""
+    return len(node.all_input_nodes) == 1 and _known_rule(node, modules) in _ENTRYWISE
+
+
 def has_rule(module: nn.Module) -> bool:
     """Whether something is known about modules of this kind, so that tracing need not look into it."""
     return _rule_of_module(module) is not None
@@ -98,12 +117,14 @@ def _rule_of_module(module: nn.Module) -> Rule | None:
 
 
 def rule_of(call: Call) -> Rule:
-    node = call.node
+    is_operation = call.node.op in ("call_module", "call_function", "call_method")
+    return (_known_rule(call.node, call.modules) or opaque) if is_operation else outside
+
+
+def _known_rule(node: fx.Node, modules: Mapping[str, nn.Module]) -> Rule | None:
     if node.op == "call_module":
-        return _rule_of_module(call.module) or opaque
-    if node.op in ("call_function", "call_method"):
-        return _FUNCTIONS.get(node.target, opaque)
-    return outside
+        return _rule_of_module(modules[node.target])
+    return _FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
 
 
 def opaque(call: Call) -> Step:
@@ -116,6 +137,7 @@ def opaque(call: Call) -> Step:
     return call.step(wants={node: call.channels(node).whole() for node in narrow})
 
 
+@entrywise
 def through(call: Call) -> Step:
     """Zero channels stay zero, all else stays where it is."""
     given = call.channels(call.source)

@@ -70,7 +70,7 @@ class Step:
     out: Any = None  # Channels; a tuple of them for an operation with several results; None where nothing is known
     wants: dict[fx.Node, Channels] = field(default_factory=dict)
     cut: LayerCut | None = None
-    form: str = "copy"  # how models.narrow writes it: copy, through, sum, cat, pad, piece, sized, count or nothing
+    form: str = "copy"  # how models.narrow writes it: copy, through, sum, cat, pad, piece, slice, sized, flat, count or nothing
     meets: list[tuple[Members, Members]] = field(default_factory=list)  # pairs, entry by entry, that stay or go together
     why_whole: str = ""  # what keeps a layer from being cut at all
 

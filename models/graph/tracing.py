@@ -2,6 +2,7 @@
 
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.random import fork_rng
 
+from models.graph.call import SHAPE
 from models.graph.concrete import ConcreteTracer, NoValue, Values, replica
 from models.graph.out_of_place import make_out_of_place
 from utils.errors import UserError
@@ -16,6 +18,7 @@ from utils.modes import preserved_modes
 
 # What is tried where nobody says for which images: what the network says of itself, then these (pixels).
 IMAGE_SIDES = (32, 224, 64, 256)
+RESHAPING = ("view", "reshape", "squeeze")
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def _trace(
             with fork_rng(devices=[]):
                 graph = tracer.trace(replica(network))
                 size = _size_that_was_asked(tracer, network, graph, inputs)
+                _note_shapes(graph, tracer.values)
             return graph, size
         except NoValue:
             raise
@@ -117,6 +121,17 @@ def _trace(
             if opaque is None or not name or name in opaque or type(module) in opaque:
                 raise _untraceable(model, method, error) from error
             opaque.add(name if type(module) in (nn.Sequential, nn.ModuleList) else type(module))
+
+
+def _note_shapes(graph: fx.Graph, values: Values) -> None:
+    """Leaves with each view and squeeze, and with what it reads, the shape that it has for the example."""
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if name in RESHAPING and node.op in ("call_function", "call_method"):
+            for each in (node, *node.all_input_nodes):
+                with suppress(NoValue):
+                    value = values.of(each)
+                    each.meta |= {SHAPE: tuple(value.shape)} if isinstance(value, Tensor) else {}
 
 
 def _untraceable(model: nn.Module, method: str, error: Exception) -> UserError:

@@ -35,6 +35,7 @@ from models.graph import (
     whole_layers,
 )
 from models.graph.function import SCOPES, GraphFunction, scopes_of
+from models.graph.rules.shapes import sizes_of
 from models.narrow.relayout import AddInto, Relayout, Relayouts
 from models.narrow.reuse import reuse_memory
 from models.outputs import Outputs, has_outputs
@@ -545,14 +546,28 @@ def _piece(writer: _GraphWriter, step: Step) -> fx.Node:
     return writer.graph.call_method("narrow", (whole, step.out.axis, start, len(step.out.stored)))
 
 
+def _slice(writer: _GraphWriter, step: Step) -> fx.Node:
+    """Some of the channels: a view where they are neighbours, as in the dense network, else a step that picks them."""
+    source = step.node.args[0]
+    stored, wanted = writer.plan.steps[source].out.stored, step.wants[source].stored
+    first = stored.index(wanted[0]) if wanted[0] in stored else 0
+    if stored[first : first + len(wanted)] != wanted:
+        return writer.given(step, source)
+    return writer.graph.call_method("narrow", (writer.written[source], step.out.axis, first, len(wanted)))
+
+
 def _sized(writer: _GraphWriter, step: Step) -> fx.Node:
     """A view or an expansion, whose sizes count the channels that are stored."""
-    source, *sizes = step.node.args
-    sizes = [*(sizes[0] if isinstance(sizes[0], list | tuple) else sizes)]
+    source, sizes = step.node.all_input_nodes[0], [*sizes_of(step.node)]
     sizes[step.out.axis] = len(step.out.stored)
     sizes = [writer.written[size] if isinstance(size, fx.Node) else size for size in sizes]
     method = step.node.target if isinstance(step.node.target, str) else "reshape"
     return writer.graph.call_method(method, (writer.given(step, source), *sizes))
+
+
+def _flat(writer: _GraphWriter, step: Step) -> fx.Node:
+    """A view that names the number of all that is left of an image."""
+    return writer.graph.call_method("flatten", (writer.given(step, step.node.all_input_nodes[0]), 1))
 
 
 def _count(writer: _GraphWriter, step: Step) -> int:
@@ -570,7 +585,9 @@ _FORMS: dict[str, Callable[[_GraphWriter, Step], fx.Node | int | None]] = {
     "cat": _cat,
     "pad": _pad,
     "piece": _piece,
+    "slice": _slice,
     "sized": _sized,
+    "flat": _flat,
     "count": _count,
     "nothing": _nothing,
 }

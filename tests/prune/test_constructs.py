@@ -224,18 +224,74 @@ FUNCTIONS = {
 }
 
 
-def proved(construct: nn.Module) -> None:
-    model = Between(construct)
-    layers = prunable_layers(model)
+FOLLOWED = {  # what lets channels that are gone stay gone
+    "a scale that all channels share": lambda: WithParameters(lambda x, alpha: x + alpha * x, (1,)),
+    "a scale of no axes": lambda: WithParameters(lambda x, alpha: alpha * x, ()),
+    "a quotient by a number for each channel": lambda: WithParameters(torch.div, (8, 1, 1)),
+    "hard swish, written out": lambda: WithParameters(lambda x: x * F.relu6(x + 3) / 6),
+    "hard swish, in another order": lambda: WithParameters(lambda x: (F.relu6(3 + x) / 6.0) * x),
+    "Mish, written out": lambda: WithParameters(lambda x: x * torch.tanh(F.softplus(x))),
+    "a mean with NumPy's names": lambda: WithParameters(lambda x: x * x.mean(axis=2, keepdims=True)),
+    "concatenated along axis": lambda: WithParameters(lambda x: torch.concatenate([x[:, :4], x[:, 4:]], axis=1)),
+    "split by sizes": lambda: WithParameters(lambda x: torch.cat([piece * 2 for piece in split_in_two(x)], 1)),
+    "every second channel": lambda: WithParameters(lambda x: torch.cat((x[:, ::2], x[:, 1::2, ...]), dim=1)),
+    "squeezed": lambda: WithParameters(lambda x: x + x.mean((2, 3), keepdim=True).squeeze(3)[..., None]),
+    "a view of the pixels": lambda: WithParameters(lambda x: x.view(x.size(0), 8, -1).view(-1, 8, 6, 6)),
+    "flattened pixels": lambda: WithParameters(lambda x: x.flatten(2).reshape(x.shape[0], 8, 6, 6)),
+}
+HEADS = {  # (B, 8, 6, 6) to what a linear layer reads
+    "squeeze twice": lambda x: x.mean((2, 3), keepdim=True).squeeze(-1).squeeze(-1),
+    "squeeze": lambda x: F.adaptive_avg_pool2d(x, 1).squeeze(),
+    "the first pixel": lambda x: F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0],
+    "mean of flattened pixels": lambda x: x.flatten(2).mean(-1),
+    "mean of a view": lambda x: x.view(x.shape[0], x.shape[1], -1).mean(2),
+    "view by the number of channels": lambda x: F.adaptive_avg_pool2d(x, 1).view(-1, 8),
+    "view by the number of all": lambda x: x.contiguous().view(-1, 8 * 6 * 6),
+    "reshape by the number of all": lambda x: x.reshape(-1, 8 * 6 * 6),
+    "view by the size of the batch": lambda x: x.reshape(x.size(0), 8 * 6 * 6),
+    "view by what Python counts": lambda x: x.reshape(-1, x.size(1) * x.size(2) * x.size(3)),
+    "NumPy's names": lambda x: x.mean(axis=(2, 3)),
+}
+
+
+def split_in_two(x: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = torch.split(x, [3, 5], dim=1)
+    return second, first
+
+
+def proved(model: nn.Module) -> PhysicalPruning:
+    images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    layers = prunable_layers(model, example=images)
     kept = choose_filters(layers, keep_ratios(layers, [0.5]), criterion="filter-a")
-    PhysicalPruning(model, kept).prove(torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0)))
+    schedule = PhysicalPruning(model, kept, example=images)
+    schedule.prove(images)
+    return schedule
 
 
 @pytest.mark.parametrize("name", CONSTRUCTS)
 def test_modules(name):
-    proved(CONSTRUCTS[name]())
+    proved(Between(CONSTRUCTS[name]()))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name):
-    proved(WithParameters(FUNCTIONS[name]))
+    proved(Between(WithParameters(FUNCTIONS[name])))
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_channels_that_are_gone_stay_gone(name):
+    small = proved(Between(FOLLOWED[name]())).trained_network()
+    assert small.restored == [] and small.get_submodule("conv_b").in_channels == 4
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads(name):
+    class Headed(Between):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(HEADS[name](F.relu(self.norm_b(self.conv_b(F.relu(self.norm_a(self.conv_a(x))))))))
+
+    model = Headed(nn.Identity())
+    pixels = HEADS[name](torch.zeros(2, 8, 6, 6)).shape[1] // 8
+    model.head = nn.Linear(8 * pixels, 4)
+    small = proved(model).trained_network()
+    assert small.restored == [] and small.get_submodule("head").in_features == 4 * pixels

@@ -82,11 +82,13 @@ def test_what_another_layer_reads_at_full_width_is_in_no_group():
 
 
 @pytest.mark.parametrize("groups", [8, 4])
-def test_a_convolution_in_groups_that_reads_a_slice_keeps_its_filters(groups):
+def test_a_slice_of_the_channels_goes_with_what_it_shows(groups):
     network = Sliced(groups)
-    [filters] = groups_of(network)
-    assert filters[0].layers == ("pointwise",)
-    assert without(network, filters[:3]).relayout_count == 0
+    families = groups_of(network)
+    members = [member for alike in families for group in alike for member in group.filters]
+    assert {name for name, _ in members} == {"stem", "grouped", "pointwise"} and len(members) == 16 + 8 + 6
+    small = without(network, [group for alike in families for group in alike[::2]])
+    assert small.relayout_count == 0 and small.restored == []
 
 
 def test_all_groups_of_a_grouped_convolution_lose_the_same():

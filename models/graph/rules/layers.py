@@ -120,6 +120,19 @@ def batch_norm(call: Call) -> Step:
     return call.step(out, wants={call.source: out}, cut=LayerCut(rows))
 
 
+@rule(*numbered("InstanceNorm"))
+@unshared
+def instance_norm(call: Call) -> Step:
+    """Ulyanov et al., "Instance Normalization", 2016: by image and channel, so that channels go as in a batch norm."""
+    return batch_norm(call) if call.module.affine or call.module.track_running_stats else _by_channel(call)
+
+
+def _by_channel(call: Call) -> Step:
+    given = call.channels(call.source)
+    is_map = given is not None and not given.flat and (given.axis, given.full) == (1, call.module.num_features)
+    return through(call) if is_map else opaque(call)
+
+
 @rule(nn.GroupNorm)
 @unshared
 def group_norm(call: Call) -> Step:

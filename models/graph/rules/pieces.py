@@ -1,5 +1,6 @@
 """Concatenations, the pieces that chunk and split give, indexing, and channel shuffles."""
 
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +15,10 @@ from models.graph.call import Call, opaque, picks_one, rule
 from models.graph.channels import Channels, Step
 from models.graph.rules.sizes import counted_channels
 
+_SIZES = ("split_size_or_sections", "split_size", "split_sections")
 
-@rule(torch.cat, torch.concat)
+
+@rule(torch.cat, torch.concat, torch.concatenate)
 def _cat(call: Call) -> Step:
     parts, axis = call.argument(0, "tensors"), call.argument(1, "dim", 0)
     channels = [call.channels(part) for part in parts] if isinstance(parts, list | tuple) else [None]
@@ -49,50 +52,90 @@ def _pieces(call: Call) -> Step:
     """`chunk` and `split` along the channels. Each piece keeps at least one channel, so that it exists."""
     given, axis = call.channels(call.source), call.argument(2, "dim", 0)
     known = given is not None and given.rank is not None and not given.flat and axis % given.rank == given.axis
-    count = call.argument(1, "chunks" if call.node.target in (torch.chunk, "chunk") else "split_size_or_sections")
-    if not known or not isinstance(count, int) or any(not picks_one(user) for user in call.node.users):
+    ranges = _ranges(call, given.full) if known else None
+    if ranges is None or any(not picks_one(user) for user in call.node.users):
         return opaque(call)
-    size = -(-given.full // count) if call.node.target in (torch.chunk, "chunk") else count
-    starts = range(0, given.full, size)
     if not given.stored:
-        return call.step(tuple(_piece(given, start, size, stored=()) for start in starts), form="nothing")
-    wanted = set(given.stored)
-    for start in starts:
-        if not wanted.intersection(range(start, start + size)):
-            wanted.add(start)
+        return call.step(tuple(_piece(given, channels, stored=()) for channels in ranges), form="nothing")
+    wanted = set(given.stored).union(channels[0] for channels in ranges if channels and not {*given.stored} & {*channels})
     want = given.storing(sorted(wanted))
-    pieces = tuple(_piece(given, start, size, stored=want.stored) for start in starts)
+    pieces = tuple(_piece(given, channels, stored=want.stored) for channels in ranges)
     return call.step(pieces, wants={call.source: want}, form="nothing")
 
 
-def _piece(given: Channels, start: int, size: int, *, stored: Sequence[int]) -> Channels:
-    members = given.members[start : start + size]
-    stored = tuple(channel - start for channel in stored if 0 <= channel - start < size)
+def _ranges(call: Call, full: int) -> list[range] | None:
+    """The channels of each piece, None where they are not known."""
+    if call.node.target in (torch.chunk, "chunk"):
+        count = call.argument(1, "chunks")
+        sizes = -(-full // count) if isinstance(count, int) else None
+    else:
+        sizes = next((size for name in _SIZES if (size := call.argument(1, name)) is not None), None)
+    if isinstance(sizes, int):
+        return [range(start, min(start + sizes, full)) for start in range(0, full, sizes)]
+    if not isinstance(sizes, list | tuple) or not all(isinstance(size, int) for size in sizes):
+        return None
+    ends = list(itertools.accumulate(sizes))
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _piece(given: Channels, channels: Sequence[int], *, stored: Sequence[int]) -> Channels:
+    members, places = tuple(given.members[channel] for channel in channels), {*stored}
+    stored = tuple(place for place, channel in enumerate(channels) if channel in places)
     return replace(given, full=len(members), stored=stored, members=members)
 
 
 @rule(operator.getitem)
 def _getitem(call: Call) -> Step:
-    """A piece of a chunk, a size, or a tensor subsampled along axes other than the channels', or given new ones by None."""
+    """A piece of a chunk, a size, or a tensor: some of its channels, less of its other axes, or new ones by None."""
     out, index = call.steps[call.source].out if call.node.all_input_nodes else None, call.node.args[1]
     if isinstance(out, tuple) and isinstance(index, int):
         piece = out[index]
         return call.step(piece, form="piece")
     if not isinstance(out, Channels):
         return call.step(form="copy" if counted_channels(call.steps, call.node) is None else "count")
-    index = index if isinstance(index, tuple) else (index,)
-    if out.rank is None or not all(_keeps_axis(entry) or entry is None for entry in index):
+    index = _without_ellipsis(index if isinstance(index, tuple) else (index,), out.rank)
+    if index is None or not all(_is_plain(entry) for entry in index):
         return opaque(call)
     old_axes = [place for place, entry in enumerate(index) if entry is not None]
-    if len(old_axes) > out.axis and index[old_axes[out.axis]] != slice(None):
+    own = index[old_axes[out.axis]] if len(old_axes) > out.axis else slice(None)
+    before = index[: old_axes[out.axis]] if len(old_axes) > out.axis else index
+    if not isinstance(own, slice):
         return opaque(call)
-    before = old_axes[out.axis] - out.axis if len(old_axes) > out.axis else len(index) - len(old_axes)
-    return call.step(replace(out, axis=out.axis + before, rank=out.rank + len(index) - len(old_axes)))
+    if own != slice(None):
+        return _some_channels(call, out, range(out.full)[own]) if _takes_all_else(index, own) and not out.flat else opaque(call)
+    shift = sum(entry is None for entry in before) - sum(isinstance(entry, int) for entry in before)
+    rank = out.rank + sum((entry is None) - isinstance(entry, int) for entry in index)
+    return call.step(replace(out, axis=out.axis + shift, rank=rank))
 
 
-def _keeps_axis(entry: Any) -> bool:
+def _some_channels(call: Call, given: Channels, channels: range) -> Step:
+    """`x[:, start:stop:step]`; it keeps at least one channel, so that it exists."""
+    if not given.stored or not channels:
+        return opaque(call)
+    stored = [channel for channel in given.stored if channel in channels] or [channels[0]]
+    piece = _piece(given, channels, stored=stored)
+    return call.step(piece, wants={call.source: given.storing(stored)}, form="slice")
+
+
+def _takes_all_else(index: Sequence[Any], own: slice) -> bool:
+    return sum(entry is own for entry in index) == 1 and all(entry is own or entry == slice(None) for entry in index)
+
+
+def _without_ellipsis(index: tuple[Any, ...], rank: int | None) -> tuple[Any, ...] | None:
+    """The index with a slice for each axis that an ellipsis stands for; None where the rank is not known."""
+    if rank is None:
+        return None
+    place = next((place for place, entry in enumerate(index) if entry is Ellipsis), None)
+    if place is None:
+        return index
+    missing = rank - sum(entry is not None and entry is not Ellipsis for entry in index)
+    return (*index[:place], *(slice(None),) * missing, *index[place + 1 :])
+
+
+def _is_plain(entry: Any) -> bool:
+    """Whether an entry of an index is a slice of plain numbers, a number or None."""
     bounds = (entry.start, entry.stop, entry.step) if isinstance(entry, slice) else (entry,)
-    return isinstance(entry, slice) and not any(isinstance(bound, fx.Node) for bound in bounds)
+    return all(bound is None or type(bound) is int for bound in bounds)
 
 
 @rule(nn.ChannelShuffle, channel_shuffle, torch.channel_shuffle, F.channel_shuffle)

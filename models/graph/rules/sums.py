@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from models.graph.call import Call, opaque, rule
+from models.graph.call import Call, entrywise, opaque, rule
 from models.graph.channels import Channels, Step
 from models.graph.concrete import attribute
 from models.graph.rules.pointwise import PRODUCTS, pointwise
@@ -17,11 +17,13 @@ _DIFFERENCES = (operator.sub, torch.sub, "sub")
 
 
 @rule(operator.add, torch.add, "add", *_DIFFERENCES)
+@entrywise
 def _sum(call: Call) -> Step:
     """A sum stores what either side stores. The side with fewer channels is added into its places in the other."""
-    if len(call.node.args) != 2 or call.node.kwargs or len(call.node.all_input_nodes) < 2:
+    operands = _operands(call)
+    if operands is None:
         return pointwise(call)
-    first, second = call.node.args
+    first, second = operands
     left, right = call.channels(first), call.channels(second)
     if left is None or not left.fits(right):
         return opaque(call)
@@ -34,14 +36,27 @@ def _sum(call: Call) -> Step:
     return step
 
 
+def _operands(call: Call) -> tuple[fx.Node, fx.Node] | None:
+    """The two tensors of the operation, None where it has another form."""
+    first, second = call.argument(0, "input"), call.argument(1, "other")
+    are_nodes = isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    is_plain = len(call.node.args) + len(call.node.kwargs) == 2
+    return (first, second) if are_nodes and is_plain and first is not second else None
+
+
 def _scaled(call: Call, source: fx.Node, given: Channels, factor: fx.Node) -> Step:
-    """A product with a parameter that has a number for each channel, as LayerScale (Touvron et al., ICCV 2021): of it, some."""
+    """A product with a parameter, or a quotient by one. Of numbers for each channel some are left, others stay as they are.
+
+    LayerScale (Touvron et al., ICCV 2021) has a number for each channel, ReZero (Bachlechner et al., UAI 2021) one.
+    """
     shape = _parameter_shape(call, factor)
     behind = given.rank - given.axis if given.rank is not None else 1 if given.axis == -1 else None
-    if given.flat or shape is None or behind is None or not 0 < behind <= len(shape):
+    if shape is None or behind is None or len(shape) > (given.rank or behind):
         return opaque(call)
     axis = len(shape) - behind
-    if shape[axis] != given.full or any(size != 1 for other, size in enumerate(shape) if other != axis):
+    if axis < 0 or shape[axis] == 1:
+        return call.step(given)
+    if given.flat or shape[axis] != given.full:
         return opaque(call)
     if given.complete or not given.stored:
         return call.step(given)
@@ -68,11 +83,13 @@ def _adds_axes(index: Any) -> bool:
 
 
 @rule(*PRODUCTS)
+@entrywise
 def _product(call: Call) -> Step:
     """A product stores what both sides store."""
-    if len(call.node.args) != 2 or call.node.kwargs or len(call.node.all_input_nodes) < 2:
+    operands = _operands(call)
+    if operands is None:
         return pointwise(call)
-    first, second = call.node.args
+    first, second = operands
     left, right = call.channels(first), call.channels(second)
     if (left is None) != (right is None):
         return _scaled(call, *((first, left, second) if right is None else (second, right, first)))
@@ -83,3 +100,16 @@ def _product(call: Call) -> Step:
     both = tuple(sorted({*left.stored} & {*right.stored})) or left.stored[:1]
     out = left.storing(both)
     return call.step(out, wants={first: out, second: out}, meets=[(left.members, right.members)])
+
+
+@rule(operator.truediv, torch.div, "div")
+@entrywise
+def _quotient(call: Call) -> Step:
+    """What divides a tensor may have a number for each channel; a quotient of two maps is 0 / 0 where a channel is gone."""
+    operands = _operands(call)
+    if operands is None:
+        return pointwise(call)
+    given = call.channels(operands[0])
+    if given is None or call.channels(operands[1]) is not None:
+        return opaque(call)
+    return _scaled(call, operands[0], given, operands[1])
