@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     data = setup.load_data(args, device=device, world=world, files=said, state=state)
     teacher, student = build_networks(args, files, data)
     # losses that cannot compare the two say so here
-    loss = flagged_objective(args, student.network, teacher, data.example).formula()
+    loss = flagged_objective(args, student.network, teacher, data).formula()
     check_recalibration(student.network, args.recalibrate_bn)
     choose = filter_choice(args, student, data)
     choose.check()
@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
             run, before, schedule=schedule, student=student, data=data, recalibrate_bn_batches=plan.recalibrate_bn_batches
         )
     network = setup.to_device(schedule.trained_network(), device, sync_bn=args.sync_bn)
-    objective = flagged_objective(args, network, teacher, data.example)
+    objective = flagged_objective(args, network, teacher, data)
     result = setup.train(
         args,
         objective,

@@ -197,7 +197,7 @@ def small_network(args: argparse.Namespace, network: nn.Module, data: ImageData)
 def objective_of(args: argparse.Namespace, network: nn.Module, teacher: NetworkFile | None, data: ImageData) -> Objective:
     """The loss that the quantized network trains by."""
     if args.quan_mode == INT8:
-        return flagged_objective(args, network, teacher, data.example)
+        return flagged_objective(args, network, teacher, data)
     return CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from distill.base import DISTILLERS, Distiller, DistillerEntry, Option
+from distill.base import DISTILLERS, Distiller, DistillerEntry, Option, check_facts
 from models.outputs import Outputs
 from utils.errors import UserError
 
@@ -19,12 +19,14 @@ def build_distiller(name: str, *, student: Outputs, teacher: Outputs, **options:
     """The named loss for two networks of which `student` and `teacher` are sample outputs (any batch size).
 
     Gives a module with `loss = distiller(student_outputs, teacher_outputs)`, 0-dim, not yet times beta. Options are those
-    of `DISTILLERS[name].options`. Raises UserError for an unknown name or option, a value out of range, or networks that
+    of `DISTILLERS[name].options`; beside them stand the facts of a run that the loss needs, such as `train_labels` (see
+    `Distiller`). Raises UserError for an unknown name or option, a value out of range, or networks that
     the loss cannot compare.
     """
     entry = _entry(name)
+    check_facts(name, options)
     for option in options:
-        if option not in entry.options:
+        if option not in entry.options and option not in entry.needs:
             choices = ", ".join(entry.options) or "none"
             raise UserError(f"--distill {name}: no option {option!r}: it has {choices}")
     return entry.build(student, teacher, **options)

@@ -3,7 +3,7 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -16,33 +16,45 @@ from models.outputs import Outputs
 from utils.effects import typed
 from utils.errors import UserError
 
+STEP_FACTS = ("labels", "indices", "epochs")
+RUN_FACTS = {"train_labels": "the classes of all training images"}
+
 
 class Distiller(nn.Module, ABC):
     """One distillation loss. A subclass defines `loss(student, teacher)` and registers with `@register_distiller`.
 
     `__init__(student, teacher, *, option=default)` gets sample Outputs of both networks, of any batch size, for their
-    shapes, and raises UserError where they don't fit together. Keyword-only arguments are the loss's options. A loss that
-    asks what an image's true class is sets `reads_labels`, and its `loss` takes them as a third argument. One that compares
-    logits alone clears `reads_maps`: networks without feature maps can be distilled by it, and each runs its own forward pass.
+    shapes, and raises UserError where they don't fit together. Keyword-only arguments with a default are the loss's options.
+    One that compares logits alone clears `reads_maps`: networks without feature maps can be distilled by it, and each runs its
+    own forward pass.
+
+    A loss that needs more than outputs names it as a keyword-only argument without a default. Of `loss`, for each step:
+
+    - `labels` (b,) int64, the true classes of the images
+    - `indices` (b,) int64, their rows in the training set
+    - `epochs`, 0-dim float32: how many epochs of the training are done, the current one in part
+
+    and of `__init__`: `train_labels` (n,) int64, the classes of all training images.
     """
 
-    reads_labels = False
     reads_maps = True
+    step_facts: tuple[str, ...] = ()  # which of STEP_FACTS `loss` names; set by `register_distiller`
 
     def setting(self) -> str:
         """The options as the formula of a training shows them, such as `T 4`; empty for a loss without any."""
         return ""
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, **facts: Tensor | None) -> Tensor:
         """The loss of one batch, 0-dim, not yet times beta; float32 whatever precision the networks ran in.
 
-        `labels` (b,) int64 are the true classes; without them the teacher's word counts.
+        `facts` are those of STEP_FACTS that the loss asks for; it is free to be given more. Where nobody knows the true
+        classes, the teacher's word counts.
         """
+        if "labels" in self.step_facts and facts.get("labels") is None:
+            facts["labels"] = teacher.logits.argmax(1)
         # bfloat16 has 8 significant bits: too few for differences between normalised maps.
         with torch.autocast(student.logits.device.type, enabled=False):
-            if not self.reads_labels:
-                return self.loss(student, teacher)
-            return self.loss(student, teacher, teacher.logits.argmax(1) if labels is None else labels)
+            return self.loss(student, teacher, **{fact: facts[fact] for fact in self.step_facts})
 
     @abstractmethod
     def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
@@ -66,7 +78,8 @@ class DistillerEntry:
     """A registered loss: what builds it, its paper's usual beta (None: weighted by alpha alone), its options by keyword.
 
     `replaces_kd`: the loss takes KD's place, whose alpha is 0 then unless it is given. `rise` is the share of the epochs
-    over which the weight rises linearly to beta. `reads_maps`: it compares feature maps, not logits alone.
+    over which the weight rises linearly to beta. `reads_maps`: it compares feature maps, not logits alone. `needs` names what it
+    asks for beside outputs, of STEP_FACTS and RUN_FACTS.
     """
 
     build: Callable[..., Distiller]
@@ -75,6 +88,7 @@ class DistillerEntry:
     replaces_kd: bool = False
     rise: float = 0.0
     reads_maps: bool = True
+    needs: frozenset[str] = frozenset()
 
     @property
     def weights(self) -> list[str]:
@@ -101,11 +115,12 @@ def register_distiller(
     """
 
     def register(cls: type[Distiller]) -> type[Distiller]:
-        defaults = {
-            parameter.name: parameter.default
-            for parameter in inspect.signature(cls).parameters.values()
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        arguments, cls.step_facts = _keywords(cls.__init__), tuple(_keywords(cls.loss))
+        defaults = {key: default for key, default in arguments.items() if default is not inspect.Parameter.empty}
+        run_facts = arguments.keys() - defaults.keys()
+        unknown = {*run_facts - set(RUN_FACTS), *set(cls.step_facts) - set(STEP_FACTS)}
+        if unknown:
+            raise TypeError(f"{cls.__name__} asks for {min(unknown)}: nobody knows it beside {(*STEP_FACTS, *RUN_FACTS)}")
         if defaults.keys() != option_help.keys():
             raise TypeError(f"{cls.__name__} has options {sorted(defaults)}, described are {sorted(option_help)}")
         if name in DISTILLERS:
@@ -115,10 +130,24 @@ def register_distiller(
         unlike = [key for key, option in options.items() if others.get(key, option) != option]
         if unlike:
             raise ValueError(f"option {unlike[0]!r} of distiller {name!r} is another loss's too, with another default or help")
-        DISTILLERS[name] = DistillerEntry(cls, beta, options, replaces_kd, rise, cls.reads_maps)
+        needs = frozenset((*run_facts, *cls.step_facts))
+        DISTILLERS[name] = DistillerEntry(cls, beta, options, replaces_kd, rise, cls.reads_maps, needs)
         return cls
 
     return register
+
+
+def _keywords(function: Callable[..., object]) -> dict[str, object]:
+    """The keyword-only arguments of a function with their defaults, `inspect.Parameter.empty` where there is none."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def check_facts(name: str, given: Collection[str]) -> None:
+    """Raises UserError where what a loss has to know of the run is not among the names `given`."""
+    missing = DISTILLERS[name].needs.intersection(RUN_FACTS).difference(given)
+    if missing:
+        raise UserError(f"--distill {name}: needs {min(missing)} ({RUN_FACTS[min(missing)]}), which it was not given")
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
@@ -185,3 +214,17 @@ def attention_map(energy: Tensor, size: Sequence[int] | None = None) -> Tensor:
 def row_similarity(rows: Tensor) -> Tensor:
     """Similarity of the images of a batch, each row normalised: `rownorm(rows rows^T)`, (..., b, d) -> (..., b, b)."""
     return F.normalize(rows @ rows.mT, dim=-1)
+
+
+class BatchNorm(nn.Module):
+    """Batch statistics alone; of a single value, which nn.BatchNorm2d refuses, the bias is left."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > x.shape[1]:
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
+        return torch.addcmul(self.bias.view(1, -1, 1, 1), x - x, self.weight.view(1, -1, 1, 1))

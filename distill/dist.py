@@ -5,25 +5,27 @@
 r is Pearson's correlation; s_i is the student's softmax(z / T) of image i, over the classes, and s^j that of class j, over the
 images of a batch. Only how probabilities rise and fall together counts, not their size, so a teacher that is far ahead of
 its student asks for nothing that the student cannot give.
-
-Deviation: r is the product of two normalised vectors, whose lengths are held above 1e-8 one by one; the official code adds
-1e-8 to the product of the lengths, so that there r of equal vectors is a little less than 1.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from distill.base import Distiller, check_weights, full_precision, register_distiller
 from distill.logits import TEMPERATURE_HELP, check_classes, check_temperature, temperature_setting
 from models.outputs import Outputs
 
-SMALLEST_LENGTH = 1e-8
+EPSILON = 1e-8
 
 
 def pearson(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
-    """Pearson's correlation along `dim` of two tensors of one shape; 0 where either is constant."""
-    a, b = (F.normalize(x - x.mean(dim, keepdim=True), dim=dim, eps=SMALLEST_LENGTH) for x in (a, b))
-    return (a * b).sum(dim)
+    """Pearson's correlation along `dim` of two tensors of one shape; 0 where either is constant.
+
+    EPSILON is added to the product of both lengths, as in the official code: where both are small, as in softmax
+    probabilities of many classes, that turns the gradient.
+    """
+    a, b = (x - x.mean(dim, keepdim=True) for x in (a, b))
+    return (a * b).sum(dim) / (vector_norm(a, dim=dim) * vector_norm(b, dim=dim) + EPSILON)
 
 
 def dist_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, beta: float, gamma: float) -> Tensor:

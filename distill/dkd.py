@@ -20,6 +20,7 @@ from distill.logits import (
     TEMPERATURE_HELP,
     check_classes,
     check_temperature,
+    other_classes,
     prepared_logits,
     temperature_setting,
 )
@@ -35,9 +36,8 @@ def decoupled_divergences(student_logits: Tensor, teacher_logits: Tensor, labels
 
 def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithms of b, (b, 2), and of q, (b, classes - 1)."""
-    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
-    columns = columns + (columns >= labels.unsqueeze(1))  # (b, classes - 1): all but the target, without asking the device
-    target, others = logits.gather(1, labels.unsqueeze(1)), logits.gather(1, columns)
+    target = logits.gather(1, labels.unsqueeze(1))
+    others = logits.gather(1, other_classes(labels, classes=logits.shape[1]))
     pair = torch.cat([target, others.logsumexp(1, keepdim=True)], dim=1)
     return F.log_softmax(pair, dim=1), F.log_softmax(others, dim=1)
 
@@ -66,7 +66,6 @@ def dkd_loss(
 class DKD(Distiller):
     """The target's probability and the distribution over the other classes, weighed apart."""
 
-    reads_labels = True
     reads_maps = False
 
     def __init__(
@@ -92,6 +91,6 @@ class DKD(Distiller):
         logits = temperature_setting(self.temperature, standardize=self.standardize)
         return f"{logits}, alpha {self.alpha:g}, beta {self.beta:g}"
 
-    def loss(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+    def loss(self, student: Outputs, teacher: Outputs, *, labels: Tensor) -> Tensor:
         logits = (prepared_logits(outputs, standardize=self.standardize) for outputs in (student, teacher))
         return dkd_loss(*logits, labels, temperature=self.temperature, alpha=self.alpha, beta=self.beta)

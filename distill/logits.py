@@ -1,7 +1,8 @@
-"""What the losses over logits (KD, DKD, DIST) share: their options, checks of the two networks, and standardisation."""
+"""What the losses over logits share: their options, checks of the two networks, and standardisation."""
 
 import math
 
+import torch
 from torch import Tensor
 
 from distill.base import full_precision
@@ -9,7 +10,10 @@ from models.outputs import Outputs
 from utils.errors import UserError
 
 TEMPERATURE_HELP = "temperature of softened class probabilities"
-STANDARDIZE_HELP = "bring each image's logits to mean 0 and deviation 1 before the temperature"
+STANDARDIZE_HELP = (
+    "bring each image's logits to mean 0 and deviation 1 before the temperature; published with --kd-t 2 and a weight of 9, "
+    "--alpha of KD or --betas of DKD"
+)
 SMALLEST_DEVIATION = 1e-7  # as the official code of the standardisation has it
 
 
@@ -45,3 +49,9 @@ def standardized(logits: Tensor) -> Tensor:
     (b, classes) -> (b, classes). The deviation is the sample's (over classes - 1), as in the official code.
     """
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + SMALLEST_DEVIATION)
+
+
+def other_classes(labels: Tensor, *, classes: int) -> Tensor:
+    """(b,) labels -> (b, classes - 1): the columns of all classes but the target, without asking the device."""
+    columns = torch.arange(classes - 1, device=labels.device)
+    return columns + (columns >= labels.unsqueeze(1))

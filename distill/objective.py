@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from distill.base import DISTILLERS, Distiller, full_precision
+from distill.base import DISTILLERS, Distiller, check_facts, full_precision
 from models.batch_norm import UnevenBatchNorm2d
 from models.graph.roles import BATCH_NORMS, conv_norm_pairs
 from models.outputs import Outputs
@@ -58,11 +58,11 @@ def outputs_of(network: nn.Module, images: Tensor, *, maps: bool) -> Outputs:
 
 
 class DistillationObjective(Objective):
-    """`CE + alpha * KD + sum of beta_i * L_i` for images (b, 3, h, w) and labels (b,).
+    """`ce_weight * CE + alpha * KD + sum of beta_i * L_i` for images (b, 3, h, w), labels (b,) and rows in the training set (b,).
 
     `losses` lists (name, distiller, beta); `kd` is the distiller weighted by alpha, or None. `rise_epochs` says for some of
-    them over how many epochs their weight rises linearly to its full value, which it has from the end of these on; that is
-    part of the objective's state. Without a teacher the objective is the cross-entropy alone. Its parameters are the
+    them over how many epochs their weight rises from step to step to its full value, which it has from the end of these on;
+    that is part of the objective's state. Without a teacher the objective is the cross-entropy alone. Its parameters are the
     student's and those of the losses (AFD's), all used in every step. The losses see the images of one process, so SP's and
     HAP's similarities are within its part of a batch.
     """
@@ -77,6 +77,7 @@ class DistillationObjective(Objective):
         alpha: float = 0.9,
         rise_epochs: Mapping[str, float] | None = None,
         label_smoothing: float = 0.0,
+        ce_weight: float = 1.0,
     ):
         super().__init__()
         weighted = [*([("kd", kd, alpha)] if kd is not None else []), *losses]
@@ -84,7 +85,9 @@ class DistillationObjective(Objective):
             raise ValueError("a teacher and a loss to learn from it belong together: give both or neither")
         self.student = student
         self.teacher = teacher
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.ce_weight = label_smoothing, ce_weight
+        # how much of the training is done is said before every step: no part of the state
+        self.register_buffer("epochs", torch.tensor(0.0), persistent=False)
         self.distillers = nn.ModuleDict({name: distiller for name, distiller, _ in weighted})
         self.reads_maps = any(distiller.reads_maps for distiller in self.distillers.values())
         self.weights = {name: weight for name, _, weight in weighted}
@@ -93,22 +96,25 @@ class DistillationObjective(Objective):
     def exchange(self, network: nn.Module) -> None:
         self.student = network
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Sets the weights that rise to those of `epoch`, counted from 0."""
+    def begin_step(self, epoch: int, step: int, *, steps: int) -> None:
+        """Sets the weights that rise, and what losses are told of the time, to those of a step."""
+        self.epochs.fill_(epoch + step / steps)
         for rise in self.rises.values():
-            rise.begin_epoch(epoch)
+            rise.begin_step(epoch + (step + 1) / steps)
 
     def formula(self) -> str:
         """The whole loss with its weights and options: `CE + 0.9 KD (T 4) + 1000 AT`."""
-        return " + ".join([cross_entropy_formula(self.label_smoothing), *map(self._term_text, self.distillers)])
+        weight = f"{self.ce_weight:g} " if self.ce_weight != 1 else ""
+        cross_entropy = [weight + cross_entropy_formula(self.label_smoothing)] if self.ce_weight else []
+        return " + ".join([*cross_entropy, *map(self._term_text, self.distillers)])
 
     def _term_text(self, name: str) -> str:
         weight, setting = f"{self.weights[name]:g}", self.distillers[name].setting()
-        if name in self.rises and self.rises[name].epochs > 1:
+        if name in self.rises and self.rises[name].epochs > 0:
             weight = f"({weight}, rising over {self.rises[name].epochs:.3g} epochs)"
         return f"{weight} {name.upper()} ({setting})" if setting else f"{weight} {name.upper()}"
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(loss, logits, terms): the 0-dim loss, and detached the (b, classes) logits and each term before its weight."""
         if self.teacher is None:
             logits = logits_of(self.student(images))
@@ -117,8 +123,9 @@ class DistillationObjective(Objective):
         student, teacher = outputs_of(self.student, images, maps=self.reads_maps), self.teacher(images)
         loss = self._cross_entropy(student.logits, labels)
         terms = {"ce": loss.detach()}
+        loss = self.ce_weight * loss
         for name, distiller in self.distillers.items():
-            term = distiller(student, teacher, labels)
+            term = distiller(student, teacher, labels=labels, indices=indices, epochs=self.epochs)
             terms[name] = term.detach()
             weight = self.weights[name]
             loss = loss + (weight * self.rises[name].share if name in self.rises else weight) * term
@@ -136,8 +143,9 @@ class _Rise(nn.Module):
         self.register_buffer("epochs", torch.tensor(float(epochs)))  # a raised number of epochs must not change it
         self.register_buffer("share", torch.tensor(1.0))
 
-    def begin_epoch(self, epoch: int) -> None:
-        self.share.copy_(((epoch + 1) / self.epochs).clamp(max=1))
+    def begin_step(self, epochs: float) -> None:
+        """`epochs` are those that are done at the end of the step."""
+        self.share.copy_((epochs / self.epochs).clamp(max=1))
 
 
 def build_objective(
@@ -150,14 +158,18 @@ def build_objective(
     betas: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
     n_epochs: int = 1,
+    rise_epochs: float | None = None,
     label_smoothing: float = 0.0,
+    ce_weight: float = 1.0,
+    facts: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> DistillationObjective:
     """The objective of `--distill NAMES` for `student`, on the device of `images`, new parameters of the losses included.
 
     `images` (b, 3, h, w) are a sample for shapes. `betas` weighs the losses of `weighted_losses(names)`, each paper's by
-    default; `alpha` weighs KD, which is there beside every other loss. `options` may hold more than these losses read. Of
-    `n_epochs` the share in which a loss's weight rises is taken. New parameters are drawn from `seed`, in the order of
+    default; `alpha` weighs KD, which is there beside every other loss. `options` may hold more than these losses read. Weights
+    that rise do so over `rise_epochs`, without it over each loss's share of `n_epochs`. `facts` is what is known of the run, of
+    RUN_FACTS in distill/base.py. New parameters are drawn from `seed`, in the order of
     `names`, and from no stream that training uses. Raises UserError where a loss cannot compare the two networks.
     """
     if list(names) == ["none"]:
@@ -167,7 +179,8 @@ def build_objective(
     samples = sample_outputs(student, images, maps=maps), frozen(images)
     with preserved_random_state():
         torch.manual_seed(derived_seed(seed, "distillers"))
-        built = {name: _build(name, *samples, options or {}).to(images.device) for name in dict.fromkeys([*names, "kd"])}
+        given = {**(options or {}), **(facts or {})}
+        built = {name: _build(name, *samples, given).to(images.device) for name in dict.fromkeys([*names, "kd"])}
     weighted = weighted_losses(names)
     betas = betas or [DISTILLERS[name].beta for name in weighted]
     losses = [(name, built[name], beta) for name, beta in zip(weighted, betas, strict=True)]
@@ -177,14 +190,21 @@ def build_objective(
         losses=losses,
         kd=built["kd"] if alpha > 0 else None,
         alpha=alpha,
-        rise_epochs={name: DISTILLERS[name].rise * n_epochs for name in weighted if DISTILLERS[name].rise},
+        rise_epochs={
+            name: DISTILLERS[name].rise * n_epochs if rise_epochs is None else rise_epochs
+            for name in weighted
+            if DISTILLERS[name].rise
+        },
         label_smoothing=label_smoothing,
+        ce_weight=ce_weight,
     )
 
 
 def _build(name: str, student: Outputs, teacher: Outputs, options: Mapping[str, Any]) -> Distiller:
     entry = DISTILLERS[name]
-    return entry.build(student, teacher, **{key: options[key] for key in entry.options if options.get(key) is not None})
+    given = {key: options[key] for key in (*entry.options, *entry.needs) if options.get(key) is not None}
+    check_facts(name, given)
+    return entry.build(student, teacher, **given)
 
 
 def weighted_losses(names: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.base import Distiller, full_precision, register_distiller
+from distill.base import BatchNorm, Distiller, full_precision, register_distiller
 from models.outputs import Outputs
 from utils.errors import UserError
 
@@ -42,20 +42,6 @@ def _hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
     difference = student - teacher
     terms = [difference.square().mean(), *(F.adaptive_avg_pool2d(difference, side).square().mean() for side in levels)]
     return sum(weight * term for weight, term in zip(weights, terms, strict=True)) / sum(weights)
-
-
-class BatchNorm(nn.Module):
-    """Batch statistics alone; of a single value, which nn.BatchNorm2d refuses, the bias is left."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > x.shape[1]:
-            return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
-        return torch.addcmul(self.bias.view(1, -1, 1, 1), x - x, self.weight.view(1, -1, 1, 1))
 
 
 class ABF(nn.Module):

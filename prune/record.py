@@ -138,7 +138,7 @@ def compare_outputs(dense: nn.Module, small: nn.Module, data: ImageData) -> tupl
     """`relative_difference` over the test images, and the top-1 accuracy of either, in one pass."""
     difference, sums = ResultDifference(), {"dense": Sums(data.device), "compact": Sums(data.device)}
     with evaluating(dense, small), torch.no_grad():
-        for images, labels, _ in data.test_batches():
+        for images, labels, *_ in data.test_batches():
             logits = {"dense": dense(images), "compact": small(images)}
             difference.add(*logits.values())
             for name, outputs in logits.items():

@@ -208,7 +208,7 @@ def test_batches_are_made_on_the_device():
     next(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        images, labels, _ = next(batches)
+        images, labels, *_ = next(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert images.device == labels.device == CUDA

@@ -30,7 +30,7 @@ def test_the_recorded_accuracy_is_that_of_the_saved_network(trained_run):
     file = load_network(trained_run / "model_best.pt", flag="--load-path")
     data = ImageData(load_dataset("digits"), batch_size=32, seed=0, device=torch.device("cpu"), limit_batches=2)
     with torch.no_grad():
-        right = [(file.network(images).argmax(1) == labels).float() for images, labels, _ in data.test_batches()]
+        right = [(file.network(images).argmax(1) == labels).float() for images, labels, *_ in data.test_batches()]
     assert torch.cat(right).mean().item() * 100 == file.metrics["top1"]
 
 

@@ -45,7 +45,7 @@ def profile_network(network: nn.Module, image: Tensor) -> dict[str, int]:
 def training_flops(objective: nn.Module, image: Tensor) -> int:
     """FLOPs of a training step for each image: forward and backward pass, of a teacher its forward pass.
 
-    `objective(images, labels)` is what is trained, `image` (1, C, H, W) one of its images. Leaves no trace in it.
+    `objective(images, labels, indices)` is what is trained, `image` (1, C, H, W) one of its images. Leaves no trace in it.
     """
     counter = FlopCounterMode(display=False)
     images = image.expand(2, -1, -1, -1)  # batch norm needs two
@@ -53,7 +53,7 @@ def training_flops(objective: nn.Module, image: Tensor) -> int:
     with preserved_random_state(), torch.enable_grad():
         copied = copy.deepcopy(objective).train()
         with counter:
-            copied(images, labels)[0].backward()
+            copied(images, labels, torch.arange(len(images), device=images.device))[0].backward()
     return counter.get_total_flops() // len(images)
 
 

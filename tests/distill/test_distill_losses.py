@@ -13,13 +13,20 @@ from torch import nn
 from distill.afd import AFD, BN_EPSILON, WIDTH, candidates, value_distances
 from distill.at import at_loss
 from distill.base import attention_map, channel_energy
+from distill.crd import Bank, Negatives, contrastive_loss
+from distill.ctkd import CTKD, reversal_factor
 from distill.dist import dist_loss, pearson
 from distill.dkd import decoupled_divergences, dkd_loss
+from distill.fitnet import FitNet, Regressor
 from distill.hap import hap_loss
 from distill.kd import kd_loss
 from distill.logits import standardized
+from distill.nkd import nkd_loss
+from distill.pkt import pkt_loss
 from distill.reviewkd import ABF, ReviewKD, hcl_loss
+from distill.rkd import rkd_loss
 from distill.sp import sp_loss
+from distill.wttm import wttm_loss
 from models.outputs import Outputs
 
 
@@ -240,8 +247,8 @@ def test_dkd_of_logits_that_are_far_apart_is_finite():
 def test_pearson_against_numpy_and_of_a_constant():
     a, b = random_maps([(3, 8)] * 2)
     expected = [np.corrcoef(*rows)[0, 1] for rows in zip(a.numpy(), b.numpy(), strict=True)]
-    np.testing.assert_allclose(pearson(a, b, dim=1), expected)
-    np.testing.assert_allclose(pearson(a.T, b.T, dim=0), expected)
+    np.testing.assert_allclose(pearson(a, b, dim=1), expected, rtol=1e-6)
+    np.testing.assert_allclose(pearson(a.T, b.T, dim=0), expected, rtol=1e-6)
     assert pearson(torch.ones(1, 8), b[:1].float(), dim=1).item() == 0
 
 
@@ -255,11 +262,15 @@ def test_dist_against_numpy():
     assert loss.item() == pytest.approx(16 * (2 * classes + 3 * images))
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 99))
-def test_dist_of_equal_logits_is_zero(batch, classes, seed):
-    (logits,) = random_maps([(batch, classes)], seed)
-    assert dist_loss(logits, logits, temperature=4.0, beta=2.0, gamma=2.0).item() == pytest.approx(0, abs=1e-12)
+def test_dist_of_equal_logits_is_zero_up_to_its_epsilon():
+    (logits,) = random_maps([(20, 6)])
+    assert dist_loss(logits, logits, temperature=1.0, beta=2.0, gamma=2.0).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_the_epsilon_of_pearson_stands_beside_the_product_of_the_lengths():
+    # rows of length 1e-4: a product of 1e-8, to which as much is added
+    small = torch.tensor([[1e-4, -1e-4]], dtype=torch.float64) / math.sqrt(2)
+    assert pearson(small, small, dim=1).item() == pytest.approx(0.5)
 
 
 def test_hierarchical_loss_worked_by_hand():
@@ -310,3 +321,116 @@ def test_reviewkd_fuses_from_the_embedding_to_the_first_stage():
         outputs.append(output)
     expected = hcl_loss(outputs, [teacher.embedding[:, :, None, None], *reversed(teacher.stages)])
     assert distiller(student, teacher).item() == pytest.approx(expected.item())
+
+
+def test_rkd_worked_by_hand():
+    # Corners of a right triangle with legs 3 and 4, and of one with three sides of 1 by its distances alone.
+    student = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+    teacher = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    distances = [3 / 4, 1, 5 / 4]  # over their mean, 4; the teacher's are all 1
+    expected = 2 * sum((distance - 1) ** 2 / 2 for distance in distances) / 9
+    assert rkd_loss(student, teacher, distance_weight=1.0, angle_weight=0.0).item() == pytest.approx(expected, rel=1e-5)
+    cosines = [0, 3 / 5, 4 / 5]  # in the corners; the teacher's are all 1/2
+    # of the 27 triples each corner has two between different images, and the others agree
+    expected = 2 * sum((cosine - 1 / 2) ** 2 / 2 for cosine in cosines) / 27
+    assert rkd_loss(student, teacher, distance_weight=0.0, angle_weight=1.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_rkd_knows_no_scale():
+    (student,) = random_maps([(5, 3)])
+    assert rkd_loss(student, 7 * student, distance_weight=25.0, angle_weight=50.0).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_pkt_worked_by_hand():
+    # Cosines (1, 0) make kernels (1, 1/2) and so probabilities (2/3, 1/3); opposite images have (1, 0).
+    student, teacher = torch.eye(2), torch.tensor([[1.0], [-1.0]])
+    expected = 2 * math.log(1 / (2 / 3)) / 4
+    assert pkt_loss(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_wttm_worked_by_hand():
+    # p = (9/10, 1/10) to the power 1/2 is proportional to (3, 1): q = (3/4, 1/4), U = 4 / sqrt(10).
+    teacher, student = torch.tensor([[math.log(9), 0.0]]), torch.zeros(1, 2)
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert wttm_loss(student, teacher, gamma=0.5).item() == pytest.approx(4 / math.sqrt(10) * divergence, rel=1e-6)
+
+
+def test_wttm_with_the_exponent_one_is_kd_at_temperature_one():
+    student, teacher = random_maps([(6, 5), (6, 5)])
+    expected = kd_loss(student, teacher, temperature=1.0).item()
+    assert wttm_loss(student, teacher, gamma=1.0).item() == pytest.approx(expected)
+
+
+def test_nkd_worked_by_hand():
+    # Target 0 with p = 1/2 in the teacher, 1/4 in the student, and of the others (2/3, 1/3) and (1/2, 1/2) at T = 1.
+    teacher = torch.tensor([[1 / 2, 1 / 3, 1 / 6]]).log()
+    student = torch.tensor([[1 / 4, 3 / 8, 3 / 8]]).log()
+    expected = -0.5 * math.log(1 / 4) - 2 * math.log(1 / 2)
+    loss = nkd_loss(student, teacher, torch.tensor([0]), temperature=1.0, gamma=2.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_ctkd_is_kd_at_a_temperature_that_goes_where_kd_is_larger():
+    student, teacher = ([logits * 3] for logits in random_maps([(8, 5), (8, 5)]))
+    outputs = [Outputs(logits, (), (), logits) for (logits,) in (student, teacher)]
+    distiller = CTKD(*outputs, ctkd_epochs=10).double()
+    loss = distiller(*outputs, epochs=torch.tensor(99.0))
+    temperature = 1 + 20 / (1 + math.exp(-1))
+    assert loss.item() == pytest.approx(kd_loss(student[0], teacher[0], temperature=temperature).item())
+    loss.backward()
+    ahead, behind = (
+        kd_loss(student[0], teacher[0], temperature=1 + 20 / (1 + math.exp(-1 - step))).item() for step in (1e-6, -1e-6)
+    )
+    assert distiller.theta.grad.item() == pytest.approx(-(ahead - behind) / 2e-6, rel=1e-5)
+
+
+def test_ctkd_turns_the_gradient_round_more_and_more():
+    factors = [reversal_factor(torch.tensor(epochs), rise_epochs=10).item() for epochs in (0.0, 0.9, 4.0, 9.5, 30.0)]
+    assert factors == pytest.approx([0.0244717, 0.0244717, 0.5, 1.0, 1.0], abs=1e-6)
+
+
+def test_contrastive_loss_worked_by_hand():
+    # One positive with h = 3/4 and two negatives with h = 1/4 and 3/4, K / n = 2 / 8 = 1/4.
+    scores = torch.tensor([[3 / 4, 1 / 4, 3 / 4]])
+    expected = -(math.log(3 / 4) + math.log(1 / 2) + math.log(1 / 4))
+    assert contrastive_loss(scores, train_images=8).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_crd_scores_have_the_mean_of_noise_at_first_and_rows_move_half_way():
+    bank = Bank(6, 2).train()
+    bank.rows.copy_(torch.tensor([[1.0, 0.0]]).expand(6, 2))
+    anchors = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    picked = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    scores = bank.scores(anchors, picked, temperature=0.5)
+    assert scores.mean().item() == pytest.approx(1 / 6)
+    assert (scores[1] / scores[0]).tolist() == pytest.approx(3 * [math.exp(2)])
+    bank.rows.zero_()
+    assert bank.scores(anchors, picked, temperature=0.5).mean() < 1 / 6  # Z stays
+    bank.rows.copy_(torch.tensor([[1.0, 0.0]]).expand(6, 2))
+    bank.remember(torch.tensor([4]), torch.tensor([[0.0, 1.0]]), momentum=0.5)
+    assert bank.rows[4].tolist() == pytest.approx([math.sqrt(0.5)] * 2)
+    assert bank.rows[3].tolist() == [1.0, 0.0]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=20).filter(lambda labels: len(set(labels)) > 1), st.integers(0, 99))
+def test_negatives_are_all_images_of_other_classes(labels, seed):
+    labels = torch.tensor(labels)
+    torch.manual_seed(seed)
+    drawn = Negatives(labels)(torch.arange(len(labels)), count=400)
+    for row, picked in enumerate(drawn.tolist()):
+        assert set(picked) == set((labels != labels[row]).nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("own, other", [((8, 8), (8, 8)), ((8, 8), (4, 4)), ((4, 4), (8, 8)), ((9, 7), (4, 4)), ((3, 3), (8, 8))])
+def test_fitnets_regressor_has_the_teachers_shape(own, other):
+    regressor = Regressor((2, 3, *own), (2, 5, *other))
+    assert regressor(torch.randn(2, 3, *own)).shape == (2, 5, *other)
+
+
+def test_fitnet_of_a_regressor_that_copies_worked_by_hand():
+    feature_map = torch.tensor([[[[0.0]]], [[[2.0]]]])  # batch norm makes it (-1, 1), ReLU (0, 1)
+    outputs = Outputs(torch.zeros(2, 3), (feature_map,), (feature_map,), torch.zeros(2, 1))
+    distiller = FitNet(outputs, outputs, fitnet_stage=1)
+    nn.init.ones_(distiller.regressor.conv.weight)
+    assert distiller(outputs, outputs).item() == pytest.approx((0 + 1) / 2, rel=1e-4)

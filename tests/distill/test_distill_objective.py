@@ -22,6 +22,8 @@ from utils.errors import UserError
 LOSSES = sorted(set(DISTILLERS) - {"kd"})
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0])
+ROWS = torch.tensor([0, 4, 8, 9])
+FACTS = {"train_labels": torch.arange(12) % 3}
 
 
 def small_network(seed):
@@ -32,7 +34,8 @@ def small_network(seed):
 def make_objective(*names, alpha=0.9, beta=10.0):
     student, teacher = small_network(0), small_network(1)
     samples = {"student": sample_outputs(student, IMAGES), "teacher": sample_outputs(teacher, IMAGES)}
-    losses = [(name, build_distiller(name, **samples), beta) for name in names]
+    facts = {name: FACTS if DISTILLERS[name].needs & FACTS.keys() else {} for name in names}
+    losses = [(name, build_distiller(name, **samples, **facts[name]), beta) for name in names]
     kd = build_distiller("kd", **samples)
     return DistillationObjective(student, teacher=FrozenTeacher(teacher), losses=losses, kd=kd, alpha=alpha)
 
@@ -79,25 +82,64 @@ def test_a_weight_rises_over_its_epochs_and_is_part_of_the_state():
         small_network(0), small_network(1), ["reviewkd"], images=IMAGES, alpha=0.0, betas=[6.0], n_epochs=36
     )
     assert objective.formula() == "CE + (6, rising over 3 epochs) REVIEWKD"
-    for epoch, weight in ((0, 2.0), (1, 4.0), (2, 6.0), (30, 6.0)):
-        objective.begin_epoch(epoch)
+    for epoch, step, weight in ((0, 0, 0.5), (0, 3, 2.0), (1, 1, 3.0), (2, 3, 6.0), (30, 0, 6.0)):
+        objective.begin_step(epoch, step, steps=4)
         loss, _, terms = objective(IMAGES, LABELS)
         torch.testing.assert_close(loss.detach(), terms["ce"] + weight * terms["reviewkd"])
     longer = build_objective(small_network(0), small_network(1), ["reviewkd"], images=IMAGES, alpha=0.0, n_epochs=360)
     longer.load_state_dict(objective.state_dict())  # as of a run whose epochs were raised
-    longer.begin_epoch(1)
+    longer.begin_step(1, 3, steps=4)
     assert longer.rises["reviewkd"].share.item() == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("n_epochs", [1, 4, 12])
-def test_a_weight_is_full_from_the_beginning_of_a_short_run(n_epochs):
-    objective = build_objective(small_network(0), small_network(1), ["dkd"], images=IMAGES, alpha=0.0, n_epochs=n_epochs)
-    assert objective.formula() == "CE + 1 DKD (T 4, alpha 1, beta 8)"
-    objective.begin_epoch(0)
+def test_a_weight_rises_in_a_run_of_two_epochs_as_well():
+    build = partial(build_objective, small_network(0), small_network(1), ["dkd"], images=IMAGES, alpha=0.0, n_epochs=2)
+    objective = build()
+    assert objective.formula() == "CE + (1, rising over 0.167 epochs) DKD (T 4, alpha 1, beta 8)"
+    shares = []
+    for step in range(12):
+        objective.begin_step(0, step, steps=12)
+        shares.append(objective.rises["dkd"].share.item())
+    assert shares == pytest.approx([0.5] + 11 * [1.0])
+    assert build(rise_epochs=0).formula() == "CE + 1 DKD (T 4, alpha 1, beta 8)"
+    slow = build(rise_epochs=20)
+    slow.begin_step(0, 11, steps=12)
+    assert slow.rises["dkd"].share.item() == pytest.approx(1 / 20)
+
+
+def test_a_rise_of_no_epochs_has_the_full_weight_at_the_first_step():
+    objective = build_objective(small_network(0), small_network(1), ["dkd"], images=IMAGES, alpha=0.0, rise_epochs=0)
+    objective.begin_step(0, 0, steps=4)
+    assert objective.rises["dkd"].share == 1
+
+
+def test_the_cross_entropy_has_a_weight():
+    build = partial(build_objective, small_network(0), small_network(1), ["kd"], images=IMAGES, alpha=0.9)
+    objective = build(ce_weight=0.1)
     loss, _, terms = objective(IMAGES, LABELS)
-    torch.testing.assert_close(loss.detach(), terms["ce"] + terms["dkd"])
-    longer = build_objective(small_network(0), small_network(1), ["dkd"], images=IMAGES, alpha=0.0, n_epochs=13)
-    assert longer.formula() == "CE + (1, rising over 1.08 epochs) DKD (T 4, alpha 1, beta 8)"
+    torch.testing.assert_close(loss.detach(), 0.1 * terms["ce"] + 0.9 * terms["kd"])
+    assert objective.formula() == "0.1 CE + 0.9 KD (T 4)"
+    assert build(ce_weight=0.0).formula() == "0.9 KD (T 4)"
+    assert build().formula() == "CE + 0.9 KD (T 4)"
+
+
+def test_crd_remembers_in_its_state_and_goes_on_from_it():
+    def build():
+        return build_objective(small_network(0), small_network(1), ["crd"], images=IMAGES, alpha=0.0, facts=FACTS, options=few)
+
+    few = {"crd_negatives": 5}
+    begun = build()
+    before = begun.distillers["crd"].student_bank.rows.clone()
+    begun(IMAGES, LABELS, ROWS)
+    changed = (begun.distillers["crd"].student_bank.rows != before).any(1)
+    assert changed.nonzero().flatten().tolist() == ROWS.tolist()
+    again = build()
+    again.load_state_dict(begun.state_dict())
+    losses = []
+    for objective in (begun, again):
+        torch.manual_seed(0)
+        losses.append(objective(IMAGES, LABELS, ROWS.flip(0))[0])
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize(
@@ -125,15 +167,15 @@ def test_formula_names_every_weight():
 @pytest.mark.parametrize(("name", "option"), [(name, option) for name, entry in DISTILLERS.items() for option in entry.options])
 def test_formula_shows_every_option(name, option):
     default = DISTILLERS[name].options[option].default
-    build = partial(build_objective, small_network(0), small_network(1), [name], images=IMAGES, alpha=0.9)
-    other = True if default is False else default - 1
+    build = partial(build_objective, small_network(0), small_network(1), [name], images=IMAGES, alpha=0.9, facts=FACTS)
+    other = True if default is False else max(default - 1, 1) if isinstance(default, int) else default / 2
     assert build().formula() == build(options={option: default}).formula() != build(options={option: other}).formula()
 
 
 def test_formula_shows_the_weights_inside_of_losses():
     options = {"kd_t": 2.0, "kd_standardize": True, "dkd_alpha": 0.0, "dist_beta": 1.5}
     objective = build_objective(
-        small_network(0), small_network(1), ["dkd", "dist", "kd"], images=IMAGES, alpha=9.0, options=options
+        small_network(0), small_network(1), ["dkd", "dist", "kd"], images=IMAGES, alpha=9.0, options=options, rise_epochs=0
     )
     dkd, dist = "1 DKD (T 2, logits standardised, alpha 0, beta 8)", "1 DIST (T 2, beta 1.5, gamma 2)"
     assert objective.formula() == f"CE + 9 KD (T 2, logits standardised) + {dkd} + {dist}"
@@ -162,7 +204,7 @@ def test_a_teacher_without_a_loss_and_a_loss_without_a_teacher_are_refused():
         DistillationObjective(objective.student, kd=objective.distillers["kd"])
 
 
-LOGIT_LOSSES = {"kd", "dkd", "dist"}
+LOGIT_LOSSES = {"kd", "dkd", "dist", "wttm", "nkd", "ctkd"}
 
 
 def test_a_loss_says_whether_it_reads_feature_maps():
@@ -202,7 +244,8 @@ def test_losses_of_logits_are_what_they_are_beside_the_maps(name):
     samples = {"student": sample_outputs(student, IMAGES), "teacher": sample_outputs(teacher, IMAGES)}
     alone = build_objective(student, teacher, [name], images=IMAGES, alpha=0.9)
     assert not alone.reads_maps
-    expected = build_distiller(name, **samples)(student.train().outputs(IMAGES), alone.teacher(IMAGES), LABELS)
+    facts = {"labels": LABELS, "epochs": torch.tensor(0.0)}
+    expected = build_distiller(name, **samples)(student.train().outputs(IMAGES), alone.teacher(IMAGES), **facts)
     torch.testing.assert_close(alone.train()(IMAGES, LABELS)[2][name], expected.detach(), rtol=0, atol=0)
 
 
@@ -211,7 +254,7 @@ def test_a_step_trains_every_parameter_and_leaves_the_teacher(name):
     objective = make_objective(name).train()
     teacher_state, student_state = state_of(objective.teacher.network), state_of(objective.student)
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
-    objective(IMAGES, LABELS)[0].backward()
+    objective(IMAGES, LABELS, ROWS)[0].backward()
     assert all(parameter.grad is not None for parameter in objective.parameters())  # or DistributedDataParallel would wait
     optimizer.step()
     assert_same_state(objective.teacher.network, teacher_state)
@@ -304,9 +347,11 @@ def test_folding_leaves_convolutions_that_others_read_too():
 def test_the_objective_with_every_loss_compiles_into_one_graph():
     objective = make_objective(*LOSSES).train()
     twin = copy.deepcopy(objective)
-    loss, _, terms = torch.compile(objective, backend="aot_eager", fullgraph=True)(IMAGES, LABELS)
+    torch.manual_seed(5)
+    loss, _, terms = torch.compile(objective, backend="aot_eager", fullgraph=True)(IMAGES, LABELS, ROWS)
     loss.backward()
-    expected, _, expected_terms = twin(IMAGES, LABELS)
+    torch.manual_seed(5)
+    expected, _, expected_terms = twin(IMAGES, LABELS, ROWS)
     expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(terms, expected_terms)
@@ -316,7 +361,7 @@ def test_the_objective_with_every_loss_compiles_into_one_graph():
 
 def test_under_autocast_the_terms_stay_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, logits, terms = make_objective(*LOSSES)(IMAGES, LABELS)
+        loss, logits, terms = make_objective(*LOSSES)(IMAGES, LABELS, ROWS)
     loss.backward()
     assert logits.dtype == torch.bfloat16
     assert {term.dtype for term in terms.values()} == {torch.float32} and loss.isfinite()

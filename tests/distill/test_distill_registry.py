@@ -28,6 +28,18 @@ def make_outputs(batch=4, *, seed=0, extra_channels=0, classes=5, blocks_per_sta
     return Outputs(logits, blocks[blocks_per_stage - 1 :: blocks_per_stage], blocks, blocks[-1].mean((2, 3)))
 
 
+def build(name, *, student, teacher, **options):
+    """As `build_distiller`, with what a loss has to know of a training."""
+    facts = {"train_labels": torch.arange(20) % 5} if "train_labels" in DISTILLERS[name].needs else {}
+    return build_distiller(name, student=student, teacher=teacher, **facts, **options)
+
+
+def loss_of(distiller, student, teacher):
+    """Of a first step with the first images of the set, drawn alike whenever something is drawn."""
+    torch.manual_seed(0)
+    return distiller(student, teacher, indices=torch.arange(len(student.logits)), epochs=torch.tensor(0.0))
+
+
 def in_dtype(outputs, dtype):
     blocks = tuple(block.to(dtype) for block in outputs.blocks)
     stages = blocks[len(blocks) // len(SIZES) - 1 :: len(blocks) // len(SIZES)]
@@ -35,13 +47,13 @@ def in_dtype(outputs, dtype):
 
 
 def with_gradients(outputs):
-    for tensor in (outputs.logits, *outputs.blocks):
+    for tensor in (outputs.logits, *outputs.blocks, outputs.embedding):
         tensor.requires_grad_()
     return outputs
 
 
 def gradients(outputs):
-    return [tensor.grad for tensor in (outputs.logits, *outputs.blocks) if tensor.grad is not None]
+    return [tensor.grad for tensor in (outputs.logits, *outputs.blocks, outputs.embedding) if tensor.grad is not None]
 
 
 @pytest.fixture(params=sorted(DISTILLERS))
@@ -51,8 +63,8 @@ def name(request):
 
 def test_every_loss_is_a_scalar_that_teaches_the_student_alone(name):
     student, teacher = with_gradients(make_outputs()), make_outputs(seed=1, extra_channels=3)
-    distiller = build_distiller(name, student=student, teacher=teacher)
-    loss = distiller(student, teacher)
+    distiller = build(name, student=student, teacher=teacher)
+    loss = loss_of(distiller, student, teacher)
     loss.backward()
     assert loss.shape == () and loss.item() > 0
     assert any(gradient.abs().sum() > 0 for gradient in gradients(student))
@@ -62,8 +74,9 @@ def test_every_loss_is_a_scalar_that_teaches_the_student_alone(name):
 
 def test_no_loss_separates_a_network_from_itself_except_by_depth(name):
     outputs = make_outputs(blocks_per_stage=1)
-    loss = build_distiller(name, student=outputs, teacher=outputs)(outputs, outputs)
-    differs_from_itself = name in ("hap", "afd", "reviewkd")  # across depth, or by its own layers
+    loss = loss_of(build(name, student=outputs, teacher=outputs), outputs, outputs)
+    # across depth, by layers of its own, by a temperature of one side, or because it is no divergence
+    differs_from_itself = name in ("hap", "afd", "reviewkd", "fitnet", "crd", "wttm", "nkd")
     assert (loss.item() > 1e-3) == differs_from_itself
     assert loss.item() > -1e-6
 
@@ -72,9 +85,9 @@ def test_dead_feature_maps_give_finite_losses_and_gradients(name):
     student, teacher = make_outputs(), make_outputs(seed=1)
     for block in student.blocks[:-1]:
         block.zero_()
-    student.blocks[-1][0] = 0
+    student.blocks[-1][0] = student.embedding[0] = 0
     with_gradients(student)
-    loss = build_distiller(name, student=student, teacher=teacher)(student, teacher)
+    loss = loss_of(build(name, student=student, teacher=teacher), student, teacher)
     loss.backward()
     assert math.isfinite(loss.item())
     assert gradients(student) and all(gradient.isfinite().all() for gradient in gradients(student))
@@ -82,8 +95,8 @@ def test_dead_feature_maps_give_finite_losses_and_gradients(name):
 
 def test_a_last_batch_of_one_image_is_no_special_case(name):
     student, teacher = with_gradients(make_outputs(1)), make_outputs(1, seed=1)
-    distiller = build_distiller(name, student=student, teacher=teacher)
-    loss = distiller(student, teacher)
+    distiller = build(name, student=student, teacher=teacher)
+    loss = loss_of(distiller, student, teacher)
     loss.backward()
     assert math.isfinite(loss.item())
     assert all(gradient.isfinite().all() for gradient in gradients(student))
@@ -93,12 +106,12 @@ def test_a_last_batch_of_one_image_is_no_special_case(name):
 def test_losses_are_computed_in_float32_under_autocast(name):
     student, teacher = in_dtype(make_outputs(), torch.bfloat16), in_dtype(make_outputs(seed=1), torch.bfloat16)
     widened = in_dtype(student, torch.float32), in_dtype(teacher, torch.float32)
-    distiller = build_distiller(name, student=student, teacher=teacher)
+    distiller = build(name, student=student, teacher=teacher).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = distiller(with_gradients(student), teacher)
+        loss = loss_of(distiller, with_gradients(student), teacher)
     loss.backward()
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(distiller(*widened).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(loss_of(distiller, *widened).item(), rel=1e-5)
     assert all(gradient.dtype == torch.bfloat16 for gradient in gradients(student))
 
 
@@ -109,7 +122,7 @@ def test_every_loss_fits_the_networks_of_the_repository(name, student_model, tea
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         student, teacher = (build_model(model, num_classes=4).outputs(images) for model in (student_model, teacher_model))
-    assert math.isfinite(build_distiller(name, student=student, teacher=teacher)(student, teacher).item())
+    assert math.isfinite(loss_of(build(name, student=student, teacher=teacher), student, teacher).item())
 
 
 def test_at_compares_the_last_two_of_four_stages():
@@ -118,11 +131,18 @@ def test_at_compares_the_last_two_of_four_stages():
         for outputs in (make_outputs(), make_outputs(seed=1))
     )
     distiller = build_distiller("at", student=student, teacher=teacher)
-    loss = distiller(student, teacher)
+    loss = loss_of(distiller, student, teacher)
     student.stages[1].zero_()
     assert distiller(student, teacher) == loss
     student.stages[2].zero_()
     assert distiller(student, teacher) != loss
+
+
+def test_at_compares_as_many_stages_as_it_is_told():
+    student, teacher = make_outputs(), make_outputs(seed=1)
+    last = [outputs._replace(stages=outputs.stages[2:]) for outputs in (student, teacher)]
+    expected = build_distiller("at", student=last[0], teacher=last[1])(*last)
+    assert build_distiller("at", student=student, teacher=teacher, at_stages=1)(student, teacher) == expected
 
 
 def test_at_compares_the_last_stages_where_one_network_has_more():
@@ -153,9 +173,9 @@ def test_every_loss_teaches_a_network_of_any_family_by_any_other(name, pair, fam
     stem = next(network.parameters())
     if name == "reviewkd" and len(student.stages) != len(teacher.stages):
         with pytest.raises(UserError, match="the same number of stages"):
-            build_distiller(name, student=student, teacher=teacher)
+            build(name, student=student, teacher=teacher)
         return
-    loss = build_distiller(name, student=student, teacher=teacher)(student, teacher)
+    loss = loss_of(build(name, student=student, teacher=teacher), student, teacher)
     (gradient,) = torch.autograd.grad(loss, stem, retain_graph=True)
     assert math.isfinite(loss.item()) and gradient.isfinite().all() and gradient.abs().sum() > 0
 
@@ -163,7 +183,7 @@ def test_every_loss_teaches_a_network_of_any_family_by_any_other(name, pair, fam
 def test_hap_compares_the_last_blocks_of_the_teacher():
     student, teacher = make_outputs(), make_outputs(seed=1)
     distiller = build_distiller("hap", student=student, teacher=teacher, hap_ts=2)
-    loss = distiller(student, teacher)
+    loss = loss_of(distiller, student, teacher)
     teacher.blocks[-3].zero_()
     assert distiller(student, teacher) == loss
     teacher.blocks[-2].zero_()
@@ -173,8 +193,9 @@ def test_hap_compares_the_last_blocks_of_the_teacher():
 @pytest.mark.parametrize(
     "name, options, words",
     [
-        ("hop", {}, "--distill hop: unknown loss: choose from afd, at, dist, dkd, hap, kd, reviewkd, sp"),
-        ("at", {"kd_t": 4.0}, "--distill at: no option 'kd_t': it has none"),
+        ("hop", {}, "--distill hop: unknown loss: choose from afd, at, crd, ctkd, dist"),
+        ("sp", {"kd_t": 4.0}, "--distill sp: no option 'kd_t': it has none"),
+        ("at", {"at_stages": 4}, "--at-stages 4: both networks have 3 stages"),
         ("kd", {"temperature": 4.0}, "--distill kd: no option 'temperature': it has kd_t, kd_standardize"),
         ("kd", {"kd_t": 0.0}, "--kd-t 0.0"),
         ("kd", {"kd_t": float("nan")}, "--kd-t nan"),
@@ -182,6 +203,14 @@ def test_hap_compares_the_last_blocks_of_the_teacher():
         ("dist", {"dist_beta": 0.0, "dist_gamma": 0.0}, "--dist-beta 0 --dist-gamma 0: the weights"),
         ("dist", {"dist_gamma": -1.0}, "--dist-beta 2 --dist-gamma -1: the weights"),
         ("dkd", {"dkd_beta": float("inf")}, "--dkd-alpha 1 --dkd-beta inf: the weights"),
+        ("wttm", {"wttm_gamma": 1.5}, "--wttm-gamma 1.5: must be above 0 and at most 1"),
+        ("nkd", {"nkd_t": 0.0}, "--nkd-t 0: the temperature"),
+        ("ctkd", {"ctkd_epochs": 0}, "--ctkd-epochs 0: must be 1 or more"),
+        ("fitnet", {"fitnet_stage": 4}, "--fitnet-stage 4: both networks have 3 stages"),
+        ("crd", {}, "--distill crd: needs train_labels (the classes of all training images)"),
+        ("crd", {"train_labels": torch.zeros(4, dtype=torch.long)}, "--distill crd: needs training images of two classes"),
+        ("crd", {"train_labels": torch.arange(4), "crd_momentum": 1.0}, "--crd-momentum 1: must be from 0 to below 1"),
+        ("rkd", {"rkd_distance": 0.0, "rkd_angle": 0.0}, "--rkd-distance 0 --rkd-angle 0: the weights"),
         ("hap", {"hap_ts": 0}, "--hap-ts 0: the teacher has 6 blocks"),
         ("hap", {"hap_ts": 7}, "--hap-ts 7: the teacher has 6 blocks"),
     ],
@@ -203,12 +232,19 @@ def test_networks_that_cannot_be_compared_are_refused():
         build_distiller("dkd", student=one_class, teacher=one_class)
 
 
-def test_only_dkd_asks_for_the_true_classes_and_else_takes_the_teachers_word():
+def test_losses_say_what_they_need_beside_outputs():
+    needs = {name: set(entry.needs) for name, entry in DISTILLERS.items() if entry.needs}
+    labels, crd = {"labels"}, {"train_labels", "indices"}
+    assert needs == {"dkd": labels, "nkd": labels, "ctkd": {"epochs"}, "crd": crd}
+
+
+@pytest.mark.parametrize("name", ["dkd", "nkd"])
+def test_without_labels_the_teachers_word_counts(name):
     student, teacher = make_outputs(), make_outputs(seed=1)
-    assert [name for name, entry in DISTILLERS.items() if entry.build.reads_labels] == ["dkd"]
-    distiller = build_distiller("dkd", student=student, teacher=teacher)
+    distiller = build(name, student=student, teacher=teacher)
     word = teacher.logits.argmax(1)
-    assert distiller(student, teacher) == distiller(student, teacher, word) != distiller(student, teacher, (word + 1) % 5)
+    other = distiller(student, teacher, labels=(word + 1) % 5)
+    assert distiller(student, teacher) == distiller(student, teacher, labels=word) != other
 
 
 @pytest.mark.parametrize("name", [name for name, entry in DISTILLERS.items() if entry.weights])
@@ -216,7 +252,7 @@ def test_each_part_of_a_loss_can_be_left_out(name):
     student, teacher = make_outputs(), make_outputs(seed=1)
 
     def loss(**weights):
-        return build_distiller(name, student=student, teacher=teacher, **weights)(student, teacher).item()
+        return loss_of(build(name, student=student, teacher=teacher, **weights), student, teacher).item()
 
     weights = DISTILLERS[name].weights
     parts = [loss(**dict.fromkeys(weights, 0.0) | {weight: 1.0}) for weight in weights]
@@ -227,7 +263,7 @@ def test_each_part_of_a_loss_can_be_left_out(name):
 def test_standardised_logits_know_no_scale(name):
     student, teacher = make_outputs(), make_outputs(seed=1)
     scaled = student._replace(logits=3 * student.logits + 1)
-    distiller = build_distiller(name, student=student, teacher=teacher, kd_standardize=True)
+    distiller = build(name, student=student, teacher=teacher, kd_standardize=True)
     assert distiller(scaled, teacher).item() == pytest.approx(distiller(student, teacher).item(), rel=1e-4)
 
 
@@ -235,11 +271,23 @@ def test_the_options_of_all_losses():
     assert {key: option.default for key, option in distiller_options().items()} == {
         "kd_t": 4.0,
         "kd_standardize": False,
+        "at_stages": 0,
         "hap_ts": 3,
         "dkd_alpha": 1.0,
         "dkd_beta": 8.0,
         "dist_beta": 2.0,
         "dist_gamma": 2.0,
+        "rkd_distance": 25.0,
+        "rkd_angle": 50.0,
+        "fitnet_stage": 2,
+        "crd_negatives": 16384,
+        "crd_width": 128,
+        "crd_t": 0.07,
+        "crd_momentum": 0.5,
+        "wttm_gamma": 0.2,
+        "nkd_t": 3.0,
+        "nkd_gamma": 3.5,
+        "ctkd_epochs": 10,
     }
 
 
@@ -253,8 +301,15 @@ def test_usual_betas():
         "dkd": 1,
         "dist": 1,
         "reviewkd": 5,
+        "fitnet": 100,
+        "rkd": 1,
+        "pkt": 30000,
+        "crd": 0.8,
+        "wttm": 4,
+        "nkd": 1,
+        "ctkd": 0.9,
     }
-    assert {name for name, entry in DISTILLERS.items() if entry.replaces_kd} == {"dkd", "dist", "reviewkd"}
+    assert {name for name, entry in DISTILLERS.items() if entry.replaces_kd} == {"dkd", "dist", "reviewkd", "wttm", "nkd", "ctkd"}
 
 
 def test_a_new_loss_is_one_decorated_class():
@@ -274,6 +329,8 @@ def test_a_new_loss_is_one_decorated_class():
         assert distiller_options(["hint"])["hint_stage"].default == 1
         with pytest.raises(TypeError, match="hint_stage"):
             register_distiller("undescribed", beta=100.0)(Hint)
+        with pytest.raises(TypeError, match="asks for weather: nobody knows it"):
+            register_distiller("wet", beta=1.0)(type("Wet", (Hint,), {"__init__": lambda self, a, b, *, weather: None}))
         with pytest.raises(ValueError, match="registered already"):
             register_distiller("hint", beta=100.0, hint_stage="stage to regress")(Hint)
         with pytest.raises(ValueError, match=r"'hint_stage' .* another loss's too, with another default or help"):

@@ -203,7 +203,8 @@ def add_training_flags(parser: Parser, *, lr: float, n_epochs: int, schedule: Se
         "--warmup-epochs", type=non_negative_int, default=0, metavar="N", help="first epochs, over which the rate rises linearly"
     )
     group.add_argument("--n-epochs", type=positive_int, default=n_epochs, help="epochs of training")
-    group.add_argument("--momentum", type=momentum_value, default=0.9, help="Nesterov momentum of SGD")
+    group.add_argument("--momentum", type=momentum_value, default=0.9, help="momentum of SGD, Nesterov's")
+    group.add_argument("--no-nesterov", action="store_true", help="plain momentum, as in most published codes")
     group.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help="weight decay of SGD")
     group.add_argument(
         "--label-smoothing", type=smoothing_value, default=0.0, metavar="S", help="share of the target that all classes get alike"

@@ -38,12 +38,14 @@ EXAMPLES = 8
 class Batch(NamedTuple):
     """This process's part of a batch: `images` (b, 3, H, W) normalised float32, `labels` (b,) int64, both on the device.
 
-    `weight` makes a mean over processes the mean over the whole batch: b * processes / B, 1 in a single process.
+    `weight` makes a mean over processes the mean over the whole batch: b * processes / B, 1 in a single process. `indices`
+    (b,) int64, on the device, are the rows of the images in their split; None where they are of no set.
     """
 
     images: Tensor
     labels: Tensor
     weight: float
+    indices: Tensor | None = None
 
 
 class ImageData:
@@ -137,8 +139,8 @@ class ImageData:
                 # the position of an image in the epoch says which random numbers are its own
                 positions.append(first_image + index * self.batch_size + share.start)
                 weights.append(len(part) * self.world.size / len(batch))
-        for (images, labels), weight in zip(split.batches(parts, positions, seed), weights, strict=True):
-            yield Batch(images, labels, weight)
+        for (images, labels, indices), weight in zip(split.batches(parts, positions, seed), weights, strict=True):
+            yield Batch(images, labels, weight, indices)
 
 
 def _fixed_order(labels: Tensor, count: int) -> Tensor:
@@ -182,7 +184,7 @@ class _DeviceSplit:
         self.pixels = pixels.permute(0, 2, 3, 1).contiguous()
         self.labels = split.labels.to(device)
 
-    def batches(self, parts: list[Tensor], positions: list[int], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, parts: list[Tensor], positions: list[int], seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Every random number of the epoch is drawn and sent to the device at once: no transfer within a step."""
         draws = self._draw(len(self.labels), seed) if self.crop_padding is not None else None
         rows_on_device = torch.cat(parts).to(self.device) if parts else torch.empty(0)
@@ -191,7 +193,7 @@ class _DeviceSplit:
             rows = rows_on_device[begin : begin + len(part)]
             begin += len(part)
             images = self.pixels[rows] if draws is None else self._augmented(rows, draws[:, position : position + len(part)])
-            yield self.normalise(images.permute(0, 3, 1, 2)), self.labels[rows]
+            yield self.normalise(images.permute(0, 3, 1, 2)), self.labels[rows], rows
 
     def _draw(self, length: int, seed: int) -> Tensor:
         """(3, N): vertical and horizontal offset of the crop, and whether to flip, for each position of the epoch."""
@@ -231,14 +233,14 @@ class _StreamedSplit:
             generator=torch.Generator(),  # its own: a pass over the data must not move the stream that dropout draws from
         )
 
-    def batches(self, parts: list[Tensor], positions: list[int], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, parts: list[Tensor], positions: list[int], seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         self.plan.steps = [
             [(row, derived_seed(seed, position + index)) for index, row in enumerate(part.tolist())]
             for part, position in zip(parts, positions, strict=True)
         ]
-        for images, labels in self._loaded():
+        for (images, labels), part in zip(self._loaded(), parts, strict=True):
             images = self.normalise(images.to(self.device, non_blocking=True))
-            yield images, labels.to(self.device, non_blocking=True)
+            yield images, labels.to(self.device, non_blocking=True), part.to(self.device, non_blocking=True)
 
     def _loaded(self) -> Iterator[tuple[Tensor, Tensor]]:
         try:

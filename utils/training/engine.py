@@ -1,7 +1,8 @@
 """The loop that the entry scripts share: train an epoch, evaluate, record, save; stop at any step and go on as if nothing was.
 
-An objective is called as `objective(images, labels) -> (loss, logits, terms)`: the 0-dim loss to minimise,
-and detached the (b, classes) logits and each named 0-dim term of the loss. Nothing in a step waits for the device.
+An objective is called as `objective(images, labels, indices) -> (loss, logits, terms)`, `indices` being the rows of the images
+in the training set: the 0-dim loss to minimise, and detached the (b, classes) logits and each named 0-dim term of the loss.
+Nothing in a step waits for the device.
 """
 
 import contextlib
@@ -42,8 +43,8 @@ class Objective(nn.Module):
         """The loss as the plan of a run shows it."""
         raise NotImplementedError
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Called before the first step of `epoch`, counted from 0, and when it is gone on with."""
+    def begin_step(self, epoch: int, step: int, *, steps: int) -> None:
+        """Called before every `step`, counted from 0, of the `steps` of an epoch."""
 
     def exchange(self, network: nn.Module) -> None:
         """Trains `network`, which gives outputs of the same shapes, in place of the one so far."""
@@ -61,7 +62,7 @@ class CrossEntropyObjective(Objective):
     def formula(self) -> str:
         return cross_entropy_formula(self.label_smoothing)
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         logits = logits_of(self.network(images))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         return loss, logits.detach(), {}
@@ -117,11 +118,14 @@ class Hooks:
         """Goes on from what `state_dict` gave."""
 
 
-def sgd(parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with Nesterov momentum (plain without momentum), one fused launch a step where the device has it."""
+def sgd(
+    parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool = True
+) -> torch.optim.SGD:
+    """SGD with momentum, Nesterov's unless that is False, one fused launch a step where the device has it."""
     parameters = list(parameters)
     fused = all(parameter.device.type in ("cuda", "cpu") for parameter in parameters)
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused)
+    nesterov = nesterov and momentum > 0
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused)
 
 
 def check_acceleration(*, device: torch.device, amp: bool, compiled: bool, sync_bn: bool) -> None:
@@ -166,7 +170,7 @@ def train_step(
     """One step of `optimizer`; `step` is what `prepare_step` made. Gives the loss, logits and terms of before, detached."""
     optimizer.zero_grad(set_to_none=True)
     with autocast(batch.images.device, amp):
-        loss, logits, terms = step(batch.images, batch.labels)
+        loss, logits, terms = step(batch.images, batch.labels, batch.indices)
     (loss if batch.weight == 1 else loss * batch.weight).backward()
     optimizer.step()
     return loss.detach(), logits, terms
@@ -200,7 +204,7 @@ def _evaluate(network: nn.Module, data: ImageData, *, amp: bool) -> tuple[Sums, 
     was_training = network.training
     network.eval()
     sums, all_labels, hits = Sums(data.device), [], []
-    for images, labels, _ in data.test_batches():
+    for images, labels, *_ in data.test_batches():
         with autocast(data.device, amp):
             logits = network(images)
         hits.append(sums.add({"loss": F.cross_entropy(logits.float(), labels)}, logits, labels))
@@ -304,7 +308,6 @@ class Trainer:
 
     def _train_epoch(self, signals: StopSignals) -> None:
         self.objective.train()
-        self.objective.begin_epoch(self.epoch)
         self._began, self._began_batch = time.monotonic(), self.batch
         batches = self.data.train_batches(self.epoch, start=self.batch)
         with self._progress_bar() as bar:
@@ -323,6 +326,7 @@ class Trainer:
         lr = self.plan.learning_rate.at(self.epoch, self.batch, steps=self.data.train_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.objective.begin_step(self.epoch, self.batch, steps=self.data.train_steps)
         loss, logits, terms = train_step(self.step, batch, optimizer=self.optimizer, amp=self.plan.amp)
         self.hooks.after_step()
         if self.average is not None:

@@ -169,7 +169,7 @@ class Spoiling(CrossEntropyObjective):
         super().__init__(network)
         self.spoil, self.step = spoil, 0
 
-    def forward(self, images, labels):
+    def forward(self, images, labels, indices=None):
         loss, logits, terms = super().forward(images, labels)
         loss, self.step = self.spoil(loss, self.step), self.step + 1
         return loss, logits, terms
