@@ -12,16 +12,14 @@ mended as the small one is. Each network runs once, layer by layer, over all ima
 """
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from models.graph import trace_network
-from models.graph.statistics import Moments, groups_of, is_linear_map, set_weight_matrix, weight_matrix
-from models.graph.walk import Inputs, Walk
+from models.graph.statistics import Moments, groups_of, set_weight_matrix, weight_matrix
+from models.graph.walk import Inputs, walkable
 from models.narrow import NarrowNetwork
 from utils.errors import UserError
 from utils.modes import evaluating
@@ -72,7 +70,7 @@ def reconstruct(
     """
     batches = list(batches)
     _check_batches(batches)
-    mended, unpruned = _layers(small, batches[0]), _layers(network, batches[0])
+    mended, unpruned = walkable(small, batches[0]), walkable(network, batches[0])
     names = [name for name in mended.nodes if name in unpruned.nodes]
     _check_pair(small, network, names)
     fits = []
@@ -88,39 +86,6 @@ def reconstruct(
             if on_layer is not None:
                 on_layer(fits[-1])
     return fits
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """A network as it is walked through: its graph, the module that has the layers, and the nodes of those that can be mended."""
-
-    graph: fx.Graph
-    owner: nn.Module
-    nodes: dict[str, fx.Node]
-    given: tuple[bool, ...]  # what the graph asks for before the inputs
-
-    def walk(self, batches: Sequence[Inputs]) -> Walk:
-        return Walk(self.graph, self.owner, batches, given=self.given)
-
-
-def _layers(network: nn.Module, batch: Inputs) -> _Traced:
-    if isinstance(network, NarrowNetwork):
-        graph, owner, given = network.graph(), network.bare(), (False,)
-    else:
-        graph, owner, given = trace_network(network, example=_example(batch)).checked(network).graph, network, ()
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    times = Counter(node.target for node in calls)
-    owners = Counter(id(owner.get_submodule(name)._parameters.get("weight")) for name in times)
-    nodes = {}
-    for node in calls:
-        layer = owner.get_submodule(node.target)
-        if times[node.target] == 1 and is_linear_map(layer) and owners[id(layer.weight)] == 1:
-            nodes[node.target] = node
-    return _Traced(graph, owner, nodes, given)
-
-
-def _example(batch: Inputs) -> Tensor | Sequence[Tensor]:
-    return list(batch.values()) if isinstance(batch, Mapping) else batch
 
 
 def _check_batches(batches: Sequence[Inputs]) -> None:

@@ -107,31 +107,35 @@ class Moments:
     """Sums over the rows X that a layer reads, and over those Y that it is to give: X'X, X'Y and the squares of Y, in float64.
 
     `gram` (groups, k, k), `cross` (groups, k, outputs a group), `squares` (groups, outputs a group); `count` is how many rows
-    there were. Where the layer has a bias the last of the k columns of X is 1. What is added in the same order gives the same
-    bits.
+    there were. With `constant`, which stands for a bias, the last of the k columns of X is 1; without it where the layer has
+    one. Products of single batches are in `dtype`. What is added in the same order gives the same bits.
     """
 
-    def __init__(self, layer: nn.Module):
-        self.layer, self.count = layer, 0
+    def __init__(self, layer: nn.Module, *, constant: bool | None = None, dtype: torch.dtype = torch.float64):
+        self.layer, self.count, self.dtype = layer, 0, dtype
         groups, outputs, inputs = weight_matrix(layer).shape
-        self.columns = inputs + (layer.bias is not None)
+        self.constant = layer.bias is not None if constant is None else constant
+        self.columns = inputs + self.constant
         zeros = layer.weight.new_zeros((), dtype=torch.float64)
         self.gram = zeros.new_zeros(groups, self.columns, self.columns)
         self.cross = zeros.new_zeros(groups, self.columns, outputs)
         self.squares = zeros.new_zeros(groups, outputs)
 
     @torch.no_grad()
-    def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Adds what the layer reads of the batch `x` and, where it is given, the output `y` (as the layer's, its own rows)."""
+    def add(self, x: Tensor, y: Tensor | None = None, *, every: int = 1) -> None:
+        """Adds what the layer reads of the batch `x` and, where it is given, the output `y` (as the layer's, its own rows).
+
+        Of the rows only each `every`-th is taken.
+        """
         for part in self._parts(x):
-            rows = input_rows(self.layer, x[part].double())
-            if self.layer.bias is not None:
+            rows = input_rows(self.layer, x[part].to(self.dtype))[:, ::every]
+            if self.constant:
                 rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-            self.gram.baddbmm_(rows.mT, rows)
+            self.gram += rows.mT @ rows
             self.count += rows.shape[1]
             if y is not None:
-                wanted = output_rows(self.layer, y[part].double())
-                self.cross.baddbmm_(rows.mT, wanted)
+                wanted = output_rows(self.layer, y[part].to(self.dtype))[:, ::every]
+                self.cross += rows.mT @ wanted
                 self.squares += wanted.square().sum(1)
 
     def _parts(self, x: Tensor) -> list[slice]:

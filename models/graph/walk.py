@@ -4,13 +4,18 @@ A network that is walked through computes each operation once for each batch, ho
 held are the results that are still to be read, of all batches.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from models.graph.concrete import attribute
+from models.graph.statistics import is_linear_map
+from models.graph.tracing import trace_network
+from models.narrow import NarrowNetwork
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]  # of a network: one, several in order, or by name
 
@@ -76,3 +81,37 @@ class Walk:
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return attribute(self.owner, node.target) if node.op == "get_attr" else args[0]
+
+
+@dataclass(frozen=True)
+class Walkable:
+    """A network as it is walked through: its graph, the module that has the layers, and the nodes of linear maps, by name."""
+
+    graph: fx.Graph
+    owner: nn.Module
+    nodes: dict[str, fx.Node]
+    given: tuple[bool, ...]  # what the graph asks for before the inputs
+
+    def walk(self, batches: Sequence[Inputs]) -> Walk:
+        return Walk(self.graph, self.owner, batches, given=self.given)
+
+
+def walkable(network: nn.Module, batch: Inputs) -> Walkable:
+    """The network with the layers that are called once and own their weight. Raises UserError where torch.fx cannot trace it."""
+    if isinstance(network, NarrowNetwork):
+        graph, owner, given = network.graph(), network.bare(), (False,)
+    else:
+        graph, owner, given = trace_network(network, example=_example(batch)).checked(network).graph, network, ()
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in calls)
+    owners = Counter(id(owner.get_submodule(name)._parameters.get("weight")) for name in times)
+    nodes = {}
+    for node in calls:
+        layer = owner.get_submodule(node.target)
+        if times[node.target] == 1 and is_linear_map(layer) and owners[id(layer.weight)] == 1:
+            nodes[node.target] = node
+    return Walkable(graph, owner, nodes, given)
+
+
+def _example(batch: Inputs) -> Tensor | Sequence[Tensor]:
+    return list(batch.values()) if isinstance(batch, Mapping) else batch
