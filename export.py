@@ -27,6 +27,7 @@ from utils.profile import latencies, profile_network
 from utils.runs.folder import CONFIG
 from utils.training import setup
 from utils.training.engine import evaluate
+from utils.world import World
 
 SCRIPT = "export.py"
 
@@ -59,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device("cpu")  # where the file is traced; it runs anywhere
     named = f"--load-path {args.load_path}"
     file = load_network(args.load_path, flag="--load-path", model=args.model)
-    data = setup.load_data(args, device=device, world=setup.World(), files={named: file.images})
+    data = setup.load_data(args, device=device, world=World(), files={named: file.images})
     setup.check_classes(file.num_classes, data, origin=named)
     setup.check_images(file.network, data, origin=named)
     dense, small = dense_and_small(file, data, path=args.load_path)

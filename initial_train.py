@@ -15,7 +15,7 @@ from models.network_file import NetworkFile, describe_network, example_images, l
 from prune.compact import check_pruned_zeros
 from utils import cli
 from utils.cli.plan import print_plan
-from utils.distributed import World, leave
+from utils.distributed import leave
 from utils.errors import UserError, naming
 from utils.images.batches import ImageData
 from utils.profile import profile_network
@@ -23,6 +23,7 @@ from utils.runs.folder import BEST, SUMMARY
 from utils.seed import seed_everything
 from utils.training import setup
 from utils.training.engine import CrossEntropyObjective, cross_entropy_formula, evaluate
+from utils.world import World
 
 SCRIPT = "initial_train.py"
 

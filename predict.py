@@ -19,13 +19,13 @@ from models import check_model
 from models.network_file import load_network
 from quantize.archive import read_flagged
 from utils import cli
-from utils.distributed import World
 from utils.errors import UserError, printable
 from utils.files import check_output, is_archive, write_atomic
 from utils.images.batches import Normaliser, test_transform
 from utils.images.datasets import read_image
 from utils.images.spec import ImageSpec
 from utils.training import setup
+from utils.world import World
 
 SCRIPT = "predict.py"
 SHOWN_PATH = 200  # characters

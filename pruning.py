@@ -27,7 +27,7 @@ from prune.record import describe_pruned, finish, log_accuracy, log_pruning, log
 from prune.schedule import SOFT_CRITERIA, PruningSchedule, check_soft_state
 from prune.sensitivity import READ_BY_SENSITIVITY, check_file, measure_sensitivity, read_rates
 from utils import cli
-from utils.distributed import World, leave
+from utils.distributed import leave
 from utils.errors import UserError
 from utils.files import read_json, write_atomic
 from utils.images.batches import ImageData
@@ -37,6 +37,7 @@ from utils.seed import seed_everything
 from utils.training import setup
 from utils.training.engine import evaluate
 from utils.training.recalibration import check_recalibration
+from utils.world import World
 
 SCRIPT = "pruning.py"
 

@@ -21,16 +21,18 @@ from quantize.archive import read_flagged
 from quantize.codebook import QUAN_MODES, layer_bits
 from quantize.record import describe_compact, describe_quantized, encode, finish_int8, share, simulate
 from utils import cli
+from utils.checkpoints import save_checkpoint
 from utils.cli.plan import print_plan
-from utils.distributed import World, leave
+from utils.distributed import leave
 from utils.errors import UserError, naming
-from utils.files import is_archive, save_checkpoint
+from utils.files import is_archive
 from utils.images.batches import ImageData
 from utils.runs.folder import BEST
 from utils.runs.run import Run
 from utils.seed import seed_everything
 from utils.training import setup
 from utils.training.engine import CrossEntropyObjective, Objective, TrainingPlan, evaluate
+from utils.world import World
 
 SCRIPT = "quantize_encode.py"
 INT8 = "int8"  # a --quan-mode beside those that share weights

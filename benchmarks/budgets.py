@@ -29,11 +29,11 @@ from prune.cost import Widths
 from prune.masks import keep_ratios, prunable_layers
 from prune.schedule import PhysicalPruning
 from utils import cli
-from utils.distributed import World
 from utils.errors import UserError
 from utils.profile import profile_network
 from utils.timing import interleaved_seconds, median_ratio
 from utils.training.setup import choose_device, to_device
+from utils.world import World
 
 FORMS = {  # budget, coupled, channel multiple
     "MACs, by layer": ("macs", False, 1),

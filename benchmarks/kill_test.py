@@ -33,6 +33,7 @@ from tensorboardX.proto.event_pb2 import Event
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, files, profile
+from utils.checkpoints import digest, load_checkpoint
 from utils.images.datasets import load_dataset
 from utils.runs import tensorboard
 from utils.training.engine import Trainer
@@ -87,7 +88,7 @@ class Moments:
     def install(self) -> None:
         """A moment lies before and after every call that changes a file, and after every training step."""
         for module, name in ((os, "open"), (os, "write"), (os, "fchmod"), (os, "fsync"), (os, "link"), (os, "replace"),
-                             (os, "rename"), (os, "unlink"), (shutil, "rmtree"), (files.torch, "save"),
+                             (os, "rename"), (os, "unlink"), (shutil, "rmtree"), (torch, "save"),
                              (tensorboard.EventsWriter, "flush"), (Trainer, "_train_step")):  # fmt: skip
             setattr(module, name, self._watched(getattr(module, name)))
 
@@ -186,7 +187,7 @@ def differences(expected: Path, actual: Path) -> list[str]:
 
 
 def _checkpoint_digest(path: Path) -> str | None:
-    return files.digest(files.load_checkpoint(path)) if path.exists() else None
+    return digest(load_checkpoint(path)) if path.exists() else None
 
 
 def _bytes(path: Path) -> bytes | None:

@@ -19,9 +19,9 @@ from models.cifar_resnet import STAGE_WIDTHS
 from models.narrow.relayout import as_maps, as_rows
 from prune.masks import keep_count
 from utils import cli
-from utils.distributed import World
 from utils.timing import interleaved_seconds
 from utils.training.setup import choose_device
+from utils.world import World
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 STAGE_SIDES_PIXELS = (32, 16, 8)

@@ -25,11 +25,11 @@ from models import MODELS, build_model
 from prune.masks import choose_filters, keep_ratios, prunable_layers
 from prune.schedule import HardPruning, PhysicalPruning, PruningSchedule, SoftPruning
 from utils import cli
-from utils.distributed import World
 from utils.images.batches import Batch
 from utils.timing import idle_share, interleaved_seconds, median_ratio
 from utils.training.engine import CrossEntropyObjective, Hooks, check_acceleration, prepare_step, sgd, train_step
 from utils.training.setup import choose_device, to_device
+from utils.world import World
 
 FORMS = ("dense", "compact", "masked", "soft")
 MODES = {"float32": (False, False), "amp": (True, False), "compile": (False, True), "compile+amp": (True, True)}  # amp, compiled

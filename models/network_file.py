@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from models import NAMES, build_model, build_on_meta, check_model, trusted_model
 from models.graph import output_channels
 from models.narrow import narrow
+from utils.checkpoints import FORMAT, load_checkpoint
 from utils.errors import UserError, naming, printable, shown
-from utils.files import FORMAT, load_checkpoint
 from utils.images.spec import CHANNELS, ImageSpec, read_image_spec
 
 SHOWN_DIFFERENCES, SHOWN_NAME = 3, 60

@@ -16,8 +16,9 @@ from torch import nn
 from prune.choice import FilterChoice
 from prune.masks import PrunableLayer
 from prune.schedule import HardPruning
+from utils.checkpoints import digest
 from utils.errors import UserError, shown
-from utils.files import digest, read_json, write_json
+from utils.files import read_json, write_json
 
 SUFFIX = ".json"
 READ_BY_SENSITIVITY = (  # the flags that scores and accuracies depend on

@@ -16,8 +16,8 @@ from prune import record
 from prune.criteria import CRITERIA
 from prune.schedule import SOFT_CRITERIA, HardPruning, PhysicalPruning
 from utils import cli, profile
+from utils.checkpoints import save_checkpoint
 from utils.errors import UserError
-from utils.files import save_checkpoint
 from utils.images.batches import ImageData
 from utils.images.datasets import load_dataset
 from utils.training.engine import Trainer, check_acceleration

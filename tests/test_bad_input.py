@@ -12,7 +12,7 @@ import torch
 
 from models import build_model
 from models.network_file import describe_network
-from utils.files import load_checkpoint, save_checkpoint
+from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.training.engine import Trainer
 
 REPOSITORY = Path(__file__).resolve().parent.parent

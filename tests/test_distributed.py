@@ -15,9 +15,9 @@ import torch
 
 from models import MODELS
 from utils import distributed, profile
-from utils.distributed import World
+from utils.checkpoints import load_checkpoint
 from utils.errors import UserError
-from utils.files import load_checkpoint
+from utils.world import World
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROCESSES = 2

@@ -19,7 +19,7 @@ from models.narrow import narrow
 from models.network_file import describe_network, load_network
 from prune.compact import compact
 from utils import cli, profile
-from utils.files import save_checkpoint
+from utils.checkpoints import save_checkpoint
 
 FLAGS = ("--limit-batches", "1", "--batch-size", "8", "--workers", "0")
 

@@ -15,8 +15,8 @@ from models import build_model
 from models.network_file import describe_network, load_network
 from quantize.archive import load_archive, save_archive
 from reporting.gather import gather
+from utils.checkpoints import digest, save_checkpoint
 from utils.errors import UserError
-from utils.files import digest, save_checkpoint
 
 MAX_LINE = 600
 SECONDS = 10.0  # of the process's own time, for one file; well below 1 where the machine does nothing else

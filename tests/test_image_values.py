@@ -12,7 +12,7 @@ from PIL import Image
 
 from models.network_file import describe_network, load_network
 from quantize.archive import read_archive
-from utils.files import load_checkpoint, save_checkpoint
+from utils.checkpoints import load_checkpoint, save_checkpoint
 
 SMALL = "--dataset folder --batch-size 4 --workers 0"
 SHORT = f"{SMALL} --n-epochs 1 --schedule --lr-drops --device cpu"

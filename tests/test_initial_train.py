@@ -6,7 +6,7 @@ import shutil
 import torch
 
 from models.network_file import load_network
-from utils.files import load_checkpoint, save_checkpoint
+from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.images.batches import ImageData
 from utils.images.datasets import load_dataset
 

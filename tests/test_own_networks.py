@@ -14,7 +14,7 @@ import torch
 from models import build_model
 from models.network_file import load_network
 from quantize.archive import differing_tensors, load_archive, save_archive
-from utils.files import load_checkpoint
+from utils.checkpoints import load_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FEW = ["--limit-batches", "2", "--batch-size", "16", "--device", "cpu"]

@@ -13,7 +13,7 @@ import torch
 from models import build_model
 from models.network_file import describe_network, load_network
 from prune.masks import keep_count, prunable_layers
-from utils.files import load_checkpoint, save_checkpoint
+from utils.checkpoints import load_checkpoint, save_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = "--n-epochs 1 --limit-batches 2 --batch-size 16 --device cpu"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.network_file import load_network
 from quantize.archive import save_archive
-from utils.files import load_checkpoint, save_checkpoint
+from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.images.datasets import load_dataset
 
 

@@ -11,7 +11,7 @@ from deploy import budget, latency
 from models.network_file import load_network
 from prune.criteria import CRITERIA, Criterion
 from prune.masks import keep_count, prunable_layers
-from utils.files import load_checkpoint, save_checkpoint
+from utils.checkpoints import load_checkpoint, save_checkpoint
 
 TINY = ["--n-epochs", "2", "--limit-batches", "2", "--batch-size", "32", "--schedule", "--device", "cpu"]
 RATES = ("--prune-rates", "0.6")

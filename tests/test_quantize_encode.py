@@ -10,7 +10,7 @@ from torch import nn
 
 from models.network_file import load_network
 from quantize.archive import differing_tensors, load_archive
-from utils.files import load_checkpoint, save_checkpoint
+from utils.checkpoints import load_checkpoint, save_checkpoint
 
 FLAGS = ("--dataset=digits", "--n-epochs=1", "--limit-batches=2", "--batch-size=32", "--lr=0.001", "--device=cpu")
 SCORING_FLAGS = ("--dataset=digits", "--limit-batches=2", "--batch-size=32", "--device=cpu")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.kill_test import RECIPES, RUN, Recipe, differences, go_on, moments_of, start, wait
-from utils.files import load_checkpoint, save_checkpoint
+from utils.checkpoints import load_checkpoint, save_checkpoint
 
 HARD, SOFT, QUANTIZED = RECIPES
 DROPOUT = Recipe(

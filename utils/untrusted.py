@@ -4,7 +4,11 @@
 allocate whatever size they are told (`bytearray`, `torch.Tensor`), and gives tensors of any size over one stored number. So a
 file is opened only if it is an ordinary one; its zip directory and its pickle are read first, without doing what they say;
 and what was loaded must be in proportion to the file before any of it is copied or hashed.
+
+Only what looks at tensors imports torch.
 """
+
+from __future__ import annotations
 
 import io
 import json
@@ -14,12 +18,12 @@ import re
 import stat
 import zipfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from utils.errors import UserError, printable, shown
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SHARING = 10  # a checkpoint's tensors, each counted where it occurs, are at most so many times as large as the file
 MAX_DEPTH = 100  # of containers in containers
@@ -32,8 +36,8 @@ SHOWN_NAME = 80
 ZIP_BEGIN = b"PK\x03\x04"
 REFUSAL = "refused, holds more than tensors and plain values"
 STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-PLAIN_DTYPES = frozenset((*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool))
+FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
+PLAIN_DTYPES = frozenset((*FLOATS, "torch.int64", "torch.int32", "torch.int16", "torch.int8", "torch.uint8", "torch.bool"))
 # Of all that torch would call, what dicts of plain tensors need
 PLAIN_GLOBALS = frozenset(
     (
@@ -46,7 +50,7 @@ PLAIN_GLOBALS = frozenset(
         "torch._utils _rebuild_parameter",
         "torch.nn.parameter Parameter",
         *(f"torch {kind}Storage" for kind in STORAGES),
-        *(str(dtype).replace(".", " ") for dtype in PLAIN_DTYPES),
+        *(dtype.replace(".", " ") for dtype in PLAIN_DTYPES),
     )
 )
 
@@ -261,13 +265,15 @@ def check_loaded(value: Any, *, file_bytes: int) -> None:
 
     Tensors on the CPU in memory, of ordinary number types, each counted where it occurs, may take MAX_SHARING times the file.
     """
+    import torch
+
     pending, parts, tensor_bytes = [(value, "", 0)], 0, 0
     while pending:
         part, name, depth = pending.pop()
         parts += 1
         if type(part) is list and _PLAIN_TYPES.issuperset(map(type, part)):
             parts, part = parts + len(part), None  # channels by the thousand, in which there is nothing to look for
-        if isinstance(part, Tensor):
+        if isinstance(part, torch.Tensor):
             _check_plain(part, name)
             tensor_bytes += part.numel() * part.element_size()
         pending += [(inner, inner_name, depth + 1) for inner_name, inner in _inside(part, name)]
@@ -297,14 +303,16 @@ def _inside(part: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from ((name, inner) for inner in part)
 
 
-def _check_plain(tensor: Tensor, name: str) -> None:
+def _check_plain(tensor: torch.Tensor, name: str) -> None:
     """Raises UserError for a tensor that is sparse, quantized, nested, without memory, or of unusual numbers."""
+    import torch
+
     kinds = {
         "a sparse tensor": tensor.layout != torch.strided,
         "a quantized tensor": tensor.is_quantized,
         "a nested tensor": tensor.is_nested,
         "a tensor without values": tensor.device.type != "cpu",
-        f"a tensor of {tensor.dtype}": tensor.dtype not in PLAIN_DTYPES,
+        f"a tensor of {tensor.dtype}": str(tensor.dtype) not in PLAIN_DTYPES,
     }
     for kind, is_so in kinds.items():
         if is_so:

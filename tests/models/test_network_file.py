@@ -8,8 +8,8 @@ import torch
 from models import build_model
 from models.narrow import narrow
 from models.network_file import describe_network, load_network
+from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.files import load_checkpoint, save_checkpoint
 from utils.images.spec import ImageSpec
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,8 @@ from distill.hap import attention_similarity
 from models import build_model
 from models.network_file import describe_network
 from reporting import attention
+from utils.checkpoints import save_checkpoint
 from utils.errors import UserError
-from utils.files import save_checkpoint
 from utils.images.datasets import load_dataset
 
 

@@ -29,9 +29,9 @@ from prune.gradients import mean_gradients
 from prune.map_scores import channel_independence
 from prune.masks import choose_filters, keep_ratios, prunable_layers
 from utils import cli, profile
-from utils.distributed import World, from_main, join, leave, sum_over_processes, world_from_environment
+from utils.checkpoints import save_checkpoint
+from utils.distributed import from_main, join, leave, sum_over_processes
 from utils.errors import Interrupted
-from utils.files import save_checkpoint
 from utils.images.batches import Batch, ImageData
 from utils.images.datasets import Dataset, SmallImages
 from utils.runs.folder import LAST
@@ -39,6 +39,7 @@ from utils.seed import generator
 from utils.training import engine
 from utils.training.engine import CrossEntropyObjective, prepare_step, sgd, train_step
 from utils.training.recalibration import recalibrated_batch_norm
+from utils.world import World, world_from_environment
 
 CPU = torch.device("cpu")
 EPOCHS = 2

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from utils import files
+from utils.checkpoints import digest, load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.files import append_line, digest, load_checkpoint, read_json, remove_partial_files, save_checkpoint, write_atomic
+from utils.files import append_line, read_json, remove_partial_files, write_atomic
 
 CHECKPOINT = {
     "format": 1,

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from utils.files import load_checkpoint, save_checkpoint
+from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.seed import derived_seed, generator, preserved_random_state, random_state, restore_random_state, seed_everything
 
 

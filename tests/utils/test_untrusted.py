@@ -17,8 +17,9 @@ from models import build_model
 from models.network_file import describe_network, load_network
 from quantize.archive import load_archive
 from reporting.run_files import read_study
+from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.files import load_checkpoint, read_json, save_checkpoint
+from utils.files import read_json
 from utils.python_file import check_function
 from utils.runs.metrics_file import read_metrics
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.cli.recorded import recorded_words
-from utils.distributed import is_lost_process, leave, world_from_environment
+from utils.distributed import is_lost_process, leave
 from utils.effects import Rule, check_effects, given_flags, typed
 from utils.errors import Interrupted, NonFiniteLoss, UserError, printable, shown
 from utils.images.datasets import DATASETS
@@ -24,6 +24,7 @@ from utils.runs.state import PLACEMENT_FLAGS
 from utils.streams import NAMES, outlive_lost_streams, print_error, take_losses
 from utils.training.averaging import SHIPPED
 from utils.training.learning_rate import LR_SCHEDULES
+from utils.world import world_from_environment
 
 SILENCE_SECONDS = 5.0
 PLACES = frozenset(("data_dir", "save_dir", "workers", "device"))  # taken whatever a script is asked to do

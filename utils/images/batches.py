@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from utils.distributed import World
 from utils.errors import UserError
 from utils.images.datasets import (
     SMALL_SIDE_PIXELS,
@@ -28,6 +27,7 @@ from utils.images.datasets import (
 )
 from utils.images.spec import ImageSpec
 from utils.seed import derived_seed, generator
+from utils.world import World
 
 CROP_PADDING_PIXELS = 4  # He et al., CVPR 2016, section 4.2
 RESIZED_SIDE_PIXELS = 256

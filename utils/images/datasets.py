@@ -22,10 +22,10 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from utils.distributed import world_from_environment
 from utils.errors import UserError
 from utils.images.spec import ImageSpec
 from utils.seed import generator
+from utils.world import world_from_environment
 
 SMALL_SIDE_PIXELS = 64
 STREAMED_SIDE_PIXELS = 224

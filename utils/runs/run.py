@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.distributed import World, same_everywhere
-from utils.files import TEMPORARY_PREFIX, append_line, remove_partial_files, save_checkpoint, write_atomic, write_json
+from utils.checkpoints import save_checkpoint
+from utils.distributed import same_everywhere
+from utils.files import TEMPORARY_PREFIX, append_line, remove_partial_files, write_atomic, write_json
 from utils.python_file import names_function
 from utils.runs.environment import describe_environment
 from utils.runs.folder import LAST, METRICS, PREVIOUS, STAMP, TENSORBOARD, check_entries, log_path, new_folder
@@ -24,6 +25,7 @@ from utils.runs.metrics_file import known_metrics, read_metrics
 from utils.runs.state import is_state
 from utils.runs.tensorboard import ScalarWriter
 from utils.streams import print_error, take_losses
+from utils.world import World
 
 
 class Run:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from utils.checkpoints import load_checkpoint
 from utils.errors import UserError, printable, shown
-from utils.files import load_checkpoint
 from utils.runs.folder import BEST, CONFIG, LAST, PREVIOUS
 
 # where a run is computed, not what is computed: may differ when it is resumed

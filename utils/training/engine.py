@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.distributed import World, any_process, broadcast_from_main
+from utils.distributed import any_process, broadcast_from_main
 from utils.errors import Interrupted, NonFiniteLoss, UserError, printable
 from utils.images.batches import Batch, ImageData
 from utils.profile import training_flops
@@ -31,6 +31,7 @@ from utils.training.hits import TestHits, gather_hits
 from utils.training.learning_rate import LearningRate
 from utils.training.metrics import Sums
 from utils.training.recalibration import recalibrated_batch_norm
+from utils.world import World
 
 READ_INTERVAL_STEPS = 50
 VOTE_INTERVAL_STEPS = 20

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils.distributed import World
 from utils.errors import UserError
+from utils.world import World
 
 MAX_IMAGES = 10**7  # of a test set
 

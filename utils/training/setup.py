@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.distributed import World, join, world_from_environment
+from utils.checkpoints import digest
+from utils.distributed import join
 from utils.errors import UserError, naming
-from utils.files import digest, read_json
+from utils.files import read_json
 from utils.images.batches import ImageData
 from utils.images.choice import Origins, agreed_normalisation, check_class_names, flagged_normalisation, image_remarks
 from utils.images.datasets import load_dataset
@@ -25,6 +26,7 @@ from utils.runs.run import Run
 from utils.runs.state import check_best, check_state, read_state
 from utils.training.engine import Hooks, Trainer, TrainingPlan, check_acceleration, logits_of, prepare_step, sgd
 from utils.training.learning_rate import LearningRate
+from utils.world import World, world_from_environment
 
 NO_SETTINGS = frozenset(("resume", "auto_resume", "dry_run", "defaults", "may_download"))
 

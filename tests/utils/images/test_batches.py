@@ -7,11 +7,11 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as transforms
 
-from utils.distributed import World
 from utils.errors import UserError
 from utils.images.batches import Batch, ImageData
 from utils.images.datasets import Dataset, SmallImages, load_dataset
 from utils.seed import derived_seed
+from utils.world import World
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.1, 0.4, 0.7), (0.2, 0.3, 0.5)

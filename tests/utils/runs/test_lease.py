@@ -10,11 +10,11 @@ import time
 
 import pytest
 
-from utils.distributed import World
 from utils.errors import UserError
 from utils.runs import lease
 from utils.runs.lease import LAPSE_SECONDS, Lease
 from utils.runs.run import Run
+from utils.world import World
 
 FORK = multiprocessing.get_context("fork")
 ALIVE = r"--resume .*: this run is still alive in another process"

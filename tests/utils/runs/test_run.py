@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from benchmarks.kill_test import curves
-from utils import files
-from utils.distributed import World
+from utils import checkpoints, files
 from utils.errors import UserError
 from utils.runs.folder import BEST, LAST, PREVIOUS
 from utils.runs.metrics_file import read_metrics
 from utils.runs.run import Run
 from utils.runs.state import read_state
+from utils.world import World
 
 STATE = {"epoch": 0, "batch": 0, "best": None, "last": None, "sums": [{}]}
 STATE |= {"objective": {}, "optimizer": {}, "hooks": {}, "random": []}
@@ -190,7 +190,7 @@ class TestStates:
         run = create(tmp_path)
         for epoch in (1, 2, 3):
             run.save(LAST, checkpoint(epoch))
-        assert [files.load_checkpoint(run.folder / name)["resume"]["epoch"] for name in (LAST, PREVIOUS)] == [3, 2]
+        assert [checkpoints.load_checkpoint(run.folder / name)["resume"]["epoch"] for name in (LAST, PREVIOUS)] == [3, 2]
         assert read_state(run.folder)[0]["resume"]["epoch"] == 3
 
     def test_without_hard_links(self, tmp_path, monkeypatch):
@@ -205,7 +205,7 @@ class TestStates:
         run.save(LAST, checkpoint(1))
         os.link(run.folder / LAST, run.folder / PREVIOUS)  # as far as it had come
         run.save(LAST, checkpoint(2))
-        assert [files.load_checkpoint(run.folder / name)["resume"]["epoch"] for name in (LAST, PREVIOUS)] == [2, 1]
+        assert [checkpoints.load_checkpoint(run.folder / name)["resume"]["epoch"] for name in (LAST, PREVIOUS)] == [2, 1]
         assert not list(run.folder.glob(f"{files.TEMPORARY_PREFIX}*"))
 
     def test_best_has_no_predecessor(self, tmp_path):
@@ -226,14 +226,14 @@ class TestStates:
         assert "going on from the state before it, model_previous.pt" in message
         resumed = Run.reopen(run.folder, log_name="log.txt", world=World(), epochs=0)
         resumed.save(LAST, checkpoint(2))
-        assert [files.load_checkpoint(run.folder / name)["resume"]["epoch"] for name in (LAST, PREVIOUS)] == [2, 1]
+        assert [checkpoints.load_checkpoint(run.folder / name)["resume"]["epoch"] for name in (LAST, PREVIOUS)] == [2, 1]
 
     def test_a_run_without_any_state_starts_anew(self, tmp_path):
         assert read_state(create(tmp_path).folder) == (None, None)
 
     def test_a_network_is_no_state(self, tmp_path):
         run = create(tmp_path)
-        files.save_checkpoint(run.folder / LAST, {"format": 1, "state_dict": {}})
+        checkpoints.save_checkpoint(run.folder / LAST, {"format": 1, "state_dict": {}})
         with pytest.raises(UserError, match=r"--resume .*model_last\.pt: holds a network, but no state of a training"):
             read_state(run.folder)
 
@@ -264,7 +264,7 @@ class TestFullDisk:
         run.save(LAST, checkpoint(1))
         run.save(LAST, checkpoint(2))
         run.save(BEST, checkpoint(2))
-        before = {name: files.digest(files.load_checkpoint(run.folder / name)) for name in (LAST, BEST)}
+        before = {name: checkpoints.digest(checkpoints.load_checkpoint(run.folder / name)) for name in (LAST, BEST)}
 
         def fail(*_):
             raise OSError(28, os.strerror(28))
@@ -274,7 +274,7 @@ class TestFullDisk:
         with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
             write(run)
         monkeypatch.undo()
-        assert {name: files.digest(files.load_checkpoint(run.folder / name)) for name in (LAST, BEST)} == before
+        assert {name: checkpoints.digest(checkpoints.load_checkpoint(run.folder / name)) for name in (LAST, BEST)} == before
         assert not list(run.folder.glob(f"{files.TEMPORARY_PREFIX}*"))
 
     def test_tensorboard(self, tmp_path, monkeypatch):

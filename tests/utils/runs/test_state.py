@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from utils.checkpoints import save_checkpoint
 from utils.errors import UserError
-from utils.files import save_checkpoint
 from utils.runs.folder import LAST
 from utils.runs.state import check_state, read_state
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from models.network_file import load_network
 from prune.compact import check_pruned_zeros
-from utils.files import load_checkpoint
+from utils.checkpoints import load_checkpoint
 from utils.training.averaging import WeightAverage
 
 

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.distributed import World
+from utils.checkpoints import load_checkpoint
 from utils.errors import NonFiniteLoss, UserError
-from utils.files import load_checkpoint
 from utils.images.batches import ImageData
 from utils.images.datasets import Dataset, SmallImages
 from utils.runs.folder import BEST, LAST
@@ -21,6 +20,7 @@ from utils.runs.metrics_file import read_metrics
 from utils.runs.run import Run
 from utils.training.engine import CrossEntropyObjective, Hooks, Trainer, TrainingPlan, evaluate, sgd
 from utils.training.learning_rate import LearningRate
+from utils.world import World
 
 CPU = torch.device("cpu")
 CLASSES = 3

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.distributed import World
 from utils.errors import UserError
 from utils.training.hits import TestHits, gather_hits, read_hits
+from utils.world import World
 
 
 def test_a_bit_an_image():

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from models.batch_norm import quicken_batch_norms
-from utils.distributed import World
+from utils.checkpoints import load_checkpoint
 from utils.errors import UserError
-from utils.files import load_checkpoint
 from utils.images.batches import ImageData
 from utils.images.datasets import Dataset, SmallImages
 from utils.runs.folder import BEST, LAST
@@ -19,6 +18,7 @@ from utils.seed import random_state
 from utils.training.engine import CrossEntropyObjective, Trainer, TrainingPlan, evaluate, sgd
 from utils.training.learning_rate import LearningRate
 from utils.training.recalibration import check_recalibration, recalibrated_batch_norm
+from utils.world import World
 
 CPU = torch.device("cpu")
 
