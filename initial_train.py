@@ -1,29 +1,21 @@
 """Trains a network from scratch, from published weights or from those of a file, and leaves it in saves/<run>/model_best.pt."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from models import NAMES, build_model, check_model
-from models.narrow import NarrowNetwork, narrow
-from models.network_file import NetworkFile, describe_network, example_images, load_network
-from prune.compact import check_pruned_zeros
+from models import NAMES, check_model
 from utils import cli
-from utils.cli.plan import print_plan
-from utils.distributed import leave
 from utils.errors import UserError, naming
-from utils.images.batches import ImageData
-from utils.profile import profile_network
-from utils.runs.folder import BEST, SUMMARY
-from utils.seed import seed_everything
-from utils.training import setup
-from utils.training.engine import CrossEntropyObjective, cross_entropy_formula, evaluate
-from utils.world import World
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from models.network_file import NetworkFile
+    from utils.training.session import Session
 
 SCRIPT = "initial_train.py"
 
@@ -32,7 +24,6 @@ def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog=SCRIPT, description="Train a network.")
     parser.add_argument(
         "--model",
-        type=cli.checked(check_model),
         metavar="NAME",
         help=f"the network: {NAMES} (default: the one that --load-path names)",
     )
@@ -44,52 +35,41 @@ def get_args_parser() -> cli.Parser:
     cli.add_training_flags(parser, lr=0.01, n_epochs=200, schedule=(1, 60, 120, 160), lr_drops=(10, 0.2, 0.2, 0.2))
     cli.add_averaging_flags(parser)
     cli.add_run_flags(parser, log_name="initial_train.txt")
+    parser.checks["model"] = check_model
     cli.counts_in_training(parser, "pretrained")
     parser.counts_only("pretrained", where=lambda args: args.load_path is None, only="without --load-path, which has the weights")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    from models.network_file import load_network
+    from utils.training.objective import CrossEntropyObjective, cross_entropy_formula
+    from utils.training.session import Session
+
     if args.evaluate or args.model is None:
         require_network(args)
-    device, world = setup.prepare(args)
+    session = Session(cli.session_settings(SCRIPT, args))
     if args.evaluate:
-        return score(args, device=device, world=world)
-    lease, state, fallback = setup.take_up(args, world)
+        return score(session, args.load_path, model=args.model)
     given = load_network(args.load_path, flag="--load-path", model=args.model) if args.load_path is not None else None
-    said = {f"--load-path {args.load_path}": given.images} if given is not None else {}
-    announced = setup.announce(args, given.model if given else args.model, device=device, world=world, state=state)
-    data = setup.load_data(args, device=device, world=world, files=said, state=state)
+    session.announce(given.model if given else args.model)
+    session.load_data({f"--load-path {args.load_path}": given.images} if given is not None else {})
 
-    seed_everything(args.seed)
-    file = starting_network(args, given, data, is_new=state is None)
-    plan = setup.training_plan(args)
+    session.seed()
+    if given is None:
+        file = new_network(session, args.model, pretrained=args.pretrained)
+    else:
+        file = given_network(session, given, origin=f"--load-path {args.load_path}")
     if args.dry_run:
-        loss = f"loss: {cross_entropy_formula(args.label_smoothing)}"
-        return print_plan(args, plan=plan, data=data, networks={"network": file.network}, lines=[loss])
+        return session.print_plan({"network": file.network}, [f"loss: {cross_entropy_formula(args.label_smoothing)}"])
 
-    networks = {"--load-path": file.network} if args.load_path is not None else {}
-    run = setup.open_run(args, script=SCRIPT, device=device, world=world, lease=lease, state=state, networks=networks)
-    setup.log_beginning(run, announced, plan, fallback, data=data)
-    network = setup.to_device(file.network, device, sync_bn=args.sync_bn)
+    run = session.open({"--load-path": file.network if given is not None else None})
+    network = session.place(file.network)
     objective = CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
-    result = setup.train(
-        args,
-        objective,
-        network=network,
-        describe=partial(describe_trained, file=file, config=setup.flags_of(args)),
-        data=data,
-        run=run,
-        plan=plan,
-        state=state,
-    )
-    leave()  # the rest is for the main process alone
-    if not world.is_main:
-        return
-    size = {"checkpoint_bytes": (run.folder / BEST).stat().st_size, **profile_network(network, data.example[:1])}
-    summary = {**setup.summary_head(args, SCRIPT, run), "model": file.model, **result, **size}
-    run.save_json(SUMMARY, summary)
-    run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / BEST}")
+    describe = partial(describe_trained, file=file, config=session.settings.flags)
+    result = session.train(objective, network=network, describe=describe)
+    if session.world.is_main:
+        finish(session, network, result, model=file.model)
     run.close()
 
 
@@ -99,28 +79,47 @@ def require_network(args: argparse.Namespace) -> None:
         raise UserError("--load-path is required" if args.evaluate else "--model is required, or --load-path with its checkpoint")
 
 
-def starting_network(args: argparse.Namespace, file: NetworkFile | None, data: ImageData, *, is_new: bool) -> NetworkFile:
-    """A new network on the device, or that of the file in --load-path, without the filters that were pruned there."""
-    if file is None:
-        num_classes, origin = len(data.dataset.classes), f"--model {args.model}"
-        network = build_model(args.model, num_classes=num_classes, pretrained=args.pretrained and is_new)
-        file = NetworkFile(network, args.model, num_classes)
-    else:
-        origin = f"--load-path {args.load_path}"
-        setup.check_classes(file.num_classes, data, origin=origin)
-        if file.kept and not file.compact:  # at full width its zeros would grow back
-            with naming(origin):
-                check_pruned_zeros(file.network.state_dict(), file.kept)
-                example = example_images(file.network, data.dataset.images)
-                file = replace(file, network=narrow(file.network, file.kept, example=example), compact=True)
-    setup.check_images(setup.to_device(file.network, data.device), data, origin=origin, trains=True)
-    return replace(file, images=data.dataset.images)
+def new_network(session: Session, model: str, *, pretrained: bool) -> NetworkFile:
+    """A network with new weights, or with published ones, on the device."""
+    from models import build_model
+    from models.network_file import NetworkFile
+    from utils.device import to_device
+    from utils.images.loading import check_images
+
+    num_classes = len(session.data.dataset.classes)
+    network = build_model(model, num_classes=num_classes, pretrained=pretrained and session.is_new)
+    check_images(to_device(network, session.device), session.data, origin=f"--model {model}", trains=True)
+    return NetworkFile(network, model, num_classes, images=session.data.dataset.images)
+
+
+def given_network(session: Session, file: NetworkFile, *, origin: str) -> NetworkFile:
+    """The network of a file on the device, without the filters pruned there: at full width its zeros would grow back."""
+    from dataclasses import replace
+
+    from models.narrow import narrow
+    from models.network_file import example_images
+    from prune.compact import check_pruned_zeros
+    from utils.device import to_device
+    from utils.images.loading import check_classes, check_images
+
+    images = session.data.dataset.images
+    check_classes(file.num_classes, session.data, origin=origin)
+    if file.kept and not file.compact:
+        with naming(origin):
+            check_pruned_zeros(file.network.state_dict(), file.kept)
+            example = example_images(file.network, images)
+            file = replace(file, network=narrow(file.network, file.kept, example=example), compact=True)
+    check_images(to_device(file.network, session.device), session.data, origin=origin, trains=True)
+    return replace(file, images=images)
 
 
 def describe_trained(
     network: nn.Module, kept: Mapping[str, Tensor], *, file: NetworkFile, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A checkpoint at full width, with zeros where the network began without filters."""
+    from models.narrow import NarrowNetwork
+    from models.network_file import describe_network
+
     is_narrow = isinstance(network, NarrowNetwork)
     return describe_network(
         network.dense_state_dict() if is_narrow else network.state_dict(),
@@ -132,15 +131,30 @@ def describe_trained(
     )
 
 
-def score(args: argparse.Namespace, *, device: torch.device, world: World) -> None:
-    """Prints the accuracy of the network in --load-path."""
-    origin = f"--load-path {args.load_path}"
-    file = load_network(args.load_path, flag="--load-path", model=args.model)
-    data = setup.load_data(args, device=device, world=world, files={origin: file.images})
-    setup.check_classes(file.num_classes, data, origin=origin)
-    result = evaluate(setup.to_device(file.network, data.device), data, amp=args.amp)
-    setup.print_score(file.model, data, result)
+def finish(session: Session, network: nn.Module, result: Mapping[str, Any], *, model: str) -> None:
+    """Leaves the summary of the training."""
+    from utils.profile import profile_network
+    from utils.runs.folder import BEST, SUMMARY
+
+    best = session.run.folder / BEST
+    size = {"checkpoint_bytes": best.stat().st_size, **profile_network(network, session.data.example[:1])}
+    session.run.save_json(SUMMARY, {**session.summary_head(), "model": model, **result, **size})
+    session.run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {best}")
+
+
+def score(session: Session, path: str, *, model: str | None) -> None:
+    """Prints the accuracy of the network in a file."""
+    from models.network_file import load_network
+    from utils.device import to_device
+    from utils.images.loading import check_classes
+    from utils.training.evaluation import evaluate, print_score
+
+    origin = f"--load-path {path}"
+    file = load_network(path, flag="--load-path", model=model)
+    data = session.load_data({origin: file.images})
+    check_classes(file.num_classes, data, origin=origin)
+    print_score(file.model, data, evaluate(to_device(file.network, session.device), data, amp=session.settings.run.amp))
 
 
 if __name__ == "__main__":
-    cli.execute(lambda: main(cli.parse_flags(get_args_parser())))
+    cli.run_script(get_args_parser, main)

@@ -1,50 +1,33 @@
 """Names the classes of images, with any network that this repository wrote: a checkpoint, an archive or an ONNX file."""
 
+from __future__ import annotations
+
 import argparse
 import csv
 import io
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
-
-from deploy.onnx_file import SUFFIX, read_onnx
+from deploy.settings import ONNX_SUFFIX
 from models import check_model
-from models.network_file import load_network
-from quantize.archive import read_flagged
 from utils import cli
 from utils.errors import UserError, printable
 from utils.files import check_output, is_archive, write_atomic
-from utils.images.batches import Normaliser, test_transform
-from utils.images.datasets import read_image
-from utils.images.spec import ImageSpec
-from utils.training import setup
-from utils.world import World
+from utils.images.settings import IMAGE_SUFFIXES
+
+if TYPE_CHECKING:
+    from deploy.predictor import Predictor
 
 SCRIPT = "predict.py"
 SHOWN_PATH = 200  # characters
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """`logits` gives the logits (N, classes) of normalised images (N, 3, H, W) on `device`, which look as `images` says."""
-
-    logits: Callable[[Tensor], Tensor]
-    images: ImageSpec
-    device: torch.device
 
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog=SCRIPT, description="Name the classes of images.")
     parser.add_argument("paths", nargs="*", metavar="IMAGE", help="images, or folders, which are searched for images")
     parser.add_argument("--load-path", metavar="FILE", help="the network: a checkpoint, an archive or an ONNX file of export.py")
-    parser.add_argument("--model", type=cli.checked(check_model), metavar="NAME",
+    parser.add_argument("--model", metavar="NAME",
                         help="its network (default: the one that its file names, unless that is FILE.py:FUNCTION)")  # fmt: skip
     parser.add_argument("--top", type=cli.positive_int, default=1, metavar="N", help="how many classes to name for an image")
     parser.add_argument("--output", metavar="FILE.csv", help="write a table instead of printing lines")
@@ -53,6 +36,7 @@ def get_args_parser() -> cli.Parser:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA where there is a device")
     parser.counts_only("force", where=lambda args: args.output is not None, only="with --output")
     parser.counts_only("model", "device", where=lambda args: not is_onnx(args.load_path), only="with a checkpoint or an archive")
+    parser.checks["model"] = check_model
     return parser
 
 
@@ -63,7 +47,12 @@ def main(args: argparse.Namespace) -> None:
     if args.output is not None:
         check_output(Path(args.output), force=args.force)
     paths = image_paths(args.paths)
-    predictor = load_predictor(args)
+
+    from tqdm import tqdm
+
+    from deploy.predictor import predictions
+
+    predictor = load_predictor(args.load_path, model=args.model, device=args.device)
     top = min(args.top, len(predictor.images.class_names))
     rows, unreadable = [], []
     for path, found in predictions(predictor, paths, batch_size=args.batch_size, top=top):
@@ -82,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def is_onnx(path: str | None) -> bool:
-    return path is not None and path.lower().endswith(SUFFIX)
+    return path is not None and path.lower().endswith(ONNX_SUFFIX)
 
 
 def image_paths(given: Sequence[str]) -> list[str]:
@@ -91,9 +80,9 @@ def image_paths(given: Sequence[str]) -> list[str]:
     for name in given:
         path = Path(name)
         if path.is_dir():
-            below = sorted(str(own) for own in path.rglob("*") if own.suffix.lower() in IMG_EXTENSIONS and own.is_file())
+            below = sorted(str(own) for own in path.rglob("*") if own.suffix.lower() in IMAGE_SUFFIXES and own.is_file())
             if not below:
-                raise UserError(f"IMAGE {printable(name, SHOWN_PATH)}: the folder holds no image ({', '.join(IMG_EXTENSIONS)})")
+                raise UserError(f"IMAGE {printable(name, SHOWN_PATH)}: the folder holds no image ({', '.join(IMAGE_SUFFIXES)})")
             found += below
         elif path.is_file():
             found.append(name)
@@ -102,56 +91,33 @@ def image_paths(given: Sequence[str]) -> list[str]:
     return found
 
 
-def load_predictor(args: argparse.Namespace) -> Predictor:
-    """The network of --load-path. Raises UserError for a file that is none, or that does not say how its images must look."""
-    origin = f"--load-path {args.load_path}"
-    if args.load_path.lower().endswith(".pt2"):
+def load_predictor(path: str, *, model: str | None, device: str) -> Predictor:
+    """The network of a file. Raises UserError for a file that holds none, or that does not say how its images must look."""
+    import torch
+
+    from deploy.onnx_file import read_onnx
+    from deploy.predictor import Predictor
+    from models.network_file import load_network
+    from quantize.archive import read_flagged
+    from utils.device import choose_device, to_device
+    from utils.world import World
+
+    origin = f"--load-path {path}"
+    if path.lower().endswith(".pt2"):
         raise UserError(f"{origin}: opening a .pt2 file can run code; export the network as ONNX")
-    if is_onnx(args.load_path):
-        file = read_onnx(args.load_path, flag="--load-path")
+    if is_onnx(path):
+        file = read_onnx(path, flag="--load-path")
         return Predictor(file.run, file.images, torch.device("cpu"))
-    device = setup.choose_device(args.device, None, World())
-    if is_archive(args.load_path):
-        network, about = read_flagged(args.load_path, flag="--load-path", model=args.model)
+    place = choose_device(device, None, World())
+    if is_archive(path):
+        network, about = read_flagged(path, flag="--load-path", model=model)
         images = about.images
     else:
-        file = load_network(args.load_path, flag="--load-path", model=args.model)
+        file = load_network(path, flag="--load-path", model=model)
         network, images = file.network, file.images
     if images is None:
         raise UserError(f"{origin}: does not say how its images must look and what its classes are called")
-    return Predictor(setup.to_device(network, device).eval(), images, device)
-
-
-@torch.inference_mode()
-def predictions(
-    predictor: Predictor, paths: Sequence[str], *, batch_size: int, top: int
-) -> Iterator[tuple[str, list[tuple[str, float]] | UserError]]:
-    """Each path with its most probable classes and their probabilities, or with what keeps it from being read."""
-    transform, normalise = test_transform(predictor.images.image_size), Normaliser(predictor.images, predictor.device)
-
-    def read(path: str) -> Tensor | UserError:
-        try:
-            return transform(read_image(path))
-        except UserError as error:
-            return UserError(str(error).removeprefix("--data-dir: "))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), unit="image", disable=None, leave=False) as bar:
-        for begin in range(0, len(paths), batch_size):
-            batch = paths[begin : begin + batch_size]
-            images = list(pool.map(read, batch))
-            good = [image for image in images if isinstance(image, Tensor)]
-            rows = iter(())
-            if good:
-                logits = predictor.logits(normalise(torch.stack(good).to(predictor.device)))
-                rows = iter(zip(*logits.softmax(1).cpu().topk(top), strict=True))
-            for path, image in zip(batch, images, strict=True):
-                if isinstance(image, UserError):
-                    yield path, image
-                    continue
-                values, classes = next(rows)
-                names = [predictor.images.class_names[number] for number in classes.tolist()]
-                yield path, list(zip(names, values.tolist(), strict=True))
-            bar.update(len(batch))
+    return Predictor(to_device(network, place).eval(), images, place)
 
 
 def as_csv(rows: Sequence[Sequence[str]], top: int) -> str:
@@ -163,4 +129,4 @@ def as_csv(rows: Sequence[Sequence[str]], top: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.execute(lambda: main(cli.parse_flags(get_args_parser())))
+    cli.run_script(get_args_parser, main)

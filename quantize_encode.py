@@ -1,59 +1,42 @@
 """Quantizes a network and fine-tunes it: by shared weights, encoded into one file that decodes bit for bit, or for int8."""
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from distill.flags import add_distillation_flags, check_distillation, flagged_objective
+from distill.flags import add_distillation_flags, check_distillation, distillation_settings
 from models import check_model
-from models.int8 import Int8Network
-from models.narrow import NarrowNetwork
-from models.network_file import NetworkFile, load_network
-from prune.compact import check_pruned_zeros, compact
-from prune.networks import read_checked
-from quantize.archive import read_flagged
-from quantize.codebook import QUAN_MODES, layer_bits
-from quantize.record import describe_compact, describe_quantized, encode, finish_int8, share, simulate
+from quantize.flags import add_quantization_flags, quantization_settings
+from quantize.settings import INT8, QuantizationSettings
 from utils import cli
-from utils.checkpoints import save_checkpoint
-from utils.cli.plan import print_plan
-from utils.distributed import leave
 from utils.errors import UserError, naming
-from utils.files import is_archive
-from utils.images.batches import ImageData
-from utils.runs.folder import BEST
-from utils.runs.run import Run
-from utils.seed import seed_everything
-from utils.training import setup
-from utils.training.engine import CrossEntropyObjective, Objective, TrainingPlan, evaluate
-from utils.world import World
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from distill.settings import DistillationSettings
+    from models.network_file import NetworkFile
+    from utils.training.objective import Objective
+    from utils.training.session import Session
 
 SCRIPT = "quantize_encode.py"
-INT8 = "int8"  # a --quan-mode beside those that share weights
-SHORT_MODES = tuple(mode.removesuffix("-quan") for mode in QUAN_MODES)
 
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog=SCRIPT, description="Quantize a network by shared weights and encode it into one file.")
     network = parser.add_argument_group("network")
-    network.add_argument("--model", type=cli.checked(check_model), metavar="NAME",
+    network.add_argument("--model", metavar="NAME",
                          help="the network (default: the one that its file names, unless that is FILE.py:FUNCTION)")  # fmt: skip
     network.add_argument(
         "--load-path", metavar="FILE", help="its checkpoint: dense, pruned or compact; for --evaluate also an archive"
     )
-    quantization = parser.add_argument_group("quantization")
-    quantization.add_argument("--quan-mode", default="all-quan", choices=(*QUAN_MODES, *SHORT_MODES, INT8),
-                              help="which layers share weights; int8: none, all are trained in simulated eight bits")  # fmt: skip
-    quantization.add_argument("--quan-bits", nargs="+", default=["5"], metavar="BITS",
-                              help="2^BITS shared weights a layer, 1 to 16; NAME=BITS for single layers")  # fmt: skip
+    add_quantization_flags(parser)
     teacher = parser.add_argument_group("teacher, for int8")
-    teacher.add_argument("--t-model", type=cli.checked(check_model), metavar="NAME",
+    teacher.add_argument("--t-model", metavar="NAME",
                          help="its network (default: the one that its file names)")  # fmt: skip
     teacher.add_argument("--t-path", metavar="FILE", help="its checkpoint, such as the unpruned network")
     add_distillation_flags(parser)
@@ -65,14 +48,14 @@ def get_args_parser() -> cli.Parser:
     cli.add_data_flags(parser)
     cli.add_training_flags(parser, lr=0.001, n_epochs=20, schedule=(), lr_drops=())
     cli.add_run_flags(parser, log_name="quantize_encode.txt")
-    say_what_counts(parser, training=[*cli.names_of(quantization), *cli.names_of(teacher)])
+    parser.checks |= {"model": check_model, "t_model": check_model}
+    cli.counts_in_training(parser, *cli.names_of(teacher))
+    say_what_counts(parser)
     return parser
 
 
-def say_what_counts(parser: cli.Parser, *, training: Sequence[str]) -> None:
+def say_what_counts(parser: cli.Parser) -> None:
     """Which flags count beside which: the modes that only read an archive take nothing else."""
-    cli.counts_in_training(parser, *training)
-    parser.counts_only("quan_bits", where=lambda args: args.quan_mode != INT8, only="where weights are shared, not with int8")
     parser.counts_only("t_path", "t_model", "distill", where=lambda args: args.quan_mode == INT8, only="with --quan-mode int8")
     parser.counts_only("sync_bn", where=lambda args: args.quan_mode != INT8, only="where batch norms learn, not with int8")
     others = parser.names() - {"inspect", "decode", *cli.PLACES}
@@ -85,49 +68,43 @@ def say_what_counts(parser: cli.Parser, *, training: Sequence[str]) -> None:
 def main(args: argparse.Namespace) -> None:
     check_flags(args)
     if args.inspect is not None:
-        return inspect(args)
+        return inspect(args.inspect, model=args.model)
     if args.decode is not None:
-        return decode(args)
+        return decode(args.decode, Path(args.output), model=args.model, force=args.force)
 
-    device, world = setup.prepare(args)
+    from models.network_file import load_network
+    from prune.networks import read_checked
+    from quantize.codebook import layer_bits
+    from quantize.record import describe_quantized, share, simulate
+    from utils.training.session import Session
+
+    session, settings = Session(cli.session_settings(SCRIPT, args)), quantization_settings(args)
     if args.evaluate:
-        return score(args, device=device, world=world)
-    lease, state, fallback = setup.take_up(args, world)
+        return score(session, args.load_path, model=args.model)
 
-    seed_everything(args.seed)
+    session.seed()
     file = load_network(args.load_path, flag="--load-path", model=args.model)
-    announced = setup.announce(args, file.model, device=device, world=world, state=state)
-    teacher = read_checked("--t-path", args.t_path, args.t_model) if args.t_path is not None else None
-    file, data = with_data(args, file, teacher=teacher, device=device, world=world, state=state)
-    network = small_network(args, file.network, data)
-    bits = {} if args.quan_mode == INT8 else layer_bits(network, mode=args.quan_mode, bits=args.quan_bits)
-    plan = setup.training_plan(args)
+    session.announce(file.model)
+    files = {f"--load-path {args.load_path}": file}
+    if args.t_path is not None:
+        files[f"--t-path {args.t_path}"] = read_checked("--t-path", args.t_path, args.t_model)
+    file, teacher = fit_for_data(session, files)
+    objective_for = partial(objective_of, session, teacher=teacher, distillation=distillation_settings(args))
+    network = small_network(session, file.network, whole_too=settings.is_int8)
+    bits = {} if settings.is_int8 else layer_bits(network, mode=settings.mode, bits=settings.bits)
     if args.dry_run:
-        return print_quantization(args, plan, network, bits, teacher, data)
+        return print_quantization(session, network, bits, objective_for=objective_for)
 
-    networks = {"--load-path": file.network, **({"--t-path": teacher.network} if teacher is not None else {})}
-    run = setup.open_run(args, script=SCRIPT, device=device, world=world, lease=lease, state=state, networks=networks)
-    setup.log_beginning(run, announced, plan, fallback, data=data)
-    network = setup.to_device(network, device, sync_bn=args.sync_bn)
-    if args.quan_mode == INT8:
-        network = simulate(run, network, data, is_new=state is None)
+    run = session.open({"--load-path": file.network, "--t-path": teacher.network if teacher is not None else None})
+    network = session.place(network)
+    if settings.is_int8:
+        network = simulate(run, network, session.data, is_new=session.is_new)
     else:
-        share(run, network, bits, data, is_new=state is None)
-    objective = objective_of(args, network, teacher, data)
-    result = setup.train(
-        args,
-        objective,
-        network=network,
-        describe=partial(describe_quantized, config=setup.flags_of(args), file=file),
-        data=data,
-        run=run,
-        plan=plan,
-        state=state,
-    )
-    leave()  # the rest is for the main process alone
-    if world.is_main:
-        head = setup.summary_head(args, SCRIPT, run)
-        finish(args, run, result, data.alone(), head=head)
+        share(run, network, bits, session.data, is_new=session.is_new)
+    describe = partial(describe_quantized, config=session.settings.flags, file=file)
+    result = session.train(objective_for(network), network=network, describe=describe)
+    if session.world.is_main:
+        finish(session, settings, result, model=args.model)
     run.close()
 
 
@@ -144,108 +121,128 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--t-path {args.t_path}: teaches by no loss, name one with --distill")
 
 
-def print_quantization(
-    args: argparse.Namespace,
-    plan: TrainingPlan,
-    network: nn.Module,
-    bits: Mapping[str, int],
-    teacher: NetworkFile | None,
-    data: ImageData,
-) -> None:
-    """The plan of a dry run."""
-    trained, lines = network, [f"{name} would share {2**count} values" for name, count in bits.items()]
-    if args.quan_mode == INT8:
-        trained = Int8Network(network)
-        lines = [f"{name} would compute in int8" for name in trained.layers]
-    lines.append(f"loss: {objective_of(args, trained, teacher, data).formula()}")
-    print_plan(args, plan=plan, data=data, networks={"network": network}, lines=lines)
+def fit_for_data(session: Session, files: Mapping[str, NetworkFile]) -> tuple[NetworkFile, NetworkFile | None]:
+    """The network and, if there is one, its teacher, on the device, fit for the session's data, which are loaded for them.
 
-
-def with_data(
-    args: argparse.Namespace,
-    file: NetworkFile,
-    *,
-    device: torch.device,
-    world: World,
-    teacher: NetworkFile | None = None,
-    state: Mapping[str, Any] | None = None,
-) -> tuple[NetworkFile, ImageData]:
-    """The network of --load-path, its pruned filters truly at zero, and the data that it is fit for.
-
-    It is on the device then, and so is its teacher's, which must be fit for the same data.
+    `files` holds the two by flag and path, whose pruned filters must truly be at zero.
     """
-    origin = f"--load-path {args.load_path}"
-    files = {origin: file, **({f"--t-path {args.t_path}": teacher} if teacher is not None else {})}
-    said = {name: own.images for name, own in files.items()}
-    data = setup.load_data(args, device=device, world=world, files=said, state=state)
-    for name, own in files.items():
-        setup.check_classes(own.num_classes, data, origin=name)
-    if not file.compact:
-        with naming(origin):
-            check_pruned_zeros(file.network.state_dict(), file.kept)
-    for name, own in files.items():
-        setup.check_images(setup.to_device(own.network, device), data, origin=name, trains=own is file and not args.evaluate)
-    return replace(file, images=data.dataset.images), data
+    from dataclasses import replace
+
+    from prune.compact import check_pruned_zeros
+    from utils.device import to_device
+    from utils.images.loading import check_classes, check_images
+
+    data = session.load_data({origin: file.images for origin, file in files.items()})
+    for origin, file in files.items():
+        check_classes(file.num_classes, data, origin=origin)
+        if not file.compact:
+            with naming(origin):
+                check_pruned_zeros(file.network.state_dict(), file.kept)
+    trained = None if session.settings.run.evaluate else next(iter(files))
+    for origin, file in files.items():
+        check_images(to_device(file.network, session.device), data, origin=origin, trains=origin == trained)
+    network, teacher = (*files.values(), None)[:2]
+    return replace(network, images=data.dataset.images), teacher
 
 
-def small_network(args: argparse.Namespace, network: nn.Module, data: ImageData) -> nn.Module:
-    """The network without the filters that are zero, so that they cost nothing; if it has none itself, unless for int8."""
+def small_network(session: Session, network: nn.Module, *, whole_too: bool) -> nn.Module:
+    """The network without the filters that are zero, so that they cost nothing; one that has none only if `whole_too`."""
+    from models.narrow import NarrowNetwork
+    from prune.compact import compact
+
     if isinstance(network, NarrowNetwork):
         return network
-    smaller = compact(network, data.example)
-    return smaller if smaller.kept or args.quan_mode == INT8 else network
+    smaller = compact(network, session.data.example)
+    return smaller if smaller.kept or whole_too else network
 
 
-def objective_of(args: argparse.Namespace, network: nn.Module, teacher: NetworkFile | None, data: ImageData) -> Objective:
-    """The loss that the quantized network trains by."""
-    if args.quan_mode == INT8:
-        return flagged_objective(args, network, teacher, data)
-    return CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
+def objective_of(
+    session: Session, network: nn.Module, *, teacher: NetworkFile | None, distillation: DistillationSettings
+) -> Objective:
+    """The loss that the quantized network trains by; only one of int8 has a teacher."""
+    from distill.objective import session_objective
+    from models.int8 import Int8Network
+    from utils.training.objective import CrossEntropyObjective
+
+    if isinstance(network, Int8Network):
+        return session_objective(session, distillation, network, teacher)
+    return CrossEntropyObjective(network, label_smoothing=session.settings.training.label_smoothing)
 
 
-def finish(args: argparse.Namespace, run: Run, result: dict[str, Any], data: ImageData, *, head: dict[str, Any]) -> None:
+def print_quantization(
+    session: Session, network: nn.Module, bits: Mapping[str, int], *, objective_for: Callable[[nn.Module], Objective]
+) -> None:
+    """The plan of a dry run; without `bits` for int8."""
+    from models.int8 import Int8Network
+
+    trained, lines = network, [f"{name} would share {2**count} values" for name, count in bits.items()]
+    if not bits:
+        trained = Int8Network(network)
+        lines = [f"{name} would compute in int8" for name in trained.layers]
+    session.print_plan({"network": network}, [*lines, f"loss: {objective_for(trained).formula()}"])
+
+
+def finish(session: Session, settings: QuantizationSettings, result: Mapping[str, Any], *, model: str | None) -> None:
     """Leaves what the run is for: the archive of the best network, or its checkpoint for int8."""
-    best = load_network(run.folder / BEST, flag="--save-dir", model=args.model)
-    setup.to_device(best.network, data.device)
-    small = setup.to_device(small_network(args, best.network, data), data.device)
-    leave_files = finish_int8 if args.quan_mode == INT8 else encode
-    leave_files(run, result, data, best=best, small=small, config=setup.flags_of(args), head=head)
+    from models.network_file import load_network
+    from quantize.record import encode, finish_int8
+    from utils.device import to_device
+    from utils.runs.folder import BEST
+
+    best = load_network(session.run.folder / BEST, flag="--save-dir", model=model)
+    to_device(best.network, session.device)
+    small = to_device(small_network(session, best.network, whole_too=settings.is_int8), session.device)
+    leave_files = finish_int8 if settings.is_int8 else encode
+    head, config = session.summary_head(), session.settings.flags
+    leave_files(session.run, result, session.data.alone(), best=best, small=small, config=config, head=head)
 
 
-def inspect(args: argparse.Namespace) -> None:
-    """Prints where the bytes of the archive in --inspect go."""
-    _, report = read_flagged(args.inspect, flag="--inspect", model=args.model)
-    print(f"{args.inspect}: {report.model}, {report.num_classes} classes")
+def inspect(path: str, *, model: str | None) -> None:
+    """Prints where the bytes of an archive go."""
+    from quantize.archive import read_flagged
+
+    _, report = read_flagged(path, flag="--inspect", model=model)
+    print(f"{path}: {report.model}, {report.num_classes} classes")
     if report.images is not None:
         print(f"images: {report.images}")
     print("\n".join(report.lines()))
 
 
-def decode(args: argparse.Namespace) -> None:
-    """Writes the network of the archive in --decode as a checkpoint."""
-    if Path(args.output).exists() and not args.force:
-        raise UserError(f"--output {args.output}: exists already, choose another name or give --force")
-    network, report = read_flagged(args.decode, flag="--decode", model=args.model)
-    config = {"decoded_from": Path(args.decode).name}
+def decode(path: str, output: Path, *, model: str | None, force: bool) -> None:
+    """Writes the network of an archive as a checkpoint."""
+    from quantize.archive import read_flagged
+    from quantize.record import describe_compact
+    from utils.checkpoints import save_checkpoint
+
+    if output.exists() and not force:
+        raise UserError(f"--output {output}: exists already, choose another name or give --force")
+    network, report = read_flagged(path, flag="--decode", model=model)
+    config = {"decoded_from": Path(path).name}
     identity = {"model": report.model, "num_classes": report.num_classes, "images": report.images}
-    save_checkpoint(args.output, describe_compact(network, **identity, config=config))
-    print(f"{args.decode}: {report.model}, {report.num_classes} classes -> {args.output}")
+    save_checkpoint(output, describe_compact(network, **identity, config=config))
+    print(f"{path}: {report.model}, {report.num_classes} classes -> {output}")
 
 
-def score(args: argparse.Namespace, *, device: torch.device, world: World) -> None:
-    """Prints the accuracy of the network in --load-path, an archive or a checkpoint."""
-    if not is_archive(args.load_path):
-        file = load_network(args.load_path, flag="--load-path", model=args.model)
-        file, data = with_data(args, file, device=device, world=world)
-        return setup.print_score(file.model, data, evaluate(file.network, data, amp=args.amp))
-    origin = f"--load-path {args.load_path}"
-    network, report = read_flagged(args.load_path, flag="--load-path", model=args.model)
-    data = setup.load_data(args, device=device, world=world, files={origin: report.images})
-    setup.check_classes(report.num_classes, data, origin=origin)
-    network = setup.to_device(network, device)
-    setup.check_images(network, data, origin=origin)
-    setup.print_score(report.model, data, evaluate(network, data, amp=args.amp))
+def score(session: Session, path: str, *, model: str | None) -> None:
+    """Prints the accuracy of the network in an archive or a checkpoint."""
+    from models.network_file import load_network
+    from quantize.archive import read_flagged
+    from utils.device import to_device
+    from utils.files import is_archive
+    from utils.images.loading import check_classes, check_images
+    from utils.training.evaluation import evaluate, print_score
+
+    origin, amp = f"--load-path {path}", session.settings.run.amp
+    if not is_archive(path):
+        file, _ = fit_for_data(session, {origin: load_network(path, flag="--load-path", model=model)})
+        return print_score(file.model, session.data, evaluate(file.network, session.data, amp=amp))
+    network, report = read_flagged(path, flag="--load-path", model=model)
+    data = session.load_data({origin: report.images})
+    check_classes(report.num_classes, data, origin=origin)
+    network = to_device(network, session.device)
+    check_images(network, data, origin=origin)
+    print_score(report.model, data, evaluate(network, data, amp=amp))
 
 
 if __name__ == "__main__":
-    cli.execute(lambda: main(cli.parse_flags(get_args_parser())))
+    cli.run_script(get_args_parser, main)

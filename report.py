@@ -1,17 +1,20 @@
 """Tables and pictures over any number of runs: Markdown, CSV, PNG, and one HTML page that holds all of it."""
 
+from __future__ import annotations
+
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models import check_model
-from reporting.attention import attention_pictures
-from reporting.comparison_table import ComparisonTable, comparison_tables
-from reporting.gather import Results, gather
-from reporting.page import Picture
-from reporting.pictures import PICTURE_NAMES
-from reporting.publish import README_PICTURES, check_output, collect, update_readme, write_report
+from reporting.naming import PICTURE_NAMES, README_PICTURES
 from utils import cli
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from reporting.comparison_table import ComparisonTable
+    from reporting.gather import Results
 
 SCRIPT = "report.py"
 DOCS = Path(__file__).resolve().parent / "docs"
@@ -51,7 +54,8 @@ def get_args_parser() -> cli.Parser:
         "--data-dir", type=Path, metavar="DIR", help="where the dataset for --attention is (default: as its run says)"
     )
     for role, name in (("teacher", "t_model"), ("student", "s_model")):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=cli.checked(check_model), metavar="NAME",
+        parser.checks[name] = check_model
+        parser.add_argument(cli.flag_of(name), metavar="NAME",
                             help=f"the {role} of --attention, where its run names a Python file")  # fmt: skip
     attention_flags = ("images", "data_dir", "t_model", "s_model")
     parser.counts_only(*attention_flags, where=lambda args: args.attention is not None, only="with --attention RUN")
@@ -69,6 +73,9 @@ def get_args_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    from reporting.gather import gather
+    from reporting.publish import check_output, collect, update_readme, write_report
+
     default = PICTURE_NAMES if args.readme is None else README_PICTURES
     names = default if args.pictures is None else args.pictures
     runs = args.runs or [COMMITTED_RESULTS if args.readme else Path("saves")]
@@ -82,31 +89,30 @@ def main(args: argparse.Namespace) -> None:
     else:
         output = args.output or Path("report")
         check_output(output)
-        comparisons = compared(args, results)
-        attention = draw_attention(args)
+        comparisons = compared(results, args.compare, skip_missing=args.skip_missing)
+        attention = []
+        if args.attention is not None:
+            from reporting.attention import attention_pictures
+
+            networks = {"t_model": args.t_model, "s_model": args.s_model}
+            attention = attention_pictures(args.attention, images=args.images, data_dir=args.data_dir, **networks)
         write_report(output, results, title=args.title, picture_names=names, extra_pictures=attention, comparisons=comparisons)
 
 
-def compared(args: argparse.Namespace, results: Results) -> list[ComparisonTable]:
-    """The tables of --compare; with --skip-missing without those whose runs have not all come to their end."""
+def compared(results: Results, wanted: Sequence[str], *, skip_missing: bool) -> list[ComparisonTable]:
+    """The tables that are `wanted`; with `skip_missing` without those whose runs have not all come to their end."""
+    from reporting.comparison_table import comparison_tables
+
     tables = []
-    for asked in args.compare:
+    for asked in wanted:
         try:
             tables += comparison_tables(results.groups, asked)
         except UserError as error:
-            if not args.skip_missing:
+            if not skip_missing:
                 raise
             print(f"left out {error}")
     return tables
 
 
-def draw_attention(args: argparse.Namespace) -> list[Picture]:
-    if args.attention is None:
-        return []
-    return attention_pictures(
-        args.attention, images=args.images, data_dir=args.data_dir, t_model=args.t_model, s_model=args.s_model
-    )
-
-
 if __name__ == "__main__":
-    cli.execute(lambda: main(cli.parse_flags(get_args_parser())))
+    cli.run_script(get_args_parser, main)

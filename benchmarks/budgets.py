@@ -23,16 +23,17 @@ from deploy.latency import LatencyTable, calibrate, measure_table
 from models import build_model, check_model
 from models.graph.roles import BATCH_NORMS
 from models.narrow import NarrowNetwork
-from prune.allocation import FLOOR, Budget
+from prune.allocation import FLOOR
 from prune.choice import FilterChoice
 from prune.cost import Widths
 from prune.masks import keep_ratios, prunable_layers
 from prune.schedule import PhysicalPruning
+from prune.settings import Budget
 from utils import cli
+from utils.device import choose_device, to_device
 from utils.errors import UserError
 from utils.profile import profile_network
 from utils.timing import interleaved_seconds, median_ratio
-from utils.training.setup import choose_device, to_device
 from utils.world import World
 
 FORMS = {  # budget, coupled, channel multiple

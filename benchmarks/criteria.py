@@ -19,9 +19,10 @@ from prune.feature_maps import mean_of_maps
 from prune.gradients import mean_gradients
 from prune.masks import prunable_layers
 from utils import cli
+from utils.device import choose_device, to_device
 from utils.timing import interleaved_seconds, median_ratio
-from utils.training.engine import CrossEntropyObjective, prepare_step, sgd, train_step
-from utils.training.setup import choose_device, to_device
+from utils.training.objective import CrossEntropyObjective
+from utils.training.step import prepare_step, sgd, train_step
 from utils.world import World
 
 BATCHES = 2  # of one measured pass, and as many steps

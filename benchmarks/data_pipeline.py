@@ -21,10 +21,10 @@ from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from benchmarks.step_cost import plain_step
 from models import build_model
 from utils import cli
+from utils.device import choose_device, to_device
 from utils.images.batches import ImageData
 from utils.images.datasets import IMAGENET_MEAN, IMAGENET_STD, Dataset, ImageFiles, SmallImages
 from utils.timing import interleaved_seconds, median_ratio
-from utils.training.setup import choose_device, to_device
 from utils.world import World
 
 SMALL_SET_IMAGES = 50_000

@@ -18,11 +18,12 @@ from torch import nn
 from benchmarks.common import RESULTS, add_common_flags, machine, report, synthetic_batch
 from models import MODELS, build_model
 from utils import cli
+from utils.device import choose_device, to_device
 from utils.distributed import join
 from utils.images.batches import Batch
 from utils.timing import interleaved_seconds
-from utils.training.engine import CrossEntropyObjective, prepare_step, sgd, train_step
-from utils.training.setup import choose_device, to_device
+from utils.training.objective import CrossEntropyObjective
+from utils.training.step import prepare_step, sgd, train_step
 from utils.world import World, world_from_environment
 
 

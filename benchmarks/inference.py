@@ -27,11 +27,12 @@ from models.narrow import narrow
 from prune.masks import choose_filters, keep_ratios, prunable_layers
 from prune.schedule import PhysicalPruning
 from utils import cli
+from utils.device import choose_device, to_device
 from utils.images.batches import Batch
 from utils.profile import profile_network
 from utils.timing import PAUSE_SECONDS, interleaved, median_ratio, seconds_of
-from utils.training.engine import CrossEntropyObjective, sgd, train_step
-from utils.training.setup import choose_device, to_device
+from utils.training.objective import CrossEntropyObjective
+from utils.training.step import sgd, train_step
 from utils.world import World
 
 PRUNINGS = ((0.6, 1), (0.5, 8))  # keep ratio, channel multiple

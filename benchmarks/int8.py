@@ -20,9 +20,10 @@ from deploy.onnx import to_onnx
 from deploy.runtimes import SESSIONS, median_seconds, repeated
 from models import MODELS
 from models.narrow import NarrowNetwork, narrow
-from prune.allocation import FLOOR, Budget
+from prune.allocation import FLOOR
 from prune.choice import FilterChoice
 from prune.masks import keep_ratios, prunable_layers
+from prune.settings import Budget
 from utils import cli
 from utils.profile import profile_network
 

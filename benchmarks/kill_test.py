@@ -36,7 +36,7 @@ from utils import cli, files, profile
 from utils.checkpoints import digest, load_checkpoint
 from utils.images.datasets import load_dataset
 from utils.runs import tensorboard
-from utils.training.engine import Trainer
+from utils.training.trainer import Trainer
 
 RUN = Path("saves", "run")
 TIMINGS = frozenset(("seconds", "images_per_second", "latency"))
@@ -151,7 +151,7 @@ def _execute(script: str, words: Sequence[str]) -> int:
     module = importlib.import_module(script)
     sys.argv = [f"{script}.py", *words]
     try:
-        cli.execute(lambda: module.main(cli.parse_flags(module.get_args_parser(), words)))
+        cli.run_script(module.get_args_parser, module.main, words)
     except SystemExit as end:
         return end.code
 

@@ -13,9 +13,10 @@ from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from models import MODELS, build_model
 from quantize.codebook import layer_bits, share_weights
 from utils import cli
+from utils.device import choose_device, to_device
 from utils.timing import interleaved_seconds, median_ratio
-from utils.training.engine import CrossEntropyObjective, prepare_step, sgd, train_step
-from utils.training.setup import choose_device, to_device
+from utils.training.objective import CrossEntropyObjective
+from utils.training.step import prepare_step, sgd, train_step
 from utils.world import World
 
 

@@ -19,8 +19,8 @@ from models.cifar_resnet import STAGE_WIDTHS
 from models.narrow.relayout import as_maps, as_rows
 from prune.masks import keep_count
 from utils import cli
+from utils.device import choose_device
 from utils.timing import interleaved_seconds
-from utils.training.setup import choose_device
 from utils.world import World
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -19,10 +19,10 @@ from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from benchmarks.step_cost import plain_step
 from models import MODELS, build_model
 from utils import cli
+from utils.device import to_device
 from utils.profile import training_flops
 from utils.timing import interleaved_seconds
-from utils.training.engine import CrossEntropyObjective
-from utils.training.setup import to_device
+from utils.training.objective import CrossEntropyObjective
 
 KINDS = {
     "convolutions": ("conv",),

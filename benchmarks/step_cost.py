@@ -25,10 +25,12 @@ from models import MODELS, build_model
 from prune.masks import choose_filters, keep_ratios, prunable_layers
 from prune.schedule import HardPruning, PhysicalPruning, PruningSchedule, SoftPruning
 from utils import cli
+from utils.device import choose_device, to_device
 from utils.images.batches import Batch
 from utils.timing import idle_share, interleaved_seconds, median_ratio
-from utils.training.engine import CrossEntropyObjective, Hooks, check_acceleration, prepare_step, sgd, train_step
-from utils.training.setup import choose_device, to_device
+from utils.training.objective import CrossEntropyObjective
+from utils.training.pruning import Pruning
+from utils.training.step import check_acceleration, prepare_step, sgd, train_step
 from utils.world import World
 
 FORMS = ("dense", "compact", "masked", "soft")
@@ -94,7 +96,7 @@ def _idle(step: Callable[[], None], *, device: torch.device, taken: Sequence[flo
 
 
 def plain_step(network: nn.Module, batch: Batch, *, mode: str) -> Callable[[], None]:
-    return _runnable(CrossEntropyObjective(network), Hooks(), batch, mode=mode)
+    return _runnable(CrossEntropyObjective(network), Pruning(), batch, mode=mode)
 
 
 def pruned_step(network: nn.Module, batch: Batch, *, form: str, loss: str, keep_ratio: float, mode: str) -> Callable[[], None]:
@@ -105,16 +107,16 @@ def pruned_step(network: nn.Module, batch: Batch, *, form: str, loss: str, keep_
 
 
 def distilled_step(
-    student: nn.Module, hooks: Hooks, teacher: nn.Module, batch: Batch, *, loss: str, mode: str
+    student: nn.Module, hooks: Pruning, teacher: nn.Module, batch: Batch, *, loss: str, mode: str
 ) -> Callable[[], None]:
     """A step of `student`, which `hooks` keep pruned, that learns from `teacher` by `loss`, with KD as `pruning.py` adds it."""
     student = to_device(student, batch.images.device).train()
     return _runnable(distillation_objective(student, teacher, loss, batch.images[:8]), hooks, batch, mode=mode)
 
 
-def build_schedule(network: nn.Module, form: str, keep_ratio: float) -> Hooks:
+def build_schedule(network: nn.Module, form: str, keep_ratio: float) -> Pruning:
     if form == "dense":
-        return Hooks()
+        return Pruning()
     layers = prunable_layers(network)
     kept = choose_filters(layers, keep_ratios(layers, [keep_ratio]), criterion="filter-gm")
     if form == "soft":
@@ -132,7 +134,7 @@ def distillation_objective(student: nn.Module, teacher: nn.Module, loss: str, im
     return DistillationObjective(student, teacher=frozen, losses=losses, kd=build["kd"])
 
 
-def _runnable(objective: nn.Module, hooks: Hooks, batch: Batch, *, mode: str) -> Callable[[], None]:
+def _runnable(objective: nn.Module, hooks: Pruning, batch: Batch, *, mode: str) -> Callable[[], None]:
     amp, compiled = MODES[mode]
     objective.train()
     step = prepare_step(objective, device=batch.images.device, world=World(), compiled=compiled)

@@ -20,14 +20,14 @@ from benchmarks.budgets import build, choice_within
 from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from benchmarks.step_cost import MODES, checked_device, distilled_step, plain_step
 from models import MODELS
-from prune.allocation import Budget
 from prune.measured_forms import MULTIPLES, TABLE, Step, record
 from prune.schedule import HardPruning, PhysicalPruning
+from prune.settings import Budget
 from utils import cli
+from utils.device import to_device
 from utils.images.batches import Batch
 from utils.profile import profile_network
 from utils.timing import interleaved_seconds, median_ratio
-from utils.training.setup import to_device
 
 FORMS = {"compact": PhysicalPruning, "masked": HardPruning}
 DENSE, DISTILLED = "dense", "distilled"

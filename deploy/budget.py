@@ -1,6 +1,5 @@
 """A budget of time: where its table of latencies comes from, and what is said of the network that it leads to."""
 
-import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -8,8 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from deploy.latency import TOLERANCE, Comparison, LatencyTable, Widths, calibrate, measure_table, read_table
+from deploy.settings import LatencySettings
 from utils.distributed import from_main
-from utils.errors import UserError, naming
+from utils.errors import ParameterError, UserError, naming
 from utils.images.batches import ImageData
 from utils.runs.folder import LATENCY_TABLE
 from utils.runs.run import Run
@@ -20,37 +20,39 @@ Chosen = tuple[nn.Module, Widths]  # a small network, and the widths of its laye
 
 @preserved_random_state()
 def obtain_table(
-    args: argparse.Namespace,
+    settings: LatencySettings,
     network: nn.Module,
     data: ImageData,
     *,
+    recorded: Path | None,
     share: float,
     multiple: int | None,
     narrowest: int,
     chosen_by: Callable[[LatencyTable], Callable[[], Chosen]],
 ) -> LatencyTable:
-    """The table of the run that is resumed, of --budget-table, or one that the main process measures for `share` of the time.
+    """The table `recorded` in a run that goes on, that of a file, or one that the main process measures for `share` of the time.
 
     Wherever it comes from, the global random streams stay as they were: what follows is the same computation.
 
     `multiple` None leaves the channel multiple to the table, for layers of `narrowest` filters at least. `chosen_by(table)()`
     gives the network that a table leads to as it is then.
     """
-    recorded = Path(args.resume or "") / LATENCY_TABLE
-    if args.resume is not None and recorded.exists():
+    if recorded is not None:
         return read_table(recorded, flag="--resume", network=network, image=data.example)
-    if args.budget_table is not None:
-        table = read_table(args.budget_table, flag="--budget-table", network=network, image=data.example)
+    if settings.table is not None:
+        table = read_table(settings.table, flag="--budget-table", network=network, image=data.example)
         if multiple is None and not table.sweep:
-            raise UserError(
-                f"--channel-multiple auto: --budget-table {args.budget_table} did not look for the best one, "
-                f"it has widths in multiples of {table.multiple}; give a number"
+            raise ParameterError(
+                "multiple",
+                "auto",
+                f"the table {settings.table} did not look for the best one, it has widths in multiples of {table.multiple}; "
+                "give a number",
             )
         return table
 
     def measured() -> LatencyTable:
-        setting = {"runtime": args.budget_runtime, "batch_size": args.budget_batch_size, "threads": args.budget_threads}
-        with naming(f"--budget-runtime {args.budget_runtime}"):
+        setting = {"runtime": settings.runtime, "batch_size": settings.batch_size, "threads": settings.threads}
+        with naming(f"--budget-runtime {settings.runtime}"):
             found = measure_table(network, data.example, **setting, multiple=multiple, narrowest=narrowest)
         calibrate(found, share, network, chosen_by(found), data.example)
         return found
@@ -84,7 +86,7 @@ def log_chosen(
     try:
         taken = table.measured["measured"] = Comparison(table, network, data.example).share_of(small)
         if taken > share + TOLERANCE * share:
-            run.warn(f"--budget latency={share:g}: the network takes {taken:.3f} of the dense one's time here")
+            run.warn(f"latency={share:g}: the network takes {taken:.3f} of the dense one's time here")
         run.log(f"measured here: {table.measured['measured']:.3f} of the dense network's time")
     except UserError as error:  # a table may come from elsewhere
         run.log(f"not measured here: {error}")

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import tempfile
 import types
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from deploy.onnx import any_batch, to_onnx, unread_parts
 from deploy.runtimes import Runner, median_seconds, onnxruntime_session, repeated
+from deploy.settings import SAFETENSORS
 from deploy.source import network_source
 from models.narrow import NarrowNetwork, narrow
 from utils.images.spec import ImageSpec
@@ -118,9 +118,6 @@ def export_source(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, ori
     return Export(files, "source", load_source(files, output), exact=True)
 
 
-SAFETENSORS = ".safetensors"
-
-
 def load_source(files: Mapping[str, bytes], output: Path) -> nn.Module:
     """The network that the `load` of the source gives, as its users will have it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -134,8 +131,3 @@ def load_source(files: Mapping[str, bytes], output: Path) -> nn.Module:
 
 
 EXPORTERS = {"onnx": export_onnx, "pt2": export_program, "python": export_source}
-
-
-def output_paths(form: str, output: str | os.PathLike) -> list[Path]:
-    """The files that an export in this form leaves."""
-    return [Path(output).with_suffix(suffix) for suffix in ([SAFETENSORS] if form == "python" else [])] + [Path(output)]

@@ -25,7 +25,6 @@ from utils.errors import UserError, naming, printable, shown
 from utils.images.spec import FIELDS, ImageSpec, read_image_spec
 from utils.untrusted import read_whole
 
-SUFFIX = ".onnx"
 MAX_BYTES = 2 << 30  # of a protobuf message
 SECONDS = 120.0  # for opening the file, and for the logits of PIXELS
 PIXELS = 16 * 224 * 224  # of images that are given at a time

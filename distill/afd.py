@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.base import Distiller, attention_map, full_precision_type, register_distiller, stacked_energies
+from distill.base import Distiller, attention_map, full_precision_type, stacked_energies
 from models.outputs import Outputs
 
 WIDTH = 128  # of queries and keys
@@ -99,7 +99,6 @@ class _BlockProjection(nn.Module):
         return (x - mean) * (self.gain * torch.rsqrt(variance + BN_EPSILON)) + self.bias
 
 
-@register_distiller("afd", beta=200.0)
 class AFD(Distiller):
     """Attention-based feature matching. Its parameters train with the student's and belong in the checkpoint."""
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.base import Distiller, attention_map, channel_energy, register_distiller
+from distill.base import Distiller, attention_map, channel_energy
 from models.outputs import Outputs
-from utils.errors import UserError
+from utils.errors import ParameterError
 
 IMAGENET_STAGES = 4  # networks of so many stages are taken for those for ImageNet, of which the last two are compared
 
@@ -28,19 +28,14 @@ def _stage_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(attention_map(channel_energy(student), size), attention_map(channel_energy(teacher), size))
 
 
-@register_distiller(
-    "at",
-    beta=1000.0,
-    at_stages="how many of the last stages AT compares (default: all, of four or more the last two)",
-)
 class AT(Distiller):
     """Attention maps at the end of each stage; of ImageNet networks, and where one has more, of the last ones."""
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, at_stages: int = 0):
+    def __init__(self, student: Outputs, teacher: Outputs, *, at_stages: int):
         super().__init__()
         count = min(len(student.stages), len(teacher.stages))
         if not 0 <= at_stages <= count:
-            raise UserError(f"--at-stages {at_stages}: both networks have {count} stages: choose from 1 to that")
+            raise ParameterError("at_stages", at_stages, f"both networks have {count} stages: choose from 1 to that")
         self.is_chosen = at_stages > 0
         self.last_stages = at_stages or (2 if count >= IMAGENET_STAGES else count)
 

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.base import Distiller, full_precision, register_distiller
+from distill.base import Distiller, full_precision
 from models.outputs import Outputs
-from utils.errors import UserError
+from utils.errors import ParameterError
 
 EPSILON = 1e-7  # beside probabilities, as in the official code
 MANY = 2**48
@@ -34,7 +34,7 @@ class Negatives(nn.Module):
         super().__init__()
         counts = torch.bincount(train_labels)
         if (counts > 0).sum() < 2:
-            raise UserError("--distill crd: needs training images of two classes or more, to tell an image from others")
+            raise ParameterError("loss", "crd", "needs training images of two classes or more, to tell an image from others")
         starts = counts.cumsum(0) - counts
         # what the data say needs no place in a checkpoint
         self.register_buffer("by_class", train_labels.argsort(stable=True), persistent=False)
@@ -83,14 +83,6 @@ class Bank(nn.Module):
         self.rows.index_copy_(0, indices, rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
-@register_distiller(
-    "crd",
-    beta=0.8,
-    crd_negatives="images of other classes that CRD compares each image with",
-    crd_width="dimensions of CRD's projections",
-    crd_t="temperature of CRD's scores",
-    crd_momentum="share of an image's old projection that CRD's bank keeps",
-)
 class CRD(Distiller):
     """Contrast of each image with others, between the two networks. Projections train with the student; the bank is state."""
 
@@ -100,16 +92,16 @@ class CRD(Distiller):
         teacher: Outputs,
         *,
         train_labels: Tensor,
-        crd_negatives: int = 16384,
-        crd_width: int = 128,
-        crd_t: float = 0.07,
-        crd_momentum: float = 0.5,
+        crd_negatives: int,
+        crd_width: int,
+        crd_t: float,
+        crd_momentum: float,
     ):
         super().__init__()
         if not 0 <= crd_momentum < 1:
-            raise UserError(f"--crd-momentum {crd_momentum:g}: must be from 0 to below 1")
+            raise ParameterError("crd_momentum", crd_momentum, "must be from 0 to below 1")
         if dist.is_initialized() and dist.get_world_size() > 1:
-            raise UserError("--distill crd: for one process, its bank of projections is not shared by several")
+            raise ParameterError("loss", "crd", "for one process, its bank of projections is not shared by several")
         self.negatives, self.temperature, self.momentum = crd_negatives, crd_t, crd_momentum
         self.student_projection = nn.Linear(student.embedding.shape[1], crd_width)
         self.teacher_projection = nn.Linear(teacher.embedding.shape[1], crd_width)

@@ -11,11 +11,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from distill.base import Distiller, full_precision, register_distiller
+from distill.base import Distiller, full_precision
 from distill.kd import kd_loss
 from distill.logits import check_classes
 from models.outputs import Outputs
-from utils.errors import UserError
+from utils.errors import ParameterError
 
 LOWEST, RANGE = 1.0, 20.0  # of temperatures
 
@@ -40,18 +40,15 @@ def reversal_factor(epochs: Tensor, *, rise_epochs: float) -> Tensor:
     return (1 - (math.pi / rise_epochs * epoch).cos()) / 2
 
 
-@register_distiller(
-    "ctkd", beta=0.9, replaces_kd=True, ctkd_epochs="first epochs, over which CTKD's temperature learns more and more against KD"
-)
 class CTKD(Distiller):
     """KD at a temperature that is learned to make it hard. It trains with the student's parameters."""
 
     reads_maps = False
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, ctkd_epochs: int = 10):
+    def __init__(self, student: Outputs, teacher: Outputs, *, ctkd_epochs: int):
         super().__init__()
         if ctkd_epochs < 1:
-            raise UserError(f"--ctkd-epochs {ctkd_epochs}: must be 1 or more")
+            raise ParameterError("ctkd_epochs", ctkd_epochs, "must be 1 or more")
         check_classes(student, teacher)
         self.rise_epochs = ctkd_epochs
         self.theta = nn.Parameter(torch.ones(()))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from distill.base import Distiller, check_weights, full_precision, register_distiller
-from distill.logits import TEMPERATURE_HELP, check_classes, check_temperature, temperature_setting
+from distill.base import Distiller, check_weights, full_precision
+from distill.logits import check_classes, check_temperature, temperature_setting
 from models.outputs import Outputs
 
 EPSILON = 1e-8
@@ -37,21 +37,12 @@ def dist_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: fl
     return temperature**2 * (beta * between_classes + gamma * between_images)
 
 
-@register_distiller(
-    "dist",
-    beta=1.0,
-    replaces_kd=True,
-    weights=("dist_beta", "dist_gamma"),
-    kd_t=TEMPERATURE_HELP,
-    dist_beta="weight of DIST's relation between the classes of an image",
-    dist_gamma="weight of DIST's relation between the images of a batch",
-)
 class DIST(Distiller):
     """Correlation of class probabilities, within an image and within a batch."""
 
     reads_maps = False
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, kd_t: float = 4.0, dist_beta: float = 2.0, dist_gamma: float = 2.0):
+    def __init__(self, student: Outputs, teacher: Outputs, *, kd_t: float, dist_beta: float, dist_gamma: float):
         super().__init__()
         check_temperature(kd_t)
         check_weights({"dist_beta": dist_beta, "dist_gamma": dist_gamma})

@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.base import Distiller, check_weights, full_precision, register_distiller
+from distill.base import Distiller, check_weights, full_precision
 from distill.logits import (
-    STANDARDIZE_HELP,
-    TEMPERATURE_HELP,
     check_classes,
     check_temperature,
     other_classes,
@@ -25,7 +23,7 @@ from distill.logits import (
     temperature_setting,
 )
 from models.outputs import Outputs
-from utils.errors import UserError
+from utils.errors import ParameterError
 
 
 def decoupled_divergences(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,17 +50,6 @@ def dkd_loss(
     return temperature**2 * (alpha * target + beta * others).mean()
 
 
-@register_distiller(
-    "dkd",
-    beta=1.0,
-    replaces_kd=True,
-    rise=20 / 240,  # of the official code's epochs on CIFAR-100
-    weights=("dkd_alpha", "dkd_beta"),
-    kd_t=TEMPERATURE_HELP,
-    kd_standardize=STANDARDIZE_HELP,
-    dkd_alpha="weight of DKD's target class",
-    dkd_beta="weight of DKD's other classes",
-)
 class DKD(Distiller):
     """The target's probability and the distribution over the other classes, weighed apart."""
 
@@ -73,17 +60,17 @@ class DKD(Distiller):
         student: Outputs,
         teacher: Outputs,
         *,
-        kd_t: float = 4.0,
-        kd_standardize: bool = False,
-        dkd_alpha: float = 1.0,
-        dkd_beta: float = 8.0,  # the official code's for any pair of networks; it has 2 for ResNet-20 by ResNet-56
+        kd_t: float,
+        kd_standardize: bool,
+        dkd_alpha: float,
+        dkd_beta: float,
     ):
         super().__init__()
         check_temperature(kd_t)
         check_weights({"dkd_alpha": dkd_alpha, "dkd_beta": dkd_beta})
         check_classes(student, teacher)
         if student.logits.shape[1] < 2:
-            raise UserError("--distill dkd: needs two classes or more, there is no other class beside the target")
+            raise ParameterError("loss", "dkd", "needs two classes or more, there is no other class beside the target")
         self.temperature, self.standardize = kd_t, kd_standardize
         self.alpha, self.beta = dkd_alpha, dkd_beta
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.base import BatchNorm, Distiller, full_precision, register_distiller
+from distill.base import BatchNorm, Distiller, full_precision
 from models.outputs import Outputs
-from utils.errors import UserError
+from utils.errors import ParameterError
 
 
 class Regressor(nn.Module):
@@ -40,15 +40,14 @@ class Regressor(nn.Module):
         return F.relu(self.norm(self.conv(x)))
 
 
-@register_distiller("fitnet", beta=100.0, fitnet_stage="which stage FitNet compares, from 1")
 class FitNet(Distiller):
     """One stage of the teacher from the same stage of the student. Its parameters train with the student's."""
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, fitnet_stage: int = 2):
+    def __init__(self, student: Outputs, teacher: Outputs, *, fitnet_stage: int):
         super().__init__()
         count = min(len(student.stages), len(teacher.stages))
         if not 1 <= fitnet_stage <= count:
-            raise UserError(f"--fitnet-stage {fitnet_stage}: both networks have {count} stages: choose from 1 to that")
+            raise ParameterError("fitnet_stage", fitnet_stage, f"both networks have {count} stages: choose from 1 to that")
         self.stage = fitnet_stage
         self.regressor = Regressor(*(tuple(outputs.stages[self.stage - 1].shape) for outputs in (student, teacher)))
 

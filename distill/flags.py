@@ -1,23 +1,12 @@
 """The flags of the losses: which are used, their weights, and the options that each of them is registered with."""
 
 import argparse
+from collections.abc import Sequence
 
-from torch import nn
-
-from distill import DISTILLERS, distiller_options
-from distill.base import check_weights
-from distill.objective import (
-    DistillationObjective,
-    active_losses,
-    build_objective,
-    check_effective,
-    check_losses,
-    default_alpha,
-    weighted_losses,
-)
-from models.network_file import NetworkFile
+from distill.registry import DISTILLERS, active_losses, default_alpha, distiller_options, weighted_losses
+from distill.settings import DistillationSettings
 from utils import cli
-from utils.images.batches import ImageData
+from utils.errors import UserError
 
 
 def add_distillation_flags(parser: cli.Parser) -> None:
@@ -36,39 +25,28 @@ def add_distillation_flags(parser: cli.Parser) -> None:
             f"--{keyword.replace('_', '-')}", **cli.option_kind(option.default, may_be_zero=option.is_weight), help=option.help
         )
     parser.completions.append(_complete_alpha)
+    parser.parameters["loss"] = "distill"
     cli.counts_in_training(parser, *cli.names_of(group))
     _say_what_counts(parser)
 
 
 def check_distillation(args: argparse.Namespace) -> None:
     """Raises UserError for losses of `--distill` that do not go together, or not with the weights of the flags."""
-    check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
+    _check_losses(args.distill, has_teacher=args.t_path is not None, alpha=args.alpha, betas=args.betas)
     if args.resume is None:  # a run that has begun with a loss of no weight may end with it
-        check_effective(args.distill, alpha=args.alpha, betas=args.betas)
+        _check_effective(args.distill, alpha=args.alpha, betas=args.betas)
     for name in weighted_losses(args.distill):
-        weights = {option: getattr(args, option) for option in DISTILLERS[name].weights}
-        if weights:
-            check_weights(weights)
+        weights = {cli.flag_of(option): getattr(args, option) for option in DISTILLERS[name].weights}
+        if weights and not any(weights.values()):
+            given = " ".join(f"{flag} {value:g}" for flag, value in weights.items())
+            raise UserError(f"{given}: the weights of a loss's parts must be 0 or more, and one of them above 0")
 
 
-def flagged_objective(
-    args: argparse.Namespace, student: nn.Module, teacher: NetworkFile | None, data: ImageData
-) -> DistillationObjective:
-    """The loss that `student` trains by on `data` under the flags."""
-    return build_objective(
-        student,
-        teacher.network if teacher is not None else None,
-        args.distill,
-        images=data.example,
-        alpha=args.alpha,
-        betas=args.betas,
-        options=vars(args),
-        n_epochs=args.n_epochs,
-        rise_epochs=args.rise_epochs,
-        ce_weight=args.ce_weight,
-        facts={"train_labels": data.dataset.train.labels},
-        label_smoothing=args.label_smoothing,
-        seed=args.seed,
+def distillation_settings(args: argparse.Namespace) -> DistillationSettings:
+    """What the flags say that a student is taught by."""
+    options = {keyword: getattr(args, keyword) for keyword in distiller_options()}
+    return DistillationSettings(
+        args.distill, args.alpha, args.betas, options, ce_weight=args.ce_weight, rise_epochs=args.rise_epochs
     )
 
 
@@ -94,3 +72,30 @@ def _say_what_counts(parser: cli.Parser) -> None:
             where=lambda args, users=users: users & active_losses(args.distill, alpha=args.alpha),
             only="with --distill and an --alpha above 0" if "kd" in users else f"with --distill {alone}",
         )
+
+
+def _check_losses(names: Sequence[str], *, has_teacher: bool, alpha: float, betas: Sequence[float] | None) -> None:
+    """Raises UserError for losses of `--distill` that do not go together, or not with their weights."""
+    chosen = f"--distill {' '.join(names)}"
+    if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+        raise UserError(f"{chosen}: give each loss once, and none alone")
+    if list(names) != ["none"] and not has_teacher:
+        raise UserError(f"{chosen}: needs a trained teacher, give --t-path")
+    if list(names) == ["kd"] and alpha == 0:
+        raise UserError("--alpha 0: leaves --distill kd without any weight; choose --distill none instead")
+    weighted = weighted_losses(names)
+    if betas is not None and len(betas) != len(weighted):
+        raise UserError(
+            f"--betas: {len(betas)} values for the {len(weighted)} losses of --distill that have a beta; give one for each"
+        )
+
+
+def _check_effective(names: Sequence[str], *, alpha: float, betas: Sequence[float] | None) -> None:
+    """Raises UserError for a loss that `--distill` names and whose weight is 0."""
+    chosen = f"--distill {' '.join(names)}"
+    if "kd" in names and alpha == 0:
+        raise UserError(f"--alpha 0: leaves kd of {chosen} without any weight; leave kd out instead")
+    for name, beta in zip(weighted_losses(names), betas or (), strict=False):
+        if beta == 0:
+            given = cli.typed("betas", list(betas))
+            raise UserError(f"{given}: leaves {name} of {chosen} without any weight; leave {name} out instead")

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.base import Distiller, register_distiller, stacked_energies
+from distill.base import Distiller, stacked_energies
 from models.outputs import Outputs
-from utils.errors import UserError
+from utils.errors import ParameterError
 
 SMALLEST_SQUARE = 1e-24  # of the norm of a map: F.normalize's smallest norm is 1e-12
 
@@ -49,14 +49,13 @@ def hap_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor])
     return between + within
 
 
-@register_distiller("hap", beta=700.0, hap_ts="how many of the teacher's last blocks HAP compares with")
 class HAP(Distiller):
     """Similarity of a batch's attention maps: every block of the student with the last blocks of the teacher."""
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, hap_ts: int = 3):
+    def __init__(self, student: Outputs, teacher: Outputs, *, hap_ts: int):
         super().__init__()
         if not 1 <= hap_ts <= len(teacher.blocks):
-            raise UserError(f"--hap-ts {hap_ts}: the teacher has {len(teacher.blocks)} blocks: choose from 1 to that")
+            raise ParameterError("hap_ts", hap_ts, f"the teacher has {len(teacher.blocks)} blocks: choose from 1 to that")
         self.teacher_blocks = hap_ts
 
     def setting(self) -> str:

@@ -10,10 +10,8 @@ Knowledge Distillation", CVPR 2024, where T = 2 and the loss weighs 9).
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.base import Distiller, full_precision, register_distiller
+from distill.base import Distiller, full_precision
 from distill.logits import (
-    STANDARDIZE_HELP,
-    TEMPERATURE_HELP,
     check_classes,
     check_temperature,
     prepared_logits,
@@ -29,18 +27,12 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-@register_distiller(
-    "kd",
-    beta=None,
-    kd_t=TEMPERATURE_HELP,
-    kd_standardize=STANDARDIZE_HELP,
-)
 class KD(Distiller):
     """Softened class probabilities."""
 
     reads_maps = False
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, kd_t: float = 4.0, kd_standardize: bool = False):
+    def __init__(self, student: Outputs, teacher: Outputs, *, kd_t: float, kd_standardize: bool):
         super().__init__()
         check_temperature(kd_t)
         check_classes(student, teacher)

@@ -1,4 +1,4 @@
-"""What the losses over logits share: their options, checks of the two networks, and standardisation."""
+"""What the losses over logits share: checks of the two networks, and standardisation."""
 
 import math
 
@@ -7,20 +7,15 @@ from torch import Tensor
 
 from distill.base import full_precision
 from models.outputs import Outputs
-from utils.errors import UserError
+from utils.errors import ParameterError, UserError
 
-TEMPERATURE_HELP = "temperature of softened class probabilities"
-STANDARDIZE_HELP = (
-    "bring each image's logits to mean 0 and deviation 1 before the temperature; published with --kd-t 2 and a weight of 9, "
-    "--alpha of KD or --betas of DKD"
-)
 SMALLEST_DEVIATION = 1e-7  # as the official code of the standardisation has it
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises UserError unless the temperature is a positive number."""
+    """Raises ParameterError unless the temperature is a positive number."""
     if not (math.isfinite(temperature) and temperature > 0):
-        raise UserError(f"--kd-t {temperature}: the temperature must be a positive number")
+        raise ParameterError("kd_t", temperature, "the temperature must be a positive number")
 
 
 def temperature_setting(temperature: float, *, standardize: bool = False) -> str:
@@ -32,7 +27,7 @@ def check_classes(student: Outputs, teacher: Outputs) -> None:
     """Raises UserError unless both networks know equally many classes."""
     if student.logits.shape[1] != teacher.logits.shape[1]:
         raise UserError(
-            f"--t-model: the teacher knows {teacher.logits.shape[1]} classes, the student {student.logits.shape[1]}: "
+            f"the teacher knows {teacher.logits.shape[1]} classes, the student {student.logits.shape[1]}: "
             "distillation needs the same classes"
         )
 

@@ -8,10 +8,10 @@ p is the softmax and y the target; q is the softmax of z / T over the other clas
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.base import Distiller, full_precision, register_distiller
+from distill.base import Distiller, full_precision
 from distill.logits import check_classes, other_classes
 from models.outputs import Outputs
-from utils.errors import UserError
+from utils.errors import ParameterError
 
 
 def nkd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float, gamma: float) -> Tensor:
@@ -26,25 +26,18 @@ def nkd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, 
     return -(sure * own).mean() - gamma * temperature**2 * (expected * others).sum(1).mean()
 
 
-@register_distiller(
-    "nkd",
-    beta=1.0,
-    replaces_kd=True,
-    nkd_t="temperature of NKD's other classes",
-    nkd_gamma="weight of NKD's other classes",
-)
 class NKD(Distiller):
     """The target weighed by the teacher's probability of it, and the distribution over the other classes."""
 
     reads_maps = False
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, nkd_t: float = 3.0, nkd_gamma: float = 3.5):
+    def __init__(self, student: Outputs, teacher: Outputs, *, nkd_t: float, nkd_gamma: float):
         super().__init__()
         if not nkd_t > 0:
-            raise UserError(f"--nkd-t {nkd_t:g}: the temperature must be a positive number")
+            raise ParameterError("nkd_t", nkd_t, "the temperature must be a positive number")
         check_classes(student, teacher)
         if student.logits.shape[1] < 2:
-            raise UserError("--distill nkd: needs two classes or more, there is no other class beside the target")
+            raise ParameterError("loss", "nkd", "needs two classes or more, there is no other class beside the target")
         self.temperature, self.gamma = nkd_t, nkd_gamma
 
     def setting(self) -> str:

@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from distill.base import DISTILLERS, Distiller, check_facts, full_precision
+from distill.base import Distiller, full_precision
+from distill.registry import DISTILLERS, check_facts, reads_maps, weighted_losses
+from distill.settings import DistillationSettings
 from models.batch_norm import UnevenBatchNorm2d
 from models.graph.roles import BATCH_NORMS, conv_norm_pairs
+from models.network_file import NetworkFile
 from models.outputs import Outputs
-from utils.effects import typed
 from utils.errors import UserError
 from utils.seed import derived_seed, preserved_random_state
-from utils.training.engine import Objective, cross_entropy_formula, logits_of
+from utils.training.objective import Objective, cross_entropy_formula, logits_of
+from utils.training.session import Session
 
 
 class FrozenTeacher:
@@ -39,7 +42,7 @@ class FrozenTeacher:
         example: Tensor | None = None,
     ):
         if maps and isinstance(getattr(network, "outputs", None), nn.Module):
-            raise UserError(f"--distill: {type(network).__name__} has a layer `outputs`, the name of what gives the feature maps")
+            raise UserError(f"{type(network).__name__} has a layer `outputs`, the name of what gives the feature maps")
         network = copy.deepcopy(network).eval().requires_grad_(False)
         if fold_batch_norm:
             _fold_batch_norms(network, example)
@@ -164,12 +167,12 @@ def build_objective(
     facts: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> DistillationObjective:
-    """The objective of `--distill NAMES` for `student`, on the device of `images`, new parameters of the losses included.
+    """The objective of the losses `names` for `student`, on the device of `images`, new parameters of the losses included.
 
     `images` (b, 3, h, w) are a sample for shapes. `betas` weighs the losses of `weighted_losses(names)`, each paper's by
     default; `alpha` weighs KD, which is there beside every other loss. `options` may hold more than these losses read. Weights
     that rise do so over `rise_epochs`, without it over each loss's share of `n_epochs`. `facts` is what is known of the run, of
-    RUN_FACTS in distill/base.py. New parameters are drawn from `seed`, in the order of
+    RUN_FACTS in distill/registry.py. New parameters are drawn from `seed`, in the order of
     `names`, and from no stream that training uses. Raises UserError where a loss cannot compare the two networks.
     """
     if list(names) == ["none"]:
@@ -207,55 +210,26 @@ def _build(name: str, student: Outputs, teacher: Outputs, options: Mapping[str, 
     return entry.build(student, teacher, **given)
 
 
-def weighted_losses(names: Sequence[str]) -> list[str]:
-    """Of the losses of `--distill` those that `--betas` weighs; `--alpha` weighs KD."""
-    return [name for name in names if name != "none" and DISTILLERS[name].beta is not None]
-
-
-def active_losses(names: Sequence[str], *, alpha: float) -> set[str]:
-    """The losses that `--distill NAMES` at this `--alpha` trains by, KD included, which is there beside every other loss."""
-    if list(names) == ["none"]:
-        return set()
-    return {*weighted_losses(names), *(["kd"] if alpha > 0 else [])}
-
-
-def reads_maps(names: Sequence[str], *, alpha: float) -> bool:
-    """Whether one of the losses that `--distill NAMES` trains by compares more than logits."""
-    return any(DISTILLERS[name].reads_maps for name in active_losses(names, alpha=alpha))
-
-
-def default_alpha(names: Sequence[str]) -> float:
-    """The weight of KD beside the losses of `--distill`: 0 where one takes its place and KD is not asked for by name."""
-    replaced = any(DISTILLERS[name].replaces_kd for name in names if name != "none")
-    return 0.0 if replaced and "kd" not in names else 0.9
-
-
-def check_losses(names: Sequence[str], *, has_teacher: bool, alpha: float, betas: Sequence[float] | None) -> None:
-    """Raises UserError for losses of `--distill` that do not go together, or not with their weights."""
-    chosen = f"--distill {' '.join(names)}"
-    if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
-        raise UserError(f"{chosen}: give each loss once, and none alone")
-    if list(names) != ["none"] and not has_teacher:
-        raise UserError(f"{chosen}: needs a trained teacher, give --t-path")
-    if list(names) == ["kd"] and alpha == 0:
-        raise UserError("--alpha 0: leaves --distill kd without any weight; choose --distill none instead")
-    weighted = weighted_losses(names)
-    if betas is not None and len(betas) != len(weighted):
-        raise UserError(
-            f"--betas: {len(betas)} values for the {len(weighted)} losses of --distill that have a beta; give one for each"
-        )
-
-
-def check_effective(names: Sequence[str], *, alpha: float, betas: Sequence[float] | None) -> None:
-    """Raises UserError for a loss that `--distill` names and whose weight is 0."""
-    chosen = f"--distill {' '.join(names)}"
-    if "kd" in names and alpha == 0:
-        raise UserError(f"--alpha 0: leaves kd of {chosen} without any weight; leave kd out instead")
-    for name, beta in zip(weighted_losses(names), betas or (), strict=False):
-        if beta == 0:
-            raise UserError(
-                f"{typed('betas', list(betas))}: leaves {name} of {chosen} without any weight; leave {name} out instead"
-            )
+def session_objective(
+    session: Session, settings: DistillationSettings, student: nn.Module, teacher: NetworkFile | None
+) -> DistillationObjective:
+    """`build_objective` as the settings of a run say, once it has its data."""
+    data, training = session.data, session.settings.training
+    return build_objective(
+        student,
+        teacher.network if teacher is not None else None,
+        settings.losses,
+        images=data.example,
+        alpha=settings.alpha,
+        betas=settings.betas,
+        options=settings.options,
+        n_epochs=training.n_epochs,
+        rise_epochs=settings.rise_epochs,
+        ce_weight=settings.ce_weight,
+        facts={"train_labels": data.dataset.train.labels},
+        label_smoothing=training.label_smoothing,
+        seed=session.settings.run.seed,
+    )
 
 
 def sample_outputs(network: nn.Module, images: Tensor, *, maps: bool = True) -> Outputs:

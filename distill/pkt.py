@@ -8,7 +8,7 @@ over the embeddings e of a batch. As in the official code this is a mean over pa
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from distill.base import Distiller, full_precision, register_distiller
+from distill.base import Distiller, full_precision
 from models.outputs import Outputs
 
 EPSILON = 1e-7  # beside lengths and probabilities, as in the official code
@@ -27,7 +27,6 @@ def neighbour_probabilities(embedding: Tensor) -> Tensor:
     return kernel / kernel.sum(1, keepdim=True)
 
 
-@register_distiller("pkt", beta=30000.0)
 class PKT(Distiller):
     """Which images of a batch are neighbours in the embedding."""
 

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.base import BatchNorm, Distiller, full_precision, register_distiller
+from distill.base import BatchNorm, Distiller, full_precision
 from models.outputs import Outputs
-from utils.errors import UserError
+from utils.errors import ParameterError
 
 MOST_FUSED_CHANNELS = 512
 LEVELS = (4, 2, 1)  # pixels a side
@@ -68,21 +68,17 @@ class ABF(nn.Module):
         return self.expand(x), x
 
 
-@register_distiller(
-    "reviewkd",
-    beta=5.0,  # the official code's for most pairs of networks; it has 0.6 for ResNet-20 by ResNet-56
-    replaces_kd=True,
-    rise=20 / 240,  # of the official code's epochs on CIFAR-100
-)
 class ReviewKD(Distiller):
     """The teacher's stages from fused stages of the student. Its parameters train with the student's."""
 
     def __init__(self, student: Outputs, teacher: Outputs):
         super().__init__()
         if len(student.stages) != len(teacher.stages):
-            raise UserError(
-                f"--distill reviewkd: the student has {len(student.stages)} stages, the teacher {len(teacher.stages)}: "
-                "ReviewKD fuses stage by stage and needs two networks with the same number of stages"
+            raise ParameterError(
+                "loss",
+                "reviewkd",
+                f"the student has {len(student.stages)} stages, the teacher {len(teacher.stages)}: "
+                "ReviewKD fuses stage by stage and needs two networks with the same number of stages",
             )
         channels = [feature_map.shape[1] for feature_map in _levels(student)]
         teacher_channels = [feature_map.shape[1] for feature_map in _levels(teacher)]

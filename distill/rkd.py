@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.base import Distiller, check_weights, full_precision, register_distiller
+from distill.base import Distiller, check_weights, full_precision
 from models.outputs import Outputs
 
 SMALLEST_SQUARE = 1e-12  # of a distance, as in the official code
@@ -42,17 +42,10 @@ def angles(embedding: Tensor) -> Tensor:
     return directions @ directions.mT
 
 
-@register_distiller(
-    "rkd",
-    beta=1.0,
-    weights=("rkd_distance", "rkd_angle"),
-    rkd_distance="weight of RKD's distances",
-    rkd_angle="weight of RKD's angles",
-)
 class RKD(Distiller):
     """Distances and angles between the images of a batch, in the embedding."""
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, rkd_distance: float = 25.0, rkd_angle: float = 50.0):
+    def __init__(self, student: Outputs, teacher: Outputs, *, rkd_distance: float, rkd_angle: float):
         super().__init__()
         check_weights({"rkd_distance": rkd_distance, "rkd_angle": rkd_angle})
         self.distance_weight, self.angle_weight = rkd_distance, rkd_angle

@@ -8,7 +8,7 @@ The images of a batch are compared with each other, so only the batch sizes of t
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.base import Distiller, full_precision, register_distiller, row_similarity
+from distill.base import Distiller, full_precision, row_similarity
 from models.outputs import Outputs
 
 
@@ -21,7 +21,6 @@ def _similarity(feature_map: Tensor) -> Tensor:
     return row_similarity(full_precision(feature_map).flatten(1))  # (b, chw) -> (b, b)
 
 
-@register_distiller("sp", beta=3000.0)
 class SP(Distiller):
     """Pairwise similarity of a batch's images in the last map."""
 

@@ -9,10 +9,10 @@ they are. U, their sum before they are normalised, weighs the image: it is large
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.base import Distiller, full_precision, register_distiller
+from distill.base import Distiller, full_precision
 from distill.logits import check_classes
 from models.outputs import Outputs
-from utils.errors import UserError
+from utils.errors import ParameterError
 
 
 def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, gamma: float) -> Tensor:
@@ -25,16 +25,15 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, gamma: float) -
     return (weights.exp() * divergence).mean()
 
 
-@register_distiller("wttm", beta=4.0, replaces_kd=True, wttm_gamma="exponent of the teacher's probabilities in WTTM")
 class WTTM(Distiller):
     """The teacher's probabilities at a temperature, the student's without one, weighed by how unsure the teacher is."""
 
     reads_maps = False
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, wttm_gamma: float = 0.2):
+    def __init__(self, student: Outputs, teacher: Outputs, *, wttm_gamma: float):
         super().__init__()
         if not 0 < wttm_gamma <= 1:
-            raise UserError(f"--wttm-gamma {wttm_gamma:g}: must be above 0 and at most 1, the temperature is its inverse")
+            raise ParameterError("wttm_gamma", wttm_gamma, "must be above 0 and at most 1, the temperature is its inverse")
         check_classes(student, teacher)
         self.gamma = wttm_gamma
 

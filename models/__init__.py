@@ -1,30 +1,49 @@
 """The networks, by name. A new one is an entry in `MODELS`: a function of `num_classes` whose module has `outputs(x)`.
 
-Networks of others have names that say where they come from: `models.sources`.
+Networks of others have names that say where they come from: `models.sources`. What builds a network is imported when one is
+built: the names alone are known at once.
 """
+
+from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from models.alexnet import AlexNet
-from models.cifar_resnet import CifarResNet
-from models.graph.features import with_outputs
-from models.imagenet_resnet import build_imagenet_resnet
 from models.sources import SOURCES, build_from_file, build_from_source, has_weights, split_name
 from utils.errors import UserError, printable, shown
 from utils.python_file import check_function, function_of, names_function
 
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def _alexnet(**options: Any) -> nn.Module:
+    from models.alexnet import AlexNet
+
+    return AlexNet(**options)
+
+
+def _cifar_resnet(**options: Any) -> nn.Module:
+    from models.cifar_resnet import CifarResNet
+
+    return CifarResNet(**options)
+
+
+def _imagenet_resnet(name: str, **options: Any) -> nn.Module:
+    from models.imagenet_resnet import build_imagenet_resnet
+
+    return build_imagenet_resnet(name, **options)
+
+
+PRETRAINED_MODELS = frozenset(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "alexnet": AlexNet,
-    **{f"resnet{depth}": partial(CifarResNet, depth=depth) for depth in (20, 32, 44, 56, 110)},
-    **{name: partial(build_imagenet_resnet, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
+    "alexnet": _alexnet,
+    **{f"resnet{depth}": partial(_cifar_resnet, depth=depth) for depth in (20, 32, 44, 56, 110)},
+    **{name: partial(_imagenet_resnet, name) for name in sorted(PRETRAINED_MODELS, key=lambda name: int(name[6:]))},
 }
-PRETRAINED_MODELS = frozenset(name for name, build in MODELS.items() if getattr(build, "func", None) is build_imagenet_resnet)
 SHOWN_NAMES, LONGEST_NAME = 6, 80
 NAMES = "one of this repository's networks, timm/NAME, torchvision/NAME or FILE.py:FUNCTION"
 
@@ -41,10 +60,12 @@ def build_model(name: str, *, num_classes: int, pretrained: bool = False) -> nn.
     check_model(name)
     if pretrained:
         _check_pretrained(name)
-    if names_function(name):
-        return with_outputs(build_from_file(name, num_classes=num_classes))
     if name in MODELS:
         return MODELS[name](num_classes=num_classes, **({"pretrained": True} if pretrained else {}))
+    from models.graph.features import with_outputs
+
+    if names_function(name):
+        return with_outputs(build_from_file(name, num_classes=num_classes))
     return with_outputs(build_from_source(name, num_classes=num_classes, pretrained=pretrained))
 
 
@@ -53,6 +74,8 @@ def build_on_meta(name: str, *, num_classes: int) -> nn.Module:
 
     A few networks look at values while they are built; these are built whole.
     """
+    import torch
+
     try:
         with torch.device("meta"):
             return build_model(name, num_classes=num_classes)

@@ -4,16 +4,18 @@ A source says which names it knows, which of them have published weights, and bu
 `SOURCES`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-import torchvision
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.python_file import load_function, naming_lines
+
+if TYPE_CHECKING:
+    from torch import nn
 
 OFFLINE = "without network, put the file there beforehand"
 
@@ -49,6 +51,8 @@ def build_from_source(name: str, *, num_classes: int, pretrained: bool) -> nn.Mo
 
 def build_from_file(name: str, *, num_classes: int) -> nn.Module:
     """What `FUNCTION(num_classes=num_classes)` of `FILE.py:FUNCTION` returns. Raises UserError if that is no network."""
+    from torch import nn
+
     function = load_function(name)
     with naming_lines(name):
         network = function(num_classes=num_classes)
@@ -63,16 +67,22 @@ def build_from_file(name: str, *, num_classes: int) -> nn.Module:
 _GOOGLE_NETWORKS = ("googlenet", "inception_v3")
 
 
+def _torchvision() -> Any:
+    from torchvision import models
+
+    return models
+
+
 @cache
 def _torchvision_names() -> tuple[str, ...]:
-    return tuple(torchvision.models.list_models(module=torchvision.models))
+    return tuple(_torchvision().list_models(module=_torchvision()))
 
 
 def _build_torchvision(name: str, num_classes: int, pretrained: bool) -> nn.Module:
     options: dict[str, Any] = {}
     if name in _GOOGLE_NETWORKS:
         options = {"aux_logits": False, "init_weights": True, "transform_input": pretrained}
-    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    network = _torchvision().get_model(name, weights=None, num_classes=num_classes, **options)
     if pretrained:
         _load_published(network, name)
     return network
@@ -80,7 +90,7 @@ def _build_torchvision(name: str, num_classes: int, pretrained: bool) -> nn.Modu
 
 def _load_published(network: nn.Module, name: str) -> None:
     """Loads the ImageNet weights; a classifier for other classes stays new."""
-    weights = torchvision.models.get_model_weights(name).DEFAULT
+    weights = _torchvision().get_model_weights(name).DEFAULT
     state = torchvision_weights(f"torchvision/{name}", weights)
     own = network.state_dict()
     network.load_state_dict({key: state[key] if _fits(state, key, value) else value for key, value in own.items()})
@@ -102,7 +112,7 @@ def torchvision_weights(name: str, weights: Any) -> dict[str, Any]:
 
 
 def _torchvision_has_weights(name: str) -> bool:
-    return bool(len(torchvision.models.get_model_weights(name)))
+    return bool(len(_torchvision().get_model_weights(name)))
 
 
 # ---- timm --------------------------------------------------------------------------------------------------------------

@@ -12,40 +12,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prune.cost import COSTS
 from prune.groups import ChannelGroup
 from prune.masks import keep_count
-from utils.errors import UserError, shown
+from prune.settings import Budget
+from utils.errors import UserError
 
-ALLOCATIONS = ("uniform", "global")
 FLOOR = 0.1  # of its groups that every family keeps under a budget
 RATIO_STEPS = 1000
 CLOSE = 0.02  # of the dense cost: so near a budget is met
-
-
-@dataclass(frozen=True)
-class Budget:
-    """`share` is what the small network may cost of the dense one's `kind`."""
-
-    kind: str
-    share: float
-
-    def __str__(self) -> str:
-        return f"{self.kind}={self.share:g}"
-
-
-def parse_budget(text: str) -> Budget:
-    """`macs=0.5`. Raises UserError for another kind, or a share outside (0, 1)."""
-    kind, _, share = text.partition("=")
-    if kind not in COSTS:
-        raise UserError(f"{shown(text, 60)}: names no known cost, give one of {', '.join(f'{each}=SHARE' for each in COSTS)}")
-    try:
-        value = float(share)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise UserError(f"{shown(text, 60)}: the share of the dense network must be above 0 and below 1")
-    return Budget(kind, value)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.narrow import NarrowNetwork
-from prune.allocation import Budget, Family, check_payable, counts_within, kept_channels, rank, uniform_counts
+from prune.allocation import Family, check_payable, counts_within, kept_channels, rank, uniform_counts
 from prune.compact import compact
 from prune.cost import NetworkCost, Widths
 from prune.criteria import CRITERIA
@@ -20,6 +20,7 @@ from prune.gradients import mean_gradients
 from prune.groups import ChannelGroup, channel_groups, single_groups
 from prune.masks import PrunableLayer, SharedNorm, check_criterion, choose_filters, prunable_layers, score_filters, shared_norms
 from prune.schedule import HardPruning
+from prune.settings import Budget
 from utils.distributed import sum_over_processes
 from utils.errors import UserError
 from utils.images.batches import ImageData

@@ -9,7 +9,6 @@ from models.graph import Channels, LayerCut, output_channels, plan_channels, tra
 from utils.modes import evaluating
 from utils.profile import profile_network
 
-COSTS = ("macs", "params", "latency")
 Widths = Mapping[str, tuple[int, int]]  # by layer: input and output channels
 NANOSECONDS = 1e9
 

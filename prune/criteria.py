@@ -1,21 +1,25 @@
 """Filter criteria: a conv weight in, one score a filter out; the filters with the lowest scores are pruned.
 
-A new criterion is one function under `@criterion("filter-...")`; nothing else changes. It takes the weight and, by name, what it
-needs of `grad`, `bn_weight`, `feature_maps`, `gamma`, `generator` and `gm_distance`, and returns (F,) scores. It is called
-without autograd and in float64: its scores are rounded to float32 afterwards, so that the same weights rank alike on every
+A new criterion is one function under `@criterion("filter-...", title="...")`; nothing else changes. It takes the weight and, by
+name, what it needs of `grad`, `bn_weight`, `feature_maps`, `gamma`, `generator` and `gm_distance`, and returns (F,) scores. It is
+called without autograd and in float64: its scores are rounded to float32 afterwards, so that the same weights rank alike on every
 device. `feature_maps` is a mean over images: the decorator says of what.
+
+What is registered is known without torch, which a function that needs more than the methods of tensors imports itself.
 """
+
+from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from utils.errors import ParameterError, UserError
 
-from prune.map_scores import channel_independence, map_ranks
-from utils.errors import UserError
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 GM_DISTANCES = ("euclidean", "sqeuclidean")
 MODES = ("training", "evaluation")
@@ -30,6 +34,7 @@ class Criterion:
     """
 
     name: str
+    title: str
     score: Callable[..., Tensor]
     inputs: frozenset[str]
     gradient_mode: str = "training"
@@ -43,7 +48,6 @@ class Criterion:
     def needs_maps(self) -> bool:
         return "feature_maps" in self.inputs
 
-    @torch.no_grad()
     def __call__(
         self,
         weight: Tensor,
@@ -76,7 +80,10 @@ class Criterion:
             "generator": generator,
             "gm_distance": gm_distance,
         }
-        scores = self.score(weight.double(), **{name: available[name] for name in self.inputs})
+        import torch
+
+        with torch.no_grad():
+            scores = self.score(weight.double(), **{name: available[name] for name in self.inputs})
         self._check_form(scores, filters=len(weight))
         scores = scores.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         if not scores.isfinite().all():
@@ -84,8 +91,10 @@ class Criterion:
         return scores
 
     def _check_form(self, scores: Any, *, filters: int) -> None:
+        import torch
+
         expected = f"expected one finite number a filter, ({filters},)"
-        if not isinstance(scores, Tensor):
+        if not isinstance(scores, torch.Tensor):
             raise UserError(f"{self.name} gives a {type(scores).__name__} as scores, {expected}")
         if scores.shape != (filters,):
             raise UserError(f"{self.name} gives scores of shape {tuple(scores.shape)}, {expected}")
@@ -103,9 +112,12 @@ def criteria_with(*inputs: str) -> list[str]:
 
 
 def criterion(
-    name: str, *, gradient_mode: str = "training", of_maps: Callable[[Tensor], Tensor] | None = None
+    name: str, *, title: str, gradient_mode: str = "training", of_maps: Callable[[Tensor], Tensor] | None = None
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Registers the decorated score function as `--prune-mode name`. Its parameters say what it needs beside the weight."""
+    """Registers the decorated score function as `--prune-mode name`. Its parameters say what it needs beside the weight.
+
+    `title` is what papers and tables call it.
+    """
     if gradient_mode not in MODES:
         raise ValueError(f"criterion {name!r}: gradient_mode {gradient_mode!r} is none of {', '.join(MODES)}")
 
@@ -115,33 +127,35 @@ def criterion(
             raise ValueError(f"criterion {name!r} is registered already, or asks for more than {', '.join(sorted(_INPUTS))}")
         if ("feature_maps" in inputs) != (of_maps is not None):
             raise ValueError(f"criterion {name!r}: feature_maps and of_maps, which says what of them is meant, come together")
-        CRITERIA[name] = Criterion(name, score, inputs, gradient_mode, of_maps)
+        CRITERIA[name] = Criterion(name, title, score, inputs, gradient_mode, of_maps)
         return score
 
     return register
 
 
-@criterion("filter-r")
+@criterion("filter-r", title="Random")
 def random_scores(weight: Tensor, *, generator: torch.Generator | None) -> Tensor:
     """The random baseline: uniform in [0, 1). Without a generator, from torch's default one of the CPU."""
+    import torch
+
     # Drawn where the generator lives: one seed then means the same choice on the CPU, on a GPU and in every process.
     device = "cpu" if generator is None else generator.device
     return torch.rand(len(weight), generator=generator, device=device, dtype=weight.dtype)
 
 
-@criterion("filter-a")
+@criterion("filter-a", title="PFEC")
 def l1_norm(weight: Tensor) -> Tensor:
     """Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017: `sum |w_i|`."""
     return weight.abs().flatten(1).sum(1)
 
 
-@criterion("filter-l2")
+@criterion("filter-l2", title="L2")
 def l2_norm(weight: Tensor) -> Tensor:
     """The norm of the official code of He et al., "Soft Filter Pruning", IJCAI 2018: `sqrt(sum w_i^2)`."""
     return weight.square().flatten(1).sum(1).sqrt()
 
 
-@criterion("filter-gm")
+@criterion("filter-gm", title="FPGM")
 def geometric_median(weight: Tensor, *, gm_distance: str) -> Tensor:
     """He et al., "Filter Pruning via Geometric Median", CVPR 2019: `sum_j |w_i - w_j|`, distances not squared.
 
@@ -149,26 +163,28 @@ def geometric_median(weight: Tensor, *, gm_distance: str) -> Tensor:
     reproduce results of an implementation that used it.
     """
     if gm_distance not in GM_DISTANCES:
-        raise UserError(f"--gm-distance {gm_distance}: choose from {', '.join(GM_DISTANCES)}")
+        raise ParameterError("gm_distance", gm_distance, f"choose from {', '.join(GM_DISTANCES)}")
+    import torch
+
     filters = weight.flatten(1)  # (F, C * kH * kW)
     # By differences: the faster form |a|^2 + |b|^2 - 2ab leaves equal filters at a distance that is not quite 0.
     distances = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist")  # (F, F)
     return (distances if gm_distance == "euclidean" else distances.square()).sum(1)
 
 
-@criterion("filter-nggm")
+@criterion("filter-nggm", title="NGGM")
 def norm_of_gradient_and_geometric_median(weight: Tensor, *, grad: Tensor, gamma: float, gm_distance: str) -> Tensor:
     """`gamma * minmax(GM_i) + (1 - gamma) * minmax(sum |g_i|)`, g the gradient of the mean cross-entropy.
 
     Both terms are brought to [0, 1] within their layer, so `gamma` in [0, 1] weighs them whatever their units are.
     """
     if not 0 <= gamma <= 1:
-        raise UserError(f"--gamma {gamma}: must be from 0 (gradient alone) to 1 (geometric median alone)")
+        raise ParameterError("gamma", gamma, "must be from 0 (gradient alone) to 1 (geometric median alone)")
     median = geometric_median(weight, gm_distance=gm_distance)
     return gamma * _minmax(median) + (1 - gamma) * _minmax(l1_norm(grad))
 
 
-@criterion("filter-taylor", gradient_mode="evaluation")
+@criterion("filter-taylor", title="Taylor", gradient_mode="evaluation")
 def taylor(weight: Tensor, *, grad: Tensor) -> Tensor:
     """Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019: `(sum w_i g_i)^2`.
 
@@ -178,19 +194,31 @@ def taylor(weight: Tensor, *, grad: Tensor) -> Tensor:
     return (weight * grad).flatten(1).sum(1).square()
 
 
-@criterion("filter-bn")
+@criterion("filter-bn", title="Network Slimming")
 def batch_norm_weight(weight: Tensor, *, bn_weight: Tensor) -> Tensor:
     """Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017: `|weight of batch norm|`."""
     return bn_weight.abs()
 
 
-@criterion("filter-hrank", of_maps=map_ranks)
+def _map_ranks(maps: Tensor) -> Tensor:
+    from prune.map_scores import map_ranks
+
+    return map_ranks(maps)
+
+
+@criterion("filter-hrank", title="HRank", of_maps=_map_ranks)
 def mean_rank(weight: Tensor, *, feature_maps: Tensor) -> Tensor:
     """Lin et al., "HRank: Filter Pruning using High-Rank Feature Map", CVPR 2020: the mean rank of a filter's maps."""
     return feature_maps
 
 
-@criterion("filter-chip", of_maps=channel_independence)
+def _channel_independence(maps: Tensor) -> Tensor:
+    from prune.map_scores import channel_independence
+
+    return channel_independence(maps)
+
+
+@criterion("filter-chip", title="CHIP", of_maps=_channel_independence)
 def mean_independence(weight: Tensor, *, feature_maps: Tensor) -> Tensor:
     """Sui et al., "CHIP: CHannel Independence-based Pruning for Compact Neural Networks", NeurIPS 2021.
 
@@ -201,6 +229,8 @@ def mean_independence(weight: Tensor, *, feature_maps: Tensor) -> Tensor:
 
 def _minmax(scores: Tensor) -> Tensor:
     """`(x - min) / (max - min)`, and 0 where all are equal."""
+    import torch
+
     shifted = scores - scores.min()
     span = shifted.max()
     # x / 1 where the span is 0, without asking the device which case it is.

@@ -1,14 +1,25 @@
 """The flags that say what is pruned and how, and where each of them counts."""
 
 import argparse
+from pathlib import Path
 
-from prune.allocation import ALLOCATIONS, parse_budget
 from prune.criteria import CRITERIA, GM_DISTANCES, criteria_with
-from prune.forms import TRAIN_FORMS
-from prune.sensitivity import SUFFIX
+from prune.settings import ALLOCATIONS, SENSITIVITY_SUFFIX, TRAIN_FORMS, NetworkSettings, PruningSettings, parse_budget
 from utils import cli
 
 AUTO = "auto"
+CALLED = {  # what functions call what these flags give
+    "keep_ratio": "prune_rates",
+    "keep_ratios": "prune_rates",
+    "criterion": "prune_mode",
+    "exclude": "exclude_layers",
+    "coupled": "couple_channels",
+    "linear": "prune_linear",
+    "multiple": "channel_multiple",
+    "interval": "prune_interval",
+    "form": "train_form",
+    "batches": "recalibrate_bn",
+}
 READ_BY_CRITERIA = {  # flag: what a criterion asks for
     "samp_batches": ("grad", "feature_maps"),
     "gamma": ("gamma",),
@@ -56,12 +67,47 @@ def add_pruning_flags(parser: cli.Parser) -> None:
                             "with --budget latency=SHARE")  # fmt: skip
     group.add_argument("--train-form", default="auto", choices=TRAIN_FORMS,
                        help="hard pruning trains the small network or the large one with zeros; auto: the faster")  # fmt: skip
+    parser.parameters |= CALLED
     cli.counts_in_training(parser, *cli.names_of(group))
     _say_what_counts(parser)
 
 
+def pruning_settings(args: argparse.Namespace) -> PruningSettings:
+    """What the flags say that is pruned, and how."""
+    file = rates_file(args)
+    return PruningSettings(
+        keep_ratios=args.prune_rates if file is None else (1.0,),
+        ratios_file=Path(file) if file is not None else None,
+        sensitivity_drop=args.sensitivity_drop,
+        sensitivity=Path(args.sensitivity) if args.sensitivity is not None else None,
+        budget=parse_budget(args.budget) if args.budget is not None else None,
+        allocation=args.allocation,
+        criterion=args.prune_mode,
+        gamma=args.gamma,
+        gm_distance=args.gm_distance,
+        samp_batches=args.samp_batches,
+        exclude=args.exclude_layers,
+        coupled=args.couple_channels,
+        linear=args.prune_linear,
+        multiple=None if args.channel_multiple == AUTO else args.channel_multiple,
+        soft_interval=(args.prune_interval or 1) if args.soft_prune else None,
+        steps=args.prune_steps,
+        train_form=args.train_form,
+    )
+
+
+def network_settings(args: argparse.Namespace) -> NetworkSettings:
+    """Which networks the flags name."""
+    return cli.settings_of(NetworkSettings, args)
+
+
+def criterion_flags(name: str) -> list[str]:
+    """The flags that a criterion reads, of those that not every one does."""
+    return [flag for flag, inputs in READ_BY_CRITERIA.items() if CRITERIA[name].inputs & set(inputs)]
+
+
 def rate_or_file(text: str) -> float | str:
-    return text if text.endswith(SUFFIX) else cli.keep_proportion(text)
+    return text if text.endswith(SENSITIVITY_SUFFIX) else cli.keep_proportion(text)
 
 
 def rates_file(args: argparse.Namespace) -> str | None:

@@ -7,18 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from prune.choice import FilterChoice
-from prune.schedule import (
-    GradualPhysicalPruning,
-    GradualPruning,
-    HardPruning,
-    PhysicalPruning,
-    PruningSchedule,
-    SoftPruning,
-)
+from prune.schedule import GradualPhysicalPruning, GradualPruning, HardPruning, PhysicalPruning, PruningSchedule, SoftPruning
 from utils.distributed import any_process
 from utils.errors import UserError
-
-TRAIN_FORMS = ("auto", "compact", "masked")
 
 
 def build_schedule(

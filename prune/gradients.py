@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from prune.masks import PrunableLayer
 from utils.errors import UserError
 from utils.modes import without_trace
-from utils.training.engine import logits_of
+from utils.training.objective import logits_of
 
 
 def mean_gradients(

@@ -1,6 +1,5 @@
-"""Teacher and student of a pruning run, as its flags name them."""
+"""Teacher and student of a pruning run, as its settings name them."""
 
-import argparse
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,25 +7,21 @@ from dataclasses import replace
 from models import build_model
 from models.network_file import NetworkFile, as_dense, load_network
 from prune.compact import check_pruned_zeros
+from prune.settings import NetworkSettings
+from utils.device import to_device
 from utils.errors import naming
 from utils.images.batches import ImageData
-from utils.training import setup
+from utils.images.choice import Origins
+from utils.images.loading import check_classes, check_images
 
 
-def read_files(args: argparse.Namespace) -> dict[str, NetworkFile]:
-    """The networks of --t-path and --s-path, by flag, their pruned filters truly at zero."""
-    files = {}
-    for flag, model in (("--t-path", args.t_model), ("--s-path", args.s_model)):
-        if path_of(args, flag) is not None:
-            files[flag] = read_checked(flag, path_of(args, flag), model)
-    return files
-
-
-def path_of(args: argparse.Namespace, flag: str) -> str | None:
-    return args.t_path if flag == "--t-path" else args.s_path
+def read_files(settings: NetworkSettings) -> dict[str, NetworkFile]:
+    """The networks that are read from files, by flag, their pruned filters truly at zero."""
+    return {flag: read_checked(flag, path, model) for flag, (path, model) in settings.files.items()}
 
 
 def read_checked(flag: str, path: str, model: str | None) -> NetworkFile:
+    """The network of a file. Raises UserError, naming its flag, where filters that it calls pruned are not zero."""
     file = load_network(path, flag=flag, model=model, model_flag=flag.replace("path", "model"))
     if not file.compact:
         with naming(f"{flag} {path}"):
@@ -34,37 +29,43 @@ def read_checked(flag: str, path: str, model: str | None) -> NetworkFile:
     return file
 
 
-def student_file(args: argparse.Namespace, files: Mapping[str, NetworkFile]) -> NetworkFile | None:
+def images_of(settings: NetworkSettings, files: Mapping[str, NetworkFile]) -> Origins:
+    """What the files say of their images, by flag and path."""
+    return {f"{flag} {settings.files[flag][0]}": file.images for flag, file in files.items()}
+
+
+def student_file(settings: NetworkSettings, files: Mapping[str, NetworkFile]) -> NetworkFile | None:
     """What the student starts from, unless it is new."""
-    return files.get("--t-path" if args.s_copy_t else "--s-path")
+    return files.get("--t-path" if settings.s_copy_t else "--s-path")
 
 
-def student_name(args: argparse.Namespace, files: Mapping[str, NetworkFile]) -> str:
-    file = student_file(args, files)
-    return file.model if file is not None else args.s_model or args.t_model
+def student_name(settings: NetworkSettings, files: Mapping[str, NetworkFile]) -> str:
+    """What the student's network is called."""
+    file = student_file(settings, files)
+    return file.model if file is not None else settings.s_model or settings.t_model
 
 
-def network_names(args: argparse.Namespace, files: Mapping[str, NetworkFile]) -> str:
+def network_names(settings: NetworkSettings, files: Mapping[str, NetworkFile]) -> str:
     """The student, and its teacher where there is one."""
     teacher = files.get("--t-path")
-    return student_name(args, files) + (f", teacher {teacher.model}" if teacher is not None else "")
+    return student_name(settings, files) + (f", teacher {teacher.model}" if teacher is not None else "")
 
 
 def build_networks(
-    args: argparse.Namespace, files: Mapping[str, NetworkFile], data: ImageData
+    settings: NetworkSettings, files: Mapping[str, NetworkFile], data: ImageData
 ) -> tuple[NetworkFile | None, NetworkFile]:
     """Teacher, if there is one, and student, on the device, fit for the dataset."""
     for flag, file in files.items():
-        setup.check_classes(file.num_classes, data, origin=f"{flag} {path_of(args, flag)}")
+        check_classes(file.num_classes, data, origin=f"{flag} {settings.files[flag][0]}")
     teacher = files.get("--t-path")
-    student = student_file(args, files)
+    student = student_file(settings, files)
     if student is None:
-        name, num_classes = student_name(args, files), len(data.dataset.classes)
+        name, num_classes = student_name(settings, files), len(data.dataset.classes)
         student = NetworkFile(build_model(name, num_classes=num_classes), name, num_classes)
     elif student is teacher:
         student = replace(teacher, network=copy.deepcopy(teacher.network))
     student = replace(as_dense(student), images=data.dataset.images)
     for file in filter(None, (teacher, student)):
-        setup.to_device(file.network, data.device)
-        setup.check_images(file.network, data, origin=f"the {file.model}", trains=file is student)
+        to_device(file.network, data.device)
+        check_images(file.network, data, origin=f"the {file.model}", trains=file is student)
     return teacher, student

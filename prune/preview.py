@@ -1,20 +1,17 @@
 """What a pruning would do, for --dry-run."""
 
-import argparse
 from collections.abc import Callable
 
 from models.network_file import NetworkFile
 from prune.choice import FilterChoice
 from prune.cost import Widths
 from prune.record import WHOLE, whole_layers_table
-from utils.cli.plan import print_plan
 from utils.errors import UserError
-from utils.training.engine import TrainingPlan
+from utils.training.session import Session
 
 
 def print_pruning(
-    args: argparse.Namespace,
-    plan: TrainingPlan,
+    session: Session,
     student: NetworkFile,
     choose: FilterChoice,
     *,
@@ -27,7 +24,7 @@ def print_pruning(
     """
     trained_by = f"loss: {loss}"
     if choose.is_whole:
-        return print_plan(args, plan=plan, data=choose.data, networks={"network": student.network}, lines=[WHOLE, trained_by])
+        return session.print_plan({"network": student.network}, [WHOLE, trained_by])
     kept = choose.without_pass()()
     said = [f"{layer.name} would keep {len(kept[layer.name])} of {layer.filters}" for layer in choose.layers]
     said += [describe(choose.widths(kept))] if describe is not None else []
@@ -38,4 +35,4 @@ def print_pruning(
         said += filter(None, [whole_layers_table({name: channels.tolist() for name, channels in kept.items()}, small)])
     except UserError as error:
         said.append(f"no compact network could be written: {error}")
-    print_plan(args, plan=plan, data=choose.data, networks=networks, lines=said)
+    session.print_plan(networks, said)

@@ -15,6 +15,7 @@ from prune.compact import compact
 from prune.masks import PrunableLayer, prunable_layers
 from prune.papers_flops import papers_flops_drop
 from prune.schedule import PruningSchedule
+from utils.device import to_device
 from utils.errors import UserError
 from utils.files import read_json
 from utils.images.batches import ImageData
@@ -22,8 +23,7 @@ from utils.modes import evaluating
 from utils.profile import compare_networks, comparison_table
 from utils.runs.folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, LATENCY_TABLE, SUMMARY
 from utils.runs.run import Run
-from utils.training import setup
-from utils.training.engine import evaluate
+from utils.training.evaluation import evaluate
 from utils.training.metrics import Sums
 from utils.training.recalibration import recalibrated_batch_norm
 
@@ -114,7 +114,7 @@ def finish(
     process alone.
     """
     best = load_network(run.folder / BEST, flag="--save-dir", model=model)
-    dense = setup.to_device(best.network, data.device)
+    dense = to_device(best.network, data.device)
     layers = prunable_layers(dense, linear=config["prune_linear"], example=data.example)
     kept = {layer.name: len(best.kept.get(layer.name, range(layer.filters))) for layer in layers}
     summary = {**head, "model": best.model, **read_json(run.folder / BEFORE_TRAINING), **result, "kept_filters": kept}

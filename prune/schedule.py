@@ -18,12 +18,10 @@ from models.narrow import NarrowNetwork, narrow
 from prune.masks import PrunableLayer, SharedNorm, prunable_layers, shared_norms
 from prune.proof import check_equal_training
 from utils.errors import UserError
-from utils.training.engine import Hooks
-
-SOFT_CRITERIA = ("filter-a", "filter-l2", "filter-gm")
+from utils.training.pruning import Pruning
 
 
-class PruningSchedule(Hooks):
+class PruningSchedule(Pruning):
     """What a trainer calls. `model` is the bare network, on its device; `kept` maps layers to the filters that stay,
     and batch norms that several layers share to the entries.
 

@@ -20,7 +20,6 @@ from utils.checkpoints import digest
 from utils.errors import UserError, shown
 from utils.files import read_json, write_json
 
-SUFFIX = ".json"
 READ_BY_SENSITIVITY = (  # the flags that scores and accuracies depend on
     "prune_mode",
     "gamma",
@@ -71,14 +70,6 @@ def measure_sensitivity(
             flush=True,
         )
     return document
-
-
-def check_file(path: Path) -> None:
-    """Raises UserError for a file that `measure_sensitivity` could not write."""
-    if path.suffix != SUFFIX:
-        raise UserError(f"--sensitivity {path}: must end in {SUFFIX}, beside which a picture lies")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise UserError(f"--sensitivity {path}: cannot be written, name a file in a folder that you may write to")
 
 
 def _begun(path: Path, head: dict[str, Any]) -> dict[str, Any] | None:

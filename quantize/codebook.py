@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from utils.errors import UserError
+from quantize.settings import QUAN_MODES
+from utils.errors import ParameterError, UserError
 
-QUAN_MODES: dict[str, tuple[type[nn.Module], ...]] = {
-    "all-quan": (nn.Conv2d, nn.Linear),
-    "conv-quan": (nn.Conv2d,),
-    "fc-quan": (nn.Linear,),
-}
+LAYER_KINDS: dict[str, tuple[type[nn.Module], ...]] = dict(
+    zip(QUAN_MODES, ((nn.Conv2d, nn.Linear), (nn.Conv2d,), (nn.Linear,)), strict=True)
+)
 MAX_BITS = 16
 MAX_ITERATIONS = 300  # this and the tolerance are scikit-learn's
 TOLERANCE = 1e-4  # of the values' variance
@@ -56,10 +55,10 @@ class SharedWeight(nn.Module):
 
 
 def layer_bits(network: nn.Module, *, mode: str, bits: Sequence[str]) -> dict[str, int]:
-    """Bits for each layer to quantize, from the values of `--quan-mode` and `--quan-bits`.
+    """Bits for each layer to quantize, of those that `mode` covers (`QUAN_MODES`, with or without `-quan`).
 
     `bits` holds at most one plain number, for every layer of the mode, and `name=bits` pairs for single layers; without a
-    plain number only the named layers are quantized. Raises UserError for a layer that the mode does not cover, for bits
+    plain number only the named layers are quantized. Raises ParameterError for a layer that the mode does not cover, for bits
     outside 1 to 16, and for a layer or a plain number given twice.
     """
     names = _covered_layers(network, mode)
@@ -67,9 +66,9 @@ def layer_bits(network: nn.Module, *, mode: str, bits: Sequence[str]) -> dict[st
     for item in bits:
         name, separator, value = item.rpartition("=")
         if separator and name not in names:
-            raise UserError(f"--quan-bits {item}: no layer {name!r} under --quan-mode {mode}, choose from {', '.join(names)}")
+            raise ParameterError("bits", item, f"no layer {name!r} in mode {mode}, choose from {', '.join(names)}")
         if name in chosen:
-            raise UserError(f"--quan-bits {item}: given twice, expected one value for {name or 'all layers'}")
+            raise ParameterError("bits", item, f"given twice, expected one value for {name or 'all layers'}")
         chosen[name] = _parse_bits(item, value)
     default = chosen.pop("", None)
     return {name: chosen.get(name, default) for name in names if name in chosen or default is not None}
@@ -171,13 +170,13 @@ def _take_farthest(values: np.ndarray, count: int, *, centroids: np.ndarray, mem
 
 
 def _covered_layers(network: nn.Module, mode: str) -> list[str]:
-    kinds = QUAN_MODES.get(f"{mode.removesuffix('-quan')}-quan")
+    kinds = LAYER_KINDS.get(f"{mode.removesuffix('-quan')}-quan")
     if kinds is None:
-        raise UserError(f"--quan-mode {mode}: unknown, choose from {', '.join(QUAN_MODES)}")
+        raise ParameterError("mode", mode, f"unknown, choose from {', '.join(QUAN_MODES)}")
     return [name for name, module in network.named_modules() if isinstance(module, kinds)]
 
 
 def _parse_bits(item: str, value: str) -> int:
     if value not in map(str, range(1, MAX_BITS + 1)):
-        raise UserError(f"--quan-bits {item}: expected 1 to {MAX_BITS} bits, or NAME=BITS")
+        raise ParameterError("bits", item, f"expected 1 to {MAX_BITS} bits, or NAME=BITS")
     return int(value)

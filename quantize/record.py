@@ -14,14 +14,14 @@ from models.network_file import NetworkFile, describe_network
 from quantize.archive import differing_tensors, load_archive, save_archive
 from quantize.codebook import bake_weights, share_weights
 from quantize.table import ArchiveReport
+from utils.device import to_device
 from utils.files import read_json
 from utils.images.batches import ImageData
 from utils.modes import evaluating
 from utils.profile import compare_networks
 from utils.runs.folder import ARCHIVE, BEFORE_TRAINING, BEST, COMPACT, SUMMARY
 from utils.runs.run import Run
-from utils.training import setup
-from utils.training.engine import evaluate
+from utils.training.evaluation import evaluate
 
 CALIBRATION_BATCHES = 10  # that show the bounds of activations before the training
 
@@ -99,7 +99,7 @@ def encode(
     save_compact(run, result, best=best, small=small, config=config)
     identity = _identity(best)
     report = save_archive(run.folder / ARCHIVE, small, **identity)
-    decoded = setup.to_device(load_archive(run.folder / ARCHIVE, model=best.model), data.device)
+    decoded = to_device(load_archive(run.folder / ARCHIVE, model=best.model), data.device)
     check_identical(small, decoded, data)
     scores = {**read_json(run.folder / BEFORE_TRAINING), "fine_tuned": evaluate(small, data), "decoded": evaluate(decoded, data)}
     sizes = compare_networks(best.network, small, data.example[:1], files=(run.folder / BEST, run.folder / COMPACT))

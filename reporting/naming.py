@@ -1,29 +1,29 @@
-"""How a report calls a method: by its papers' names, from the flags of its run."""
+"""How a report calls a method, by its papers' names, from the flags of its run; and what its pictures are called."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from distill.registry import DISTILLERS
+from prune.criteria import CRITERIA
 from utils.errors import printable
 from utils.python_file import names_function
 
 VALUE_LENGTH = 80  # characters that are shown of a flag's value
-CRITERIA = {
-    "filter-r": "Random",
-    "filter-a": "PFEC",
-    "filter-l2": "L2",
-    "filter-gm": "FPGM",
-    "filter-nggm": "NGGM",
-    "filter-taylor": "Taylor",
-    "filter-bn": "Network Slimming",
-    "filter-hrank": "HRank",
-    "filter-chip": "CHIP",
-}
 SOFT_CRITERIA = {"filter-a": "SFP (L1)", "filter-l2": "SFP", "filter-gm": "SFP (GM)"}
 MODELS = {"alexnet": "AlexNet"}
-LOSSES = {"reviewkd": "ReviewKD"}  # those that are not written in capitals
-STANDARDISED = ("kd", "dkd")  # losses that --kd-standardize changes
 ORIGIN_FLAGS = ("t_path", "s_path", "load_path")
+PICTURE_NAMES = (  # in the order of a report; `reporting.pictures` draws them
+    "accuracy_macs",
+    "accuracy_time",
+    "accuracy_bytes",
+    "accuracy_pflops",
+    "learning_curves",
+    "kept_filters",
+    "bytes",
+    "sensitivity",
+)
+README_PICTURES = ("accuracy_macs", "bytes")
 
 
 def method_label(settings: Mapping[str, Any], *, with_size: bool = True) -> str:
@@ -73,7 +73,8 @@ def dashed(flag: str) -> str:
 
 def _pruned(settings: Mapping[str, Any], *, with_size: bool) -> str:
     mode = settings.get("prune_mode")
-    criterion = (SOFT_CRITERIA if settings.get("soft_prune") else CRITERIA).get(mode, value_text(mode))
+    titles = SOFT_CRITERIA if settings.get("soft_prune") else {name: entry.title for name, entry in CRITERIA.items()}
+    criterion = titles.get(mode, value_text(mode))
     is_whole = settings.get("budget") is None and settings.get("prune_rates") == [1.0]
     parts = [" + ".join(["unpruned" if is_whole else criterion, *_losses(settings)])]
     if with_size and not is_whole:
@@ -98,9 +99,15 @@ def _has_origin(settings: Mapping[str, Any], flag: str) -> bool:
 def _losses(settings: Mapping[str, Any]) -> list[str]:
     names = [name for name in settings.get("distill") or [] if name not in ("none", "kd")]
     with_kd = settings.get("distill") != ["none"] and settings.get("alpha")
-    standardised = STANDARDISED if settings.get("kd_standardize") else ()
     shown = [*names, *(["kd"] if with_kd else [])]
-    return [value_text(("standardised " if name in standardised else "") + LOSSES.get(name, name.upper())) for name in shown]
+    return [value_text(_loss_label(name, standardised=bool(settings.get("kd_standardize")))) for name in shown]
+
+
+def _loss_label(name: str, *, standardised: bool) -> str:
+    """Others may have written the run: its loss need not be one of ours."""
+    entry = DISTILLERS.get(name)
+    title = entry.title if entry is not None and entry.title is not None else name.upper()
+    return f"standardised {title}" if standardised and entry is not None and "kd_standardize" in entry.options else title
 
 
 def _size(settings: Mapping[str, Any]) -> str:

@@ -148,8 +148,6 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Sequence[Group]], Figure | None]]
     ),
 )
 
-PICTURE_NAMES = tuple(name for name, *_ in PICTURES)
-
 
 # ---- learning curves ---------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from reporting.comparison_table import ComparisonTable, comparison_tables
 from reporting.gather import Group, Results
 from reporting.headline import headline
+from reporting.naming import PICTURE_NAMES, README_PICTURES
 from reporting.page import GENERATOR, Picture, page
-from reporting.pictures import PICTURE_NAMES, draw_pictures
+from reporting.pictures import draw_pictures
 from reporting.published import matched_table, published_table
 from reporting.run_files import COLLECTED, is_study, write_study
 from reporting.tables import KEY_MEASURES, caption, comma_separated, markdown, markdown_by_subject, markdown_text, notes
@@ -23,7 +24,6 @@ HEADLINE = re.compile(rf"(<!-- headline: ([^\n]*?) -->\n){INSIDE}(<!-- headline:
 PUBLISHED = re.compile(rf"(<!-- published:begin -->\n){INSIDE}(<!-- published:end -->)")
 COMPARISON = re.compile(rf"(<!-- comparison: ([^\n]*?) -->\n){INSIDE}(<!-- comparison:end -->)")
 BLOCKS = {"headline": HEADLINE, "published": PUBLISHED, "comparison": COMPARISON}
-README_PICTURES = ("accuracy_macs", "bytes")
 
 
 def check_output(folder: Path) -> None:

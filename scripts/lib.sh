@@ -3,14 +3,11 @@
 # that sets STUDY=FILE.jsonl.gz has in it, at any time, all runs that have ended.
 # docs/experiments.md explains the environment variables that start_script reads.
 
-# Flags that initial_train.py, pruning.py and quantize_encode.py all have: they reach the training of a teacher as well.
-readonly SHARED_FLAGS="--data-dir --mean --std --batch-size --workers --crop-padding --limit-batches --lr --schedule --lr-drops --lr-schedule \
---warmup-epochs --n-epochs --momentum --weight-decay --label-smoothing --log-name --device --dev-idx --amp --compile --sync-bn --checkpoint-interval --checkpoint-minutes"
-
 # start_script ARGUMENT...: reads the environment, and the arguments to pass on into PASSED and SHARED
 start_script() {
   SCRIPT=$(basename "$0")
   set_defaults
+  read_methods
   take_arguments "$@"
   mapfile -t SHARED < <(shared_arguments)
   [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS: must be a whole number of 1 or more"
@@ -39,6 +36,23 @@ set_defaults() {
     PYTHON=python3
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
   fi
+}
+
+# read_methods: what the registries say of each criterion and each loss (scripts/methods.py).
+read_methods() {
+  local lines kind name values
+  declare -gA CRITERION_FLAGS=() CRITERION_INPUTS=() LOSS_FLAGS=() LOSS_BETA=() LOSS_BESIDE_KD=()
+  lines=$("$PYTHON" -m scripts.methods) || fail "PYTHON=$PYTHON: cannot read the methods of this repository"
+  while read -r kind name values; do
+    case $kind in
+      criterion_flags) CRITERION_FLAGS[$name]=" $values " ;;
+      criterion_inputs) CRITERION_INPUTS[$name]=" $values " ;;
+      loss_flags) LOSS_FLAGS[$name]=" $values " ;;
+      loss_beta) LOSS_BETA[$name]=$values ;;
+      loss_beside_kd) LOSS_BESIDE_KD[$name]=1 ;;
+      shared_flags) SHARED_FLAGS=" $name $values " ;;
+    esac
+  done <<<"$lines"
 }
 
 check_recipe() {
@@ -93,7 +107,7 @@ shared_arguments() {
   local argument shared=0
   for argument in "${PASSED[@]}"; do
     if [[ $argument == --* ]]; then
-      if [[ " $SHARED_FLAGS " == *" $argument "* ]]; then shared=1; else shared=0; fi
+      if [[ $SHARED_FLAGS == *" $argument "* ]]; then shared=1; else shared=0; fi
     fi
     if ((shared)); then echo "$argument"; fi
   done
@@ -140,17 +154,11 @@ distillation() {
   local dataset=$1 loss=$2
   DISTILLATION=(--distill "$loss")
   case $dataset-$loss in
-    *-none | *-kd) ;;
     cinic10-at) DISTILLATION+=(--betas 50) ;;
-    *-at) DISTILLATION+=(--betas 1000) ;;
     cinic10-sp) DISTILLATION+=(--betas 2000) ;;
-    *-sp) DISTILLATION+=(--betas 3000) ;;
-    *-afd) DISTILLATION+=(--betas 200) ;;
-    *-hap) DISTILLATION+=(--betas 700) ;;
-    *-dkd | *-dist) DISTILLATION+=(--betas 1) ;;
-    *-reviewkd) DISTILLATION+=(--betas 5) ;;
+    *) if [[ -n ${LOSS_BETA[$loss]-} ]]; then DISTILLATION+=(--betas "${LOSS_BETA[$loss]}"); fi ;;
   esac
-  if [[ $dataset == cinic10 && $loss =~ ^(kd|at|sp|afd|hap)$ ]]; then DISTILLATION+=(--alpha 0.6 --kd-t 16); fi
+  if [[ $dataset == cinic10 && -n ${LOSS_BESIDE_KD[$loss]-} ]]; then DISTILLATION+=(--alpha 0.6 --kd-t 16); fi
 }
 
 # add_run ENTRY_SCRIPT LABEL DATASET SEED NEEDED FLAG...: lists a run that reads the file NEEDED ('' for none); FOLDER becomes
@@ -228,9 +236,9 @@ add_pruning() {
   distillation "$dataset" "$loss"
   local criterion_flags=(--prune-rates "$KEEP" --prune-mode "$criterion")
   if [[ $KEEP == *=* ]]; then criterion_flags=(--budget "$KEEP" --prune-mode "$criterion"); fi
-  case $criterion in
-    filter-nggm | filter-taylor) criterion_flags+=(--samp-batches 25) ;;
-    filter-hrank | filter-chip) criterion_flags+=(--samp-batches 5) ;;
+  case ${CRITERION_INPUTS[$criterion]} in
+    *' grad '*) criterion_flags+=(--samp-batches 25) ;;
+    *' feature_maps '*) criterion_flags+=(--samp-batches 5) ;;
   esac
   applicable "$criterion" "$loss" "$@"
   add_run pruning.py "$label" "$dataset" "$seed" "$teacher" --t-model "$MODEL" --t-path "$teacher" --s-copy-t \
@@ -238,26 +246,15 @@ add_pruning() {
 }
 
 # applicable CRITERION LOSS ARGUMENT...: APPLICABLE becomes the arguments without those flags that would have no effect on a
-# pruning by this criterion and with this loss.
+# pruning by this criterion and with this loss: flags that some criterion or loss reads, and neither of these two.
 applicable() {
-  local criterion=$1 loss=$2 argument applies=1
+  local read="${CRITERION_FLAGS[$1]}${LOSS_FLAGS[$2]-}" some=" ${CRITERION_FLAGS[*]} ${LOSS_FLAGS[*]} " argument applies=1
   shift 2
   APPLICABLE=()
   for argument in "$@"; do
     if [[ $argument == --* ]]; then
       applies=1
-      case $argument in
-        --samp-batches) [[ $criterion =~ ^filter-(nggm|taylor|hrank|chip)$ ]] || applies=0 ;;
-        --gamma) [[ $criterion == filter-nggm ]] || applies=0 ;;
-        --gm-distance) [[ $criterion == filter-gm || $criterion == filter-nggm ]] || applies=0 ;;
-        --alpha) [[ $loss != none ]] || applies=0 ;;
-        --kd-t) [[ $loss != none && $loss != reviewkd ]] || applies=0 ;;
-        --kd-standardize) [[ $loss =~ ^(kd|at|sp|afd|hap|dkd)$ ]] || applies=0 ;;
-        --dkd-*) [[ $loss == dkd ]] || applies=0 ;;
-        --dist-*) [[ $loss == dist ]] || applies=0 ;;
-        --betas) [[ $loss != none && $loss != kd ]] || applies=0 ;;
-        --hap-ts) [[ $loss == hap ]] || applies=0 ;;
-      esac
+      if [[ $some == *" $argument "* && $read != *" $argument "* ]]; then applies=0; fi
     fi
     if ((applies)); then APPLICABLE+=("$argument"); fi
   done

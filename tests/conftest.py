@@ -42,7 +42,7 @@ def run_main(script: str, *words: str) -> Ended:
         contextlib.redirect_stderr(errors),
     ):
         try:
-            cli.execute(lambda: module.main(cli.parse_flags(module.get_args_parser(), words)))
+            cli.run_script(module.get_args_parser, module.main, words)
         except SystemExit as end:
             status = end.code
     return Ended(status, output.getvalue(), errors.getvalue())

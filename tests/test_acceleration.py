@@ -12,15 +12,17 @@ from distill import DISTILLERS
 from models import MODELS, build_model
 from models.cifar_resnet import CifarResNet
 from models.network_file import describe_network
-from prune import record
+from prune import preparation, record
 from prune.criteria import CRITERIA
-from prune.schedule import SOFT_CRITERIA, HardPruning, PhysicalPruning
+from prune.schedule import HardPruning, PhysicalPruning
+from prune.settings import SOFT_CRITERIA
 from utils import cli, profile
 from utils.checkpoints import save_checkpoint
 from utils.errors import UserError
 from utils.images.batches import ImageData
 from utils.images.datasets import load_dataset
-from utils.training.engine import Trainer, check_acceleration
+from utils.training.step import check_acceleration
+from utils.training.trainer import Trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 LOSSES = ("none", *DISTILLERS)
@@ -84,8 +86,8 @@ def test_amp_trains_in_bfloat16_and_stays_close(teacher, form):
 @pytest.mark.parametrize(("flags", "form"), [([], PhysicalPruning), (["--amp"], HardPruning), (["--compile"], HardPruning)])
 def test_a_cpu_trains_the_form_that_is_faster_there(teacher, monkeypatch, flags, form):
     made = []
-    build = pruning.build_schedule
-    monkeypatch.setattr(pruning, "build_schedule", lambda *args, **options: made.append(build(*args, **options)) or made[-1])
+    build = preparation.build_schedule
+    monkeypatch.setattr(preparation, "build_schedule", lambda *args, **options: made.append(build(*args, **options)) or made[-1])
     train(teacher, "run", "--prune-mode", "filter-gm", *flags)
     assert [type(schedule) for schedule in made] == [form]
 
@@ -164,17 +166,17 @@ def refusal(**switches):
 
 def test_compile_without_a_compiler(monkeypatch):
     monkeypatch.setattr(inductor.config.cpp, "cxx", ("no-such-compiler",))
-    assert refusal(compiled=True).startswith("--compile: no C++ compiler was found")
+    assert refusal(compiled=True).startswith("compile: no C++ compiler was found")
 
 
 def test_amp_without_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GTX 1080")
-    assert refusal(device=CUDA, amp=True) == "--amp: GTX 1080 has no bfloat16; leave --amp out"
+    assert refusal(device=CUDA, amp=True) == "amp: GTX 1080 has no bfloat16; leave it out"
 
 
 def test_sync_bn_without_cuda():
-    assert refusal(sync_bn=True).startswith("--sync-bn: needs CUDA devices")
+    assert refusal(sync_bn=True).startswith("sync_bn: needs CUDA devices")
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from models import build_model
 from models.network_file import describe_network
 from utils.checkpoints import load_checkpoint, save_checkpoint
-from utils.training.engine import Trainer
+from utils.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -35,7 +35,7 @@ def run_export(capsys):
             mock.patch.object(profile, "MIN_RUN_SECONDS", 0.0),
             pytest.raises(SystemExit) as end,
         ):
-            cli.execute(lambda: export.main(cli.parse_flags(export.get_args_parser(), words)))
+            cli.run_script(export.get_args_parser, export.main, words)
         captured = capsys.readouterr()
         return end.value.code, captured.out, captured.err
 

@@ -13,7 +13,7 @@ ALLOWED = {
     "distill": {"models", "utils"},
     "quantize": {"models", "utils"},
     "deploy": {"models", "utils"},
-    "reporting": {"models", "utils", "distill"},
+    "reporting": {"models", "utils", "prune", "distill"},
 }
 ENTRY_SCRIPTS = {"initial_train", "pruning", "quantize_encode", "export", "predict", "report"}
 OURS = {*ALLOWED, *ENTRY_SCRIPTS, "benchmarks", "tests"}

@@ -56,7 +56,7 @@ class TestAnnouncement:
         assert shown == f"network: resnet20; data: {tmp_path}/set; device: cpu, 1 threads; epochs: 1\r\n"
 
     def test_says_how_many_epochs_a_resumed_run_has_and_says_it_once(self, trained_run, tmp_path, run_script, monkeypatch):
-        monkeypatch.setattr("utils.training.setup._is_watched", lambda: True)
+        monkeypatch.setattr("utils.training.session._is_watched", lambda: True)
         shutil.copytree(trained_run, tmp_path / "run")
         ended = run_script("initial_train", "--resume", str(tmp_path / "run"), "--n-epochs", "3")
         line = "network: resnet20; data: digits; device: cpu, 1 threads; epochs: 3, 2 of them done\n"

@@ -125,14 +125,14 @@ from models.outputs import Outputs
 from prune.criteria import CRITERIA
 from pruning import get_args_parser
 
-args = get_args_parser().parse_args("--prune-mode filter-snip --distill fitnet --hint-stage 1".split())
+args = get_args_parser().parse_args("--prune-mode filter-snip --distill hint --hint-stage 1".split())
 weight = torch.tensor([[1.0, 2.0], [3.0, -1.0]]).reshape(2, 2, 1, 1)
 assert CRITERIA[args.prune_mode].needs_gradient
 assert CRITERIA[args.prune_mode](weight, torch.ones_like(weight)).tolist() == [3.0, 4.0]
 
 maps = (torch.ones(2, 3, 4, 4),)
 outputs = Outputs(torch.zeros(2, 10), maps, maps, torch.zeros(2, 3))
-loss = build_distiller("fitnet", student=outputs, teacher=outputs, hint_stage=args.hint_stage)
+loss = build_distiller("hint", student=outputs, teacher=outputs, hint_stage=args.hint_stage)
 torch.nn.init.zeros_(loss.match.weight)
 torch.nn.init.zeros_(loss.match.bias)
 assert loss(outputs, outputs).item() == 1.0
@@ -143,10 +143,12 @@ def test_the_examples_of_a_criterion_and_a_loss_work_as_they_stand(tmp_path):
     for package in ("models", "prune", "distill", "deploy", "utils"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pruning.py", tmp_path)
-    criterion, loss = blocks(DOCS["extending.md"], "python")
+    criterion, loss, entry = blocks(DOCS["extending.md"], "python")
     with open(tmp_path / "prune/criteria.py", "a") as file:
         file.write("\n\n" + criterion)
-    (tmp_path / "distill/fitnet.py").write_text(loss)
+    (tmp_path / "distill/hint.py").write_text(loss)
+    with open(tmp_path / "distill/registry.py", "a") as file:
+        file.write("\n\n" + entry)
     result = subprocess.run([sys.executable, "-c", USE_EXTENSIONS], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -11,7 +11,8 @@ from saved_runs import write_pruned, write_unpruned
 
 import report
 from reporting.gather import gather
-from reporting.publish import BEGIN, END, README_PICTURES, update_readme
+from reporting.naming import README_PICTURES
+from reporting.publish import BEGIN, END, update_readme
 from reporting.tables import headings
 from utils import cli
 
@@ -21,7 +22,7 @@ ROOT = Path(report.__file__).resolve().parent
 def run_report(*words):
     """Exit status of the script."""
     with pytest.raises(SystemExit) as end:
-        cli.execute(lambda: report.main(cli.parse_flags(report.get_args_parser(), [str(word) for word in words])))
+        cli.run_script(report.get_args_parser, report.main, [str(word) for word in words])
     return end.value.code
 
 

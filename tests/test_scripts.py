@@ -30,7 +30,11 @@ ENTRY_SCRIPTS = ("initial_train", "pruning", "quantize_encode")
 # What the scripts call instead of Python: notes its arguments and leaves what a run leaves. A run whose name begins with
 # $FAILING fails; one that begins with $HOLDING goes on until it is stopped, one that begins with $LASTING until $OTHERS runs have
 # ended; each waits until $TOGETHER runs have started.
-FAKE_PYTHON = """#!/usr/bin/env bash
+FAKE_PYTHON = (
+    f"""#!/usr/bin/env bash
+if [[ $* == "-m scripts.methods" ]]; then exec {sys.executable} "$@"; fi
+"""
+    + """\
 echo "$(date +%s.%N) start $*${CUDA_VISIBLE_DEVICES:+ on GPU $CUDA_VISIBLE_DEVICES}" >>"$NOTES"
 entry=$1 folder=
 while (($#)); do
@@ -58,6 +62,7 @@ if [[ -n ${FAILING-} && $name == $FAILING* ]]; then exit 3; fi
 touch "$folder/model_best.pt"
 echo '{}' >"$folder/summary.json"
 """
+)
 
 
 def environment(**variables):

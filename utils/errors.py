@@ -15,6 +15,29 @@ class UserError(ValueError):
     """
 
 
+class ParameterError(UserError):
+    """A parameter has a value that it cannot have: `keep_ratio 1.5: must be above 0 and at most 1`.
+
+    Whoever computes calls it as the function does; the command line puts its flag in that place (`Parser.naming_flags`).
+    """
+
+    def __init__(self, parameter: str, value: object, reason: str):
+        """`value` None names the parameter alone."""
+        super().__init__(f"{parameter}{_given(value)}: {reason}")
+        self.parameter, self.value, self.reason = parameter, value, reason
+
+    def under(self, name: str) -> str:
+        """The message with another name in the parameter's place."""
+        return f"{name}{_given(self.value)}: {self.reason}"
+
+
+def _given(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return ""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return "".join(f" {each:g}" if isinstance(each, float) else f" {each}" for each in values)
+
+
 def printable(text: str, limit: int = MAX_SHOWN) -> str:
     """Text of others as one line that a terminal, a log and any file can take, of at most `limit` characters.
 

@@ -16,9 +16,10 @@ from deploy.budget import obtain_table
 from deploy.latency import LatencyTable, best_multiple, calibrate, measured_widths, read_table, rising
 from deploy.layers import LayerKind, kinds_of_layers, layer_runner
 from models import build_model
-from prune.allocation import FLOOR, Budget
+from prune.allocation import FLOOR
 from prune.choice import FilterChoice
 from prune.masks import keep_ratios, prunable_layers
+from prune.settings import Budget
 from utils.errors import UserError
 
 IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))

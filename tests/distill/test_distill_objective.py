@@ -11,7 +11,8 @@ from torch import nn
 
 from distill import DISTILLERS, build_distiller
 from distill.flags import check_distillation
-from distill.objective import DistillationObjective, FrozenTeacher, build_objective, default_alpha, sample_outputs
+from distill.objective import DistillationObjective, FrozenTeacher, build_objective, sample_outputs
+from distill.registry import default_alpha
 from models import build_model
 from models.batch_norm import UnevenBatchNorm2d
 from models.cifar_resnet import CifarResNet

@@ -1,5 +1,6 @@
 """What holds for every registered loss, and what is refused."""
 
+import inspect
 import itertools
 import math
 from pathlib import Path
@@ -8,10 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from distill import DISTILLERS, build_distiller, distiller_options
-from distill.base import Distiller, register_distiller
+from distill import DISTILLERS, DistillerEntry, Option, build_distiller, distiller_options
+from distill.base import Distiller, keywords
+from distill.flags import add_distillation_flags, distillation_settings
+from distill.registry import RUN_FACTS, STEP_FACTS
 from models import build_model
 from models.outputs import Outputs
+from utils import cli
 from utils.errors import UserError
 
 SIZES = ((4, 8), (6, 4), (8, 2))  # channels and width of each stage
@@ -193,26 +197,26 @@ def test_hap_compares_the_last_blocks_of_the_teacher():
 @pytest.mark.parametrize(
     "name, options, words",
     [
-        ("hop", {}, "--distill hop: unknown loss: choose from afd, at, crd, ctkd, dist"),
-        ("sp", {"kd_t": 4.0}, "--distill sp: no option 'kd_t': it has none"),
-        ("at", {"at_stages": 4}, "--at-stages 4: both networks have 3 stages"),
-        ("kd", {"temperature": 4.0}, "--distill kd: no option 'temperature': it has kd_t, kd_standardize"),
-        ("kd", {"kd_t": 0.0}, "--kd-t 0.0"),
-        ("kd", {"kd_t": float("nan")}, "--kd-t nan"),
-        ("dkd", {"dkd_alpha": 0.0, "dkd_beta": 0.0}, "--dkd-alpha 0 --dkd-beta 0: the weights"),
-        ("dist", {"dist_beta": 0.0, "dist_gamma": 0.0}, "--dist-beta 0 --dist-gamma 0: the weights"),
-        ("dist", {"dist_gamma": -1.0}, "--dist-beta 2 --dist-gamma -1: the weights"),
-        ("dkd", {"dkd_beta": float("inf")}, "--dkd-alpha 1 --dkd-beta inf: the weights"),
-        ("wttm", {"wttm_gamma": 1.5}, "--wttm-gamma 1.5: must be above 0 and at most 1"),
-        ("nkd", {"nkd_t": 0.0}, "--nkd-t 0: the temperature"),
-        ("ctkd", {"ctkd_epochs": 0}, "--ctkd-epochs 0: must be 1 or more"),
-        ("fitnet", {"fitnet_stage": 4}, "--fitnet-stage 4: both networks have 3 stages"),
-        ("crd", {}, "--distill crd: needs train_labels (the classes of all training images)"),
-        ("crd", {"train_labels": torch.zeros(4, dtype=torch.long)}, "--distill crd: needs training images of two classes"),
-        ("crd", {"train_labels": torch.arange(4), "crd_momentum": 1.0}, "--crd-momentum 1: must be from 0 to below 1"),
-        ("rkd", {"rkd_distance": 0.0, "rkd_angle": 0.0}, "--rkd-distance 0 --rkd-angle 0: the weights"),
-        ("hap", {"hap_ts": 0}, "--hap-ts 0: the teacher has 6 blocks"),
-        ("hap", {"hap_ts": 7}, "--hap-ts 7: the teacher has 6 blocks"),
+        ("hop", {}, "loss hop: unknown, choose from afd, at, crd, ctkd, dist"),
+        ("sp", {"kd_t": 4.0}, "loss sp: has no option 'kd_t', it has none"),
+        ("at", {"at_stages": 4}, "at_stages 4: both networks have 3 stages"),
+        ("kd", {"temperature": 4.0}, "loss kd: has no option 'temperature', it has kd_t, kd_standardize"),
+        ("kd", {"kd_t": 0.0}, "kd_t 0: the temperature"),
+        ("kd", {"kd_t": float("nan")}, "kd_t nan: the temperature"),
+        ("dkd", {"dkd_alpha": 0.0, "dkd_beta": 0.0}, "dkd_alpha 0: with dkd_beta 0 leaves the loss without any part"),
+        ("dist", {"dist_beta": 0.0, "dist_gamma": 0.0}, "dist_beta 0: with dist_gamma 0 leaves the loss without any part"),
+        ("dist", {"dist_gamma": -1.0}, "dist_gamma -1: the weights of a loss's parts"),
+        ("dkd", {"dkd_beta": float("inf")}, "dkd_beta inf: the weights of a loss's parts"),
+        ("wttm", {"wttm_gamma": 1.5}, "wttm_gamma 1.5: must be above 0 and at most 1"),
+        ("nkd", {"nkd_t": 0.0}, "nkd_t 0: the temperature"),
+        ("ctkd", {"ctkd_epochs": 0}, "ctkd_epochs 0: must be 1 or more"),
+        ("fitnet", {"fitnet_stage": 4}, "fitnet_stage 4: both networks have 3 stages"),
+        ("crd", {}, "loss crd: needs train_labels (the classes of all training images)"),
+        ("crd", {"train_labels": torch.zeros(4, dtype=torch.long)}, "loss crd: needs training images of two classes"),
+        ("crd", {"train_labels": torch.arange(4), "crd_momentum": 1.0}, "crd_momentum 1: must be from 0 to below 1"),
+        ("rkd", {"rkd_distance": 0.0, "rkd_angle": 0.0}, "rkd_distance 0: with rkd_angle 0 leaves the loss without any part"),
+        ("hap", {"hap_ts": 0}, "hap_ts 0: the teacher has 6 blocks"),
+        ("hap", {"hap_ts": 7}, "hap_ts 7: the teacher has 6 blocks"),
     ],
 )
 def test_bad_names_and_options_are_refused_in_one_line(name, options, words):
@@ -312,28 +316,45 @@ def test_usual_betas():
     assert {name for name, entry in DISTILLERS.items() if entry.replaces_kd} == {"dkd", "dist", "reviewkd", "wttm", "nkd", "ctkd"}
 
 
-def test_a_new_loss_is_one_decorated_class():
-    class Hint(Distiller):
-        def __init__(self, student, teacher, *, hint_stage: int = 1):
-            super().__init__()
-            self.stage = hint_stage
-            self.regressor = nn.Conv2d(student.stages[hint_stage].shape[1], teacher.stages[hint_stage].shape[1], 1)
+class Hint(Distiller):
+    """A loss that is in no file of the package: the student's map of a stage, projected, beside the teacher's."""
 
-        def loss(self, student, teacher):
-            return (self.regressor(student.stages[self.stage]) - teacher.stages[self.stage]).square().mean()
+    def __init__(self, student, teacher, *, hint_stage):
+        super().__init__()
+        self.stage = hint_stage
+        self.regressor = nn.Conv2d(student.stages[hint_stage].shape[1], teacher.stages[hint_stage].shape[1], 1)
 
-    try:
-        register_distiller("hint", beta=100.0, hint_stage="stage to regress")(Hint)
-        student, teacher = make_outputs(), make_outputs(seed=1, extra_channels=2)
-        assert build_distiller("hint", student=student, teacher=teacher, hint_stage=0)(student, teacher).shape == ()
-        assert distiller_options(["hint"])["hint_stage"].default == 1
-        with pytest.raises(TypeError, match="hint_stage"):
-            register_distiller("undescribed", beta=100.0)(Hint)
-        with pytest.raises(TypeError, match="asks for weather: nobody knows it"):
-            register_distiller("wet", beta=1.0)(type("Wet", (Hint,), {"__init__": lambda self, a, b, *, weather: None}))
-        with pytest.raises(ValueError, match="registered already"):
-            register_distiller("hint", beta=100.0, hint_stage="stage to regress")(Hint)
-        with pytest.raises(ValueError, match=r"'hint_stage' .* another loss's too, with another default or help"):
-            register_distiller("other", beta=100.0, hint_stage="something else")(Hint)
-    finally:
-        DISTILLERS.pop("hint", None)
+    def loss(self, student, teacher):
+        return (self.regressor(student.stages[self.stage]) - teacher.stages[self.stage]).square().mean()
+
+
+def test_a_new_loss_is_a_class_and_an_entry(monkeypatch):
+    entry = DistillerEntry(f"{__name__}:Hint", beta=100.0, options={"hint_stage": Option(1, "stage to regress")})
+    monkeypatch.setitem(DISTILLERS, "hint", entry)
+    student, teacher = make_outputs(), make_outputs(seed=1, extra_channels=2)
+    assert build_distiller("hint", student=student, teacher=teacher).stage == 1
+    assert build_distiller("hint", student=student, teacher=teacher, hint_stage=0)(student, teacher).shape == ()
+    args = cli.parse_flags(flags_of_distillation(), ["--distill", "hint", "--hint-stage", "2"])
+    assert distillation_settings(args).options["hint_stage"] == 2
+    with pytest.raises(UserError, match="--hint-stage 2: only with --distill hint"):
+        cli.parse_flags(flags_of_distillation(), ["--distill", "at", "--hint-stage", "2"])
+
+
+def flags_of_distillation():
+    parser = cli.Parser(prog="train.py")
+    add_distillation_flags(parser)
+    cli.add_run_flags(parser, log_name="train.txt")
+    return parser
+
+
+def test_an_entry_says_what_its_class_takes(name):
+    entry = DISTILLERS[name]
+    assert {*keywords(entry.kind.__init__), *keywords(entry.kind.loss)} == entry.options.keys() | entry.needs
+    parameters = inspect.signature(entry.kind.__init__).parameters
+    assert all(parameters[option].default is inspect.Parameter.empty for option in entry.options), "the entry has the default"
+    assert entry.needs <= {*STEP_FACTS, *RUN_FACTS}
+
+
+def test_an_option_means_the_same_in_every_loss():
+    shared = distiller_options()
+    assert all(shared[key] == option for entry in DISTILLERS.values() for key, option in entry.options.items())

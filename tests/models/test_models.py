@@ -11,7 +11,7 @@ from models.cifar_resnet import BasicBlock, CifarResNet
 from models.outputs import Outputs
 from utils.errors import UserError
 
-CIFAR_RESNETS = [name for name in MODELS if isinstance(getattr(MODELS[name], "func", None), type)]
+CIFAR_RESNETS = sorted(MODELS.keys() - PRETRAINED_MODELS - {"alexnet"})
 IMAGENET_RESNETS = sorted(PRETRAINED_MODELS)
 IMAGENET_BLOCKS = {"resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet101": 33, "resnet152": 50}
 

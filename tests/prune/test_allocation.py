@@ -9,11 +9,12 @@ from torch import nn
 
 from models import build_model
 from models.narrow import narrow
-from prune.allocation import FLOOR, Budget, Family, counts_within, kept_channels, parse_budget, rank, uniform_counts
+from prune.allocation import FLOOR, Family, counts_within, kept_channels, rank, uniform_counts
 from prune.choice import FilterChoice
 from prune.groups import ChannelGroup, channel_groups
 from prune.masks import keep_ratios, prunable_layers
 from prune.schedule import HardPruning
+from prune.settings import Budget, parse_budget
 from utils.errors import UserError
 from utils.profile import profile_network
 

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from models import build_model
-from prune.allocation import FLOOR, Budget
+from prune.allocation import FLOOR
 from prune.choice import FilterChoice
 from prune.criteria import CRITERIA
 from prune.masks import keep_ratios, prunable_layers, score_filters
 from prune.schedule import HardPruning
+from prune.settings import Budget
 from utils.errors import UserError
 from utils.profile import profile_network
 

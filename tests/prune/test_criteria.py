@@ -120,7 +120,7 @@ def test_batch_norm_weights_by_hand():
 
 def test_a_mode_for_gradients_that_no_network_has_is_refused():
     with pytest.raises(ValueError, match=r"filter-new.*'train' is none of training, evaluation"):
-        criterion("filter-new", gradient_mode="train")
+        criterion("filter-new", title="New", gradient_mode="train")
 
 
 def test_random_scores_come_from_the_given_generator_alone():
@@ -136,7 +136,7 @@ def test_a_new_criterion_is_one_decorated_function(monkeypatch):
     monkeypatch.setattr("prune.criteria.CRITERIA", dict(CRITERIA))
     from prune import criteria
 
-    @criterion("filter-max")
+    @criterion("filter-max", title="Max")
     def largest_weight(weight):
         return weight.abs().flatten(1).amax(1)
 
@@ -147,18 +147,18 @@ def test_a_new_criterion_is_one_decorated_function(monkeypatch):
 
 def test_registering_twice_or_asking_for_the_unknown_is_refused():
     with pytest.raises(ValueError, match="filter-a"):
-        criterion("filter-a")(lambda weight: weight)
+        criterion("filter-a", title="A")(lambda weight: weight)
     with pytest.raises(ValueError, match="filter-new"):
-        criterion("filter-new")(lambda weight, *, activations: weight)
+        criterion("filter-new", title="New")(lambda weight, *, activations: weight)
     assert "filter-new" not in CRITERIA
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gm_distance": "cosine"}, "--gm-distance cosine: choose from euclidean, sqeuclidean"),
-        ({"gamma": 1.5}, "--gamma 1.5"),
-        ({"gamma": float("nan")}, "--gamma nan"),
+        ({"gm_distance": "cosine"}, "gm_distance cosine: choose from euclidean, sqeuclidean"),
+        ({"gamma": 1.5}, "^gamma 1.5: "),
+        ({"gamma": float("nan")}, "^gamma nan: "),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -188,7 +188,7 @@ def test_a_missing_or_misshapen_gradient_is_named(grad):
 )
 def test_scores_that_are_not_one_finite_number_a_filter_are_refused_by_name(score, message, monkeypatch):
     monkeypatch.setattr("prune.criteria.CRITERIA", {})
-    criterion("filter-new")(score)
+    criterion("filter-new", title="New")(score)
     with pytest.raises(UserError, match=f"^filter-new gives {message}"):
         prune.criteria.CRITERIA["filter-new"](draw(4, 2, 3, 3))
 

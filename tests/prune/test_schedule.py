@@ -10,12 +10,12 @@ from torch import nn
 
 from models.alexnet import AlexNet
 from models.cifar_resnet import CifarResNet
-from prune.allocation import Budget
 from prune.choice import FilterChoice
 from prune.masks import choose_filters, keep_count, keep_ratios, prunable_layers
 from prune.schedule import GradualPruning, HardPruning, PruningSchedule, SoftPruning
+from prune.settings import Budget
 from utils.errors import UserError
-from utils.training.engine import Hooks
+from utils.training.pruning import Pruning
 
 
 def small_resnet():
@@ -196,7 +196,7 @@ def official_epochs(model, *, epochs, rate):
     mask()
     optimizer = sgd(model)
     for _ in range(epochs):
-        train(model, Hooks(), optimizer)
+        train(model, Pruning(), optimizer)
         masks = mask()
     return masks
 

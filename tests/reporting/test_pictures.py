@@ -10,6 +10,7 @@ from saved_runs import ARCHIVE, write_pruned, write_quantized, write_unpruned
 
 from reporting import cost_pictures, panels, pictures
 from reporting.gather import gather
+from reporting.naming import PICTURE_NAMES
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def dots(axes):
 
 
 def test_every_picture_is_drawn_and_has_ink(groups):
-    drawn = pictures.draw_pictures(groups, names=pictures.PICTURE_NAMES)
+    drawn = pictures.draw_pictures(groups, names=PICTURE_NAMES)
     assert [picture.name for picture in drawn] == [name for name, *_ in pictures.PICTURES]
     for picture in drawn:
         pixels = matplotlib.image.imread(io.BytesIO(picture.png), format="png")[..., :3]
@@ -51,7 +52,7 @@ def test_every_picture_is_drawn_and_has_ink(groups):
 
 def test_nothing_is_drawn_from_nothing(tmp_path):
     (write_unpruned(tmp_path / "teacher") / "metrics.jsonl").write_text("")
-    assert pictures.draw_pictures(gather([tmp_path]).groups, names=pictures.PICTURE_NAMES) == []
+    assert pictures.draw_pictures(gather([tmp_path]).groups, names=PICTURE_NAMES) == []
 
 
 def test_accuracy_is_drawn_where_it_was_measured(tmp_path):

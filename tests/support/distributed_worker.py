@@ -37,8 +37,9 @@ from utils.images.datasets import Dataset, SmallImages
 from utils.runs.folder import LAST
 from utils.seed import generator
 from utils.training import engine
-from utils.training.engine import CrossEntropyObjective, prepare_step, sgd, train_step
+from utils.training.objective import CrossEntropyObjective
 from utils.training.recalibration import recalibrated_batch_norm
+from utils.training.step import prepare_step, sgd, train_step
 from utils.world import World, world_from_environment
 
 CPU = torch.device("cpu")

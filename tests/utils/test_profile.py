@@ -7,7 +7,7 @@ from torch import nn
 
 from utils import profile
 from utils.profile import compare_networks, comparison_table, latencies, profile_network, training_flops
-from utils.training.engine import CrossEntropyObjective
+from utils.training.objective import CrossEntropyObjective
 
 IMAGE = torch.randn(1, 3, 8, 8)
 

@@ -1,6 +1,5 @@
 """What a run would do, for --dry-run: sizes, steps, learning rates, where it would write; writes nothing itself."""
 
-import argparse
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +8,14 @@ from torch import nn
 
 from utils.images.batches import ImageData
 from utils.profile import profile_network
-from utils.training.engine import TrainingPlan
+from utils.runs.settings import RunSettings
+from utils.training.trainer import TrainingPlan
 
 STATE_COPIES = 6  # float32 copies of the parameters on disk: three checkpoints, of which two hold weights and momentum too
 
 
 def print_plan(
-    args: argparse.Namespace,
+    run: RunSettings,
     *,
     plan: TrainingPlan,
     data: ImageData,
@@ -32,7 +32,7 @@ def print_plan(
                     *lines,
                     *_sizes(networks, data),
                     *_training(plan, data),
-                    *_place(args, networks),
+                    *_place(run, networks),
                     "dry run: nothing was written",
                 ]
             )
@@ -62,12 +62,12 @@ def _training(plan: TrainingPlan, data: ImageData) -> list[str]:
     return lines
 
 
-def _place(args: argparse.Namespace, networks: Mapping[str, nn.Module]) -> list[str]:
-    folder = Path(args.resume) if args.resume else Path(args.save_dir) / (args.run_name or "<Unix time>")
+def _place(run: RunSettings, networks: Mapping[str, nn.Module]) -> list[str]:
+    folder = Path(run.resume) if run.resume else Path(run.save_dir) / (run.run_name or "<Unix time>")
     parameters = max(sum(parameter.numel() for parameter in network.parameters()) for network in networks.values())
     needed = 4 * STATE_COPIES * parameters
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     verdict = "enough" if free > needed else "NOT ENOUGH"
     space = f"disk: about {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free, {verdict}"
-    return [f"would write to {folder} and {folder.parent / args.log_name}", space]
+    return [f"would write to {folder} and {folder.parent / run.log_name}", space]

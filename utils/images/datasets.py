@@ -1,6 +1,7 @@
 """Image classification sets by name, read and checked before anything else happens.
 
-Sets of small images come as uint8 tensors, all others as lists of files. A new set is one decorated function.
+Sets of small images come as uint8 tensors, all others as lists of files. A new set is one decorated function, whose name
+stands in `DATASET_NAMES`.
 """
 
 import contextlib
@@ -19,10 +20,10 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.images.settings import DATASET_NAMES, IMAGE_SUFFIXES
 from utils.images.spec import ImageSpec
 from utils.seed import generator
 from utils.world import world_from_environment
@@ -105,6 +106,8 @@ def dataset(name: str) -> Callable[[Callable[..., Dataset]], Callable[..., Datas
     """Registers `read(data_dir: Path, wanted: Wanted) -> Dataset` under `name`."""
 
     def register(read: Callable[..., Dataset]) -> Callable[..., Dataset]:
+        if name not in DATASET_NAMES:
+            raise ValueError(f"dataset {name!r} is not among the names that flags offer, DATASET_NAMES")
         DATASETS[name] = read
         return read
 
@@ -231,9 +234,9 @@ def _list_images(folder: Path) -> tuple[tuple[str, ...], ImageFiles]:
         raise UserError(f"--data-dir: {folder} has no class folders")
     paths, labels = [], []
     for label, name in enumerate(names):
-        found = sorted(str(path) for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        found = sorted(str(path) for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
-            raise UserError(f"--data-dir: the class folder {folder / name} holds no image ({', '.join(IMG_EXTENSIONS)})")
+            raise UserError(f"--data-dir: the class folder {folder / name} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         paths += found
         labels += [label] * len(found)
     classes = tuple(os.fsencode(name).decode(errors="backslashreplace") for name in names)  # text that any file can hold

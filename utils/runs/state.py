@@ -10,9 +10,7 @@ from torch import Tensor
 from utils.checkpoints import load_checkpoint
 from utils.errors import UserError, printable, shown
 from utils.runs.folder import BEST, CONFIG, LAST, PREVIOUS
-
-# where a run is computed, not what is computed: may differ when it is resumed
-PLACEMENT_FLAGS = frozenset(("resume", "dry_run", "data_dir", "device", "dev_idx", "workers"))
+from utils.runs.settings import PLACEMENT_FLAGS
 
 
 def read_state(folder: str | os.PathLike) -> tuple[dict[str, Any] | None, str | None]:

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-SHIPPED = ("average", "trained")
-
 
 class WeightAverage:
     """`decay * average + (1 - decay) * weights` after every step, from the first weights on.

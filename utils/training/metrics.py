@@ -1,5 +1,7 @@
 """What a pass over images adds up to: sums on the device, read once in a while, accuracy over images."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -67,3 +69,13 @@ class Sums:
         totals = {name: value.to(self.device) for name, value in state.items()}
         self.first_bad_step = totals.pop("first_bad_step")
         self.totals = totals
+
+
+@torch.no_grad()
+def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first floating-point tensor that holds NaN or an infinite number; the device is waited for once."""
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not floating:
+        return None
+    finite = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist()
+    return next((name for name, good in zip(floating, finite, strict=True) if not good), None)

@@ -7,7 +7,6 @@ import pytest
 
 from utils import cli
 from utils.errors import Interrupted, NonFiniteLoss, UserError
-from utils.training import setup
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def parser() -> cli.Parser:
 
 def start_run(folder: Path, parser: cli.Parser, *words: str) -> str:
     """A folder as a run with these flags leaves it."""
-    flags = setup.flags_of(cli.parse_flags(parser, words))
+    flags = cli.flags_of(cli.parse_flags(parser, words))
     (folder / "config.json").write_text(json.dumps({"script": "train.py", "flags": flags}))
     return str(folder)
 
@@ -39,7 +38,7 @@ class TestSchedule:
 
     def test_defaults_are_those_of_a_line_without_flags(self, parser):
         args = cli.parse_flags(parser, ["--schedule", "--lr-drops", "--lr", "3"])
-        assert args.defaults == setup.flags_of(cli.parse_flags(parser, [])) | {
+        assert args.defaults == cli.flags_of(cli.parse_flags(parser, [])) | {
             "resume": None,
             "auto_resume": False,
             "dry_run": False,

@@ -15,9 +15,12 @@ from utils.runs.folder import BEST, LAST
 from utils.runs.metrics_file import read_metrics
 from utils.runs.run import Run
 from utils.seed import random_state
-from utils.training.engine import CrossEntropyObjective, Trainer, TrainingPlan, evaluate, sgd
+from utils.training.evaluation import evaluate
 from utils.training.learning_rate import LearningRate
+from utils.training.objective import CrossEntropyObjective
 from utils.training.recalibration import check_recalibration, recalibrated_batch_norm
+from utils.training.step import sgd
+from utils.training.trainer import Trainer, TrainingPlan
 from utils.world import World
 
 CPU = torch.device("cpu")

@@ -37,10 +37,14 @@ def check_effects(rules: Sequence[Rule], args: argparse.Namespace, given: Mappin
                 raise UserError(f"{typed(name, value)}: only {rule.only}; here it has no effect")
 
 
+def flag_of(name: str) -> str:
+    """A flag as it is typed, of the name that it has in the namespace."""
+    return f"--{name.replace('_', '-')}"
+
+
 def typed(name: str, value: Any) -> str:
     """A flag and its value as they stand on a command line: `--betas 50 3`, `--amp`."""
-    flag = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
-        return flag
+        return flag_of(name)
     values = value if isinstance(value, list) else [value]
-    return " ".join([flag, *(str(each).removesuffix(".0") for each in values)])
+    return " ".join([flag_of(name), *(str(each).removesuffix(".0") for each in values)])

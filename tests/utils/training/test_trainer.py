@@ -18,8 +18,12 @@ from utils.images.datasets import Dataset, SmallImages
 from utils.runs.folder import BEST, LAST
 from utils.runs.metrics_file import read_metrics
 from utils.runs.run import Run
-from utils.training.engine import CrossEntropyObjective, Hooks, Trainer, TrainingPlan, evaluate, sgd
+from utils.training.evaluation import evaluate
 from utils.training.learning_rate import LearningRate
+from utils.training.objective import CrossEntropyObjective
+from utils.training.pruning import Pruning
+from utils.training.step import sgd
+from utils.training.trainer import Trainer, TrainingPlan
 from utils.world import World
 
 CPU = torch.device("cpu")
@@ -41,7 +45,7 @@ def tiny_network() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(48, CLASSES))
 
 
-def trainer(run: Run, objective: nn.Module, *, hooks: Hooks | None = None, **plan) -> Trainer:
+def trainer(run: Run, objective: nn.Module, *, pruning: Pruning | None = None, **plan) -> Trainer:
     rate = {name: plan.pop(name) for name in ("lr", "n_epochs", "kind", "schedule", "lr_drops", "warmup_epochs") if name in plan}
     plan = TrainingPlan(LearningRate(**{"lr": 0.1, "n_epochs": 2, **rate}), **plan)
     return Trainer(
@@ -53,7 +57,7 @@ def trainer(run: Run, objective: nn.Module, *, hooks: Hooks | None = None, **pla
         data=tiny_data(),
         run=run,
         plan=plan,
-        hooks=hooks,
+        pruning=pruning,
     )
 
 
@@ -134,14 +138,14 @@ class TestFit:
     def test_calls_hooks_in_their_order(self, run):
         calls = []
 
-        class Noting(Hooks):
+        class Noting(Pruning):
             def after_step(self) -> None:
                 calls.append("step")
 
             def after_epoch(self, epoch: int) -> None:
                 calls.append(f"epoch {epoch}")
 
-        trainer(run, CrossEntropyObjective(tiny_network()), hooks=Noting()).fit()
+        trainer(run, CrossEntropyObjective(tiny_network()), pruning=Noting()).fit()
         assert calls == ["step", "step", "step", "epoch 0", "step", "step", "step", "epoch 1"]
 
     def test_smooths_labels_where_it_is_told_to(self):

@@ -9,9 +9,8 @@ import pytest
 from distill import DISTILLERS, distiller_options
 from prune.criteria import CRITERIA
 from utils import cli
-from utils.effects import given_flags, typed
+from utils.cli.effects import given_flags, typed
 from utils.errors import UserError
-from utils.training import setup
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def test_counts_where_the_rule_holds(parser):
 
 
 def test_the_flags_of_a_resumed_run_are_not_given(parser, tmp_path):
-    flags = setup.flags_of(cli.parse_flags(parser, []))
+    flags = cli.flags_of(cli.parse_flags(parser, []))
     (tmp_path / "config.json").write_text(json.dumps({"script": "train.py", "flags": flags}))
     assert cli.parse_flags(parser, ["--resume", str(tmp_path)]).weight == 2
     with pytest.raises(UserError, match="--weight 2: only with"):
@@ -92,7 +91,7 @@ def test_a_loss_brings_the_rules_of_its_options(loss):
     beside = [] if DISTILLERS[loss].replaces_kd else ["kd"]
     counting = {option for name in (loss, *beside) for option in DISTILLERS[name].options}
     for option, value in distiller_options().items():
-        words = [f"--{option.replace('_', '-')}", *([] if isinstance(value.default, bool) else [str(value.default)])]
+        words = [f"--{option.replace('_', '-')}", *([] if isinstance(value.default, bool) else [str(value.default or 1)])]
         assert is_accepted("--distill", loss, *words) == (option in counting)
 
 

@@ -1,21 +1,15 @@
-"""The loop that the entry scripts share: train an epoch, evaluate, record, save; stop at any step and go on as if nothing was.
-
-An objective is called as `objective(images, labels, indices) -> (loss, logits, terms)`, `indices` being the rows of the images
-in the training set: the 0-dim loss to minimise, and detached the (b, classes) logits and each named 0-dim term of the loss.
-Nothing in a step waits for the device.
-"""
+"""The loop of a training: train an epoch, evaluate, record, save; stop at any step and go on as if nothing was."""
 
 import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,217 +21,17 @@ from utils.runs.folder import AVERAGE, BEST, HITS, LAST, TRAINED
 from utils.runs.run import Run
 from utils.seed import random_state, restore_random_state
 from utils.training.averaging import WeightAverage
-from utils.training.hits import TestHits, gather_hits
+from utils.training.evaluation import evaluate, evaluate_each
 from utils.training.learning_rate import LearningRate
-from utils.training.metrics import Sums
+from utils.training.metrics import Sums, first_non_finite
+from utils.training.pruning import Pruning
 from utils.training.recalibration import recalibrated_batch_norm
+from utils.training.signals import StopSignals
+from utils.training.step import train_step
 from utils.world import World
 
 READ_INTERVAL_STEPS = 50
 VOTE_INTERVAL_STEPS = 20
-
-
-class Objective(nn.Module):
-    """What is trained: called as the module's docstring says."""
-
-    def formula(self) -> str:
-        """The loss as the plan of a run shows it."""
-        raise NotImplementedError
-
-    def begin_step(self, epoch: int, step: int, *, steps: int) -> None:
-        """Called before every `step`, counted from 0, of the `steps` of an epoch."""
-
-    def exchange(self, network: nn.Module) -> None:
-        """Trains `network`, which gives outputs of the same shapes, in place of the one so far."""
-        raise NotImplementedError
-
-
-class CrossEntropyObjective(Objective):
-    """Plain training: the cross-entropy of `network`, its targets softened by `label_smoothing` (a share from 0 to below 1)."""
-
-    def __init__(self, network: nn.Module, *, label_smoothing: float = 0.0):
-        super().__init__()
-        self.network = network
-        self.label_smoothing = label_smoothing
-
-    def formula(self) -> str:
-        return cross_entropy_formula(self.label_smoothing)
-
-    def forward(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logits = logits_of(self.network(images))
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-        return loss, logits.detach(), {}
-
-    def exchange(self, network: nn.Module) -> None:
-        self.network = network
-
-
-def logits_of(result: Any) -> Tensor:
-    """The logits among what a network gives: in training some give more beside them, those of auxiliary heads."""
-    return result[0] if isinstance(result, tuple | list) and result else result
-
-
-def cross_entropy_formula(label_smoothing: float) -> str:
-    """How a formula names the cross-entropy."""
-    return f"CE (labels smoothed by {label_smoothing:g})" if label_smoothing else "CE"
-
-
-class Hooks:
-    """What a method may do beside the steps, such as keeping pruned filters at zero; this one does nothing."""
-
-    def after_step(self) -> None:
-        """Called after every optimizer step."""
-        self.hold()
-
-    def hold(self) -> None:
-        """Brings the weights that the network has now to what the method holds them at; a second call changes nothing."""
-
-    def after_epoch(self, epoch: int) -> nn.Module | None:
-        """Called after the last step of `epoch`, counted from 0, before anything is evaluated or saved.
-
-        May give another network to train from now on.
-        """
-        return None
-
-    def carried(self, key: str, value: Tensor, *, before: nn.Module) -> Tensor:
-        """`value`, which belongs to the parameter `key` of the network `before`, in the shape of the one that took its place."""
-        return value
-
-    def is_final(self, epoch: int) -> bool:
-        """Whether the network that `epoch` ends with has the form in which the training ends."""
-        return True
-
-    @contextlib.contextmanager
-    def shipped(self) -> Iterator[Mapping[str, Tensor]]:
-        """Within it the network is as it is evaluated and saved; gives the channels that live, by layer."""
-        yield {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
-
-
-def sgd(
-    parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool = True
-) -> torch.optim.SGD:
-    """SGD with momentum, Nesterov's unless that is False, one fused launch a step where the device has it."""
-    parameters = list(parameters)
-    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in parameters)
-    nesterov = nesterov and momentum > 0
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused)
-
-
-def check_acceleration(*, device: torch.device, amp: bool, compiled: bool, sync_bn: bool) -> None:
-    """Raises UserError for a switch that this machine cannot follow."""
-    if amp and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"--amp: {torch.cuda.get_device_name(device)} has no bfloat16; leave --amp out")
-    if compiled and device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except (InvalidCxxCompiler, RuntimeError) as error:
-            raise UserError("--compile: no C++ compiler was found; install g++ or clang, or leave --compile out") from error
-    if compiled and device.type == "cuda" and not torch.utils._triton.has_triton():
-        raise UserError("--compile: Triton is not installed or does not support this GPU; leave --compile out")
-    if sync_bn and device.type != "cuda":
-        raise UserError(f"--sync-bn: needs CUDA devices, this run is on {device.type}; leave --sync-bn out")
-
-
-def prepare_step(objective: nn.Module, *, device: torch.device, world: World, compiled: bool) -> Callable[..., Any]:
-    """The objective as it is called in a step: with gradients averaged over processes, compiled if asked for."""
-    step: Any = objective
-    if compiled:
-        # one static graph a batch size; on CUDA whole steps replay as CUDA graphs
-        mode = "reduce-overhead" if device.type == "cuda" else None
-        step = torch.compile(objective, dynamic=False, mode=mode)
-    if world.size > 1:
-        devices = [device.index] if device.type == "cuda" else None
-        step = nn.parallel.DistributedDataParallel(step, device_ids=devices)
-    return step
-
-
-def autocast(device: torch.device, amp: bool) -> torch.autocast:
-    """bfloat16 autocast if `amp`; its exponent range is float32's, so no loss scaling is needed."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
-
-
-def train_step(
-    step: Callable[..., Any], batch: Batch, *, optimizer: torch.optim.Optimizer, amp: bool = False
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """One step of `optimizer`; `step` is what `prepare_step` made. Gives the loss, logits and terms of before, detached."""
-    optimizer.zero_grad(set_to_none=True)
-    with autocast(batch.images.device, amp):
-        loss, logits, terms = step(batch.images, batch.labels, batch.indices)
-    (loss if batch.weight == 1 else loss * batch.weight).backward()
-    optimizer.step()
-    return loss.detach(), logits, terms
-
-
-@torch.no_grad()
-def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first floating-point tensor that holds NaN or an infinite number; the device is waited for once."""
-    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    if not floating:
-        return None
-    finite = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist()
-    return next((name for name, good in zip(floating, finite, strict=True) if not good), None)
-
-
-@torch.no_grad()
-def evaluate(network: nn.Module, data: ImageData, *, amp: bool = False) -> dict[str, float]:
-    """Loss, top-1 and top-5 accuracy in percent over the test images of all processes; the network's mode is kept."""
-    return _evaluate(network, data, amp=amp)[0].read()
-
-
-@torch.no_grad()
-def evaluate_each(network: nn.Module, data: ImageData, *, amp: bool = False) -> tuple[dict[str, float], TestHits]:
-    """As `evaluate`, and which of the test images are classified rightly, over all processes."""
-    sums, labels, hits = _evaluate(network, data, amp=amp)
-    return sums.read(), gather_hits(labels, hits, data.world)
-
-
-def _evaluate(network: nn.Module, data: ImageData, *, amp: bool) -> tuple[Sums, list[Tensor], list[Tensor]]:
-    """What this process's part of the test images adds up to, and batch by batch their labels and whether each is a hit."""
-    was_training = network.training
-    network.eval()
-    sums, all_labels, hits = Sums(data.device), [], []
-    for images, labels, *_ in data.test_batches():
-        with autocast(data.device, amp):
-            logits = network(images)
-        hits.append(sums.add({"loss": F.cross_entropy(logits.float(), labels)}, logits, labels))
-        all_labels.append(labels)
-    network.train(was_training)
-    return sums, all_labels, hits
-
-
-class StopSignals:
-    """SIGTERM and SIGINT ask for an end after the current step; a second SIGINT ends at once.
-
-    A second SIGTERM does not: torchrun and the cluster's scheduler may each send one.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = number
 
 
 @dataclass(frozen=True)
@@ -261,8 +55,8 @@ class Trainer:
     """One training, from its first step or from a saved state on.
 
     `objective` is trained through what `prepare(objective)` makes of it, as `prepare_step` does; `network` is the part of it that
-    is evaluated, which hooks may exchange for another between epochs; that one `place(network)` puts where it trains.
-    `describe(network, kept)` gives the checkpoint that others read, called with the network as it ships and `hooks.shipped()`.
+    is evaluated, which `pruning` may exchange for another between epochs; that one `place(network)` puts where it trains.
+    `describe(network, kept)` gives the checkpoint that others read, called with the network as it ships and `pruning.shipped()`.
     """
 
     def __init__(
@@ -276,13 +70,13 @@ class Trainer:
         data: ImageData,
         run: Run,
         plan: TrainingPlan,
-        hooks: Hooks | None = None,
+        pruning: Pruning | None = None,
         place: Callable[[nn.Module], nn.Module] = lambda network: network,
     ):
         self.objective, self.prepare, self.network, self.describe, self.place = objective, prepare, network, describe, place
         self.step = prepare(objective)
         self.optimizer, self.data, self.run, self.plan = optimizer, data, run, plan
-        self.hooks = hooks or Hooks()
+        self.pruning = pruning or Pruning()
         self.epoch, self.batch = 0, 0  # epochs and, in the current one, batches that are done
         self.sums = Sums(data.device)
         self.average = WeightAverage(network, plan.ema_decay) if plan.ema_decay is not None else None
@@ -329,7 +123,7 @@ class Trainer:
             group["lr"] = lr
         self.objective.begin_step(self.epoch, self.batch, steps=self.data.train_steps)
         loss, logits, terms = train_step(self.step, batch, optimizer=self.optimizer, amp=self.plan.amp)
-        self.hooks.after_step()
+        self.pruning.after_step()
         if self.average is not None:
             self.average.update()
         self.sums.add({"loss": loss, **terms}, logits, batch.labels, step=self.batch)
@@ -370,12 +164,12 @@ class Trainer:
         broadcast_from_main(self.network.buffers())
         if self.average is not None:
             broadcast_from_main(self.average.buffers(self.network))
-        other = self.hooks.after_epoch(self.epoch)
+        other = self.pruning.after_epoch(self.epoch)
         if other is not None:
             self._exchange(self.place(other))
         if self.average is not None:
             with self.average.swapped():  # which still has the weights that the network has just lost
-                self.hooks.hold()
+                self.pruning.hold()
         self._check_finite()
         began = time.monotonic()
         with self._shipped() as kept:
@@ -405,7 +199,7 @@ class Trainer:
         self.earlier = {"flops": self.earlier["flops"] + self._flops(epochs - self.earlier["epochs"]), "epochs": epochs}
         before, momentum = self.network, self.optimizer.state
         carried = {
-            name: self.hooks.carried(name, momentum[parameter]["momentum_buffer"], before=before)
+            name: self.pruning.carried(name, momentum[parameter]["momentum_buffer"], before=before)
             for name, parameter in before.named_parameters()
             if momentum.get(parameter, {}).get("momentum_buffer") is not None
         }
@@ -426,7 +220,7 @@ class Trainer:
 
     def _has_no_best(self) -> bool:
         """Whether the first epoch of its kind has ended: one before the network has its final form is no rival of those after."""
-        return self.best is None or (self.hooks.is_final(self.epoch) and not self.hooks.is_final(self.best["epoch"]))
+        return self.best is None or (self.pruning.is_final(self.epoch) and not self.pruning.is_final(self.best["epoch"]))
 
     def _score_other(self) -> dict[str, float]:
         """With an average: scores the network that is not shipped, `average_top1` or `trained_top1`, and saves it beside."""
@@ -451,7 +245,7 @@ class Trainer:
         batches = self.plan.recalibrate_bn_batches
         averaged = self.average is not None and (self.plan.ships_average if average is None else average)
         with (
-            self.hooks.shipped() as kept,
+            self.pruning.shipped() as kept,
             self.average.swapped() if averaged else contextlib.nullcontext(),
             recalibrated_batch_norm(self.network, self.data, batches=batches, amp=self.plan.amp),
         ):
@@ -496,7 +290,7 @@ class Trainer:
             "sums": _gather(self.sums.state_dict(), self.run.world),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "hooks": self.hooks.state_dict(),
+            "hooks": self.pruning.state_dict(),
             "random": _gather(random_state(), self.run.world),
             **({"average": self.average.state_dict()} if self.average is not None else {}),
         }
@@ -510,7 +304,7 @@ class Trainer:
             self.sums.load_state_dict(state["sums"][rank])
             self.objective.load_state_dict(state["objective"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.hooks.load_state_dict(state["hooks"])
+            self.pruning.load_state_dict(state["hooks"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             restore_random_state(state["random"][rank])

@@ -1,0 +1,56 @@
+"""What a network says of images in files: their most probable classes, batch by batch."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.errors import UserError
+from utils.images.batches import Normaliser, test_transform
+from utils.images.datasets import read_image
+from utils.images.spec import ImageSpec
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """`logits` gives the logits (N, classes) of normalised images (N, 3, H, W) on `device`, which look as `images` says."""
+
+    logits: Callable[[Tensor], Tensor]
+    images: ImageSpec
+    device: torch.device
+
+
+@torch.inference_mode()
+def predictions(
+    predictor: Predictor, paths: Sequence[str], *, batch_size: int, top: int
+) -> Iterator[tuple[str, list[tuple[str, float]] | UserError]]:
+    """Each path with its most probable classes and their probabilities, or with what keeps it from being read."""
+    transform, normalise = test_transform(predictor.images.image_size), Normaliser(predictor.images, predictor.device)
+
+    def read(path: str) -> Tensor | UserError:
+        try:
+            return transform(read_image(path))
+        except UserError as error:
+            return UserError(str(error).removeprefix("--data-dir: "))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), unit="image", disable=None, leave=False) as bar:
+        for begin in range(0, len(paths), batch_size):
+            batch = paths[begin : begin + batch_size]
+            images = list(pool.map(read, batch))
+            good = [image for image in images if isinstance(image, Tensor)]
+            rows = iter(())
+            if good:
+                logits = predictor.logits(normalise(torch.stack(good).to(predictor.device)))
+                rows = iter(zip(*logits.softmax(1).cpu().topk(top), strict=True))
+            for path, image in zip(batch, images, strict=True):
+                if isinstance(image, UserError):
+                    yield path, image
+                    continue
+                values, classes = next(rows)
+                names = [predictor.images.class_names[number] for number in classes.tolist()]
+                yield path, list(zip(names, values.tolist(), strict=True))
+            bar.update(len(batch))

@@ -1,0 +1,128 @@
+"""From a command line to the flags of a run: of a new one, or those that a resumed one was started with."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.cli.effects import check_effects, flag_of, given_flags, typed
+from utils.cli.parser import Parser, spaced
+from utils.cli.recorded import recorded_words
+from utils.errors import UserError, printable
+from utils.python_file import names_function
+from utils.runs.folder import CONFIG, SUMMARY, is_unfinished, read_config
+from utils.runs.settings import PLACEMENT_FLAGS
+
+NO_SETTINGS = frozenset(("resume", "auto_resume", "dry_run", "defaults", "may_download"))
+
+
+def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of a new run, or with `--resume` those that the run was started with.
+
+    `defaults` among them holds what each flag is where nobody gives it: what a run of an older version meant that does not
+    know the flag. Raises UserError for bad flags, and for a given one that has no effect beside the others.
+    """
+    args, given = parser.parse_args(argv), given_flags(parser, argv)
+    if getattr(args, "auto_resume", False) and not args.evaluate:
+        args = _begun_flags(parser, args, given)
+    elif getattr(args, "resume", None) is not None:
+        args = _resumed_flags(parser, args.resume, given)
+    defaults = parser.parse_args([])
+    for flags in (args, defaults):
+        _complete(parser, flags)
+    check_effects(parser.rules, args, given)
+    parser.check(args)
+    args.defaults = vars(defaults)
+    return args
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that make a run what it is, as plain values."""
+    return {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
+
+
+def _complete(parser: Parser, args: argparse.Namespace) -> None:
+    for complete in parser.completions:
+        complete(args)
+
+
+def _resumed_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> argparse.Namespace:
+    saved = _saved_flags(parser, folder, given)
+    for name in given.keys() - PLACEMENT_FLAGS:
+        value, before = given[name], getattr(saved, name)
+        may_rise = name == "n_epochs" and saved.lr_schedule == "steps"  # the others fall to 0 at the end that was named
+        if value != before and not (may_rise and value > before):
+            rule = "may only be raised" if may_rise else "leave it out, a resumed run keeps its flags"
+            raise UserError(f"{typed(name, value)}: contradicts {_shown(before)} of {folder}; {rule}")
+    return argparse.Namespace(**{**vars(saved), **given, "may_download": "data_dir" in given})
+
+
+def _begun_flags(parser: Parser, args: argparse.Namespace, given: Mapping[str, Any]) -> argparse.Namespace:
+    """The flags with which the run of --run-name goes on, or `args` if it has not begun. Ends the process if it is complete.
+
+    All of them are those of the command line. Raises UserError for another run of that name, and for a network in the folder of
+    a run that is not complete.
+    """
+    if args.resume is not None:
+        raise UserError(f"--auto-resume: not with --resume {args.resume}, which names a run that has begun")
+    if args.run_name is None:
+        raise UserError("--auto-resume: needs --run-name, by which a run is known again")
+    folder = Path(args.save_dir) / args.run_name
+    if not (folder / CONFIG).exists():
+        _check_sources(args)
+        return args
+    saved = _saved_flags(parser, str(folder), given)
+    resumed = _resumed_flags(parser, str(folder), {name: given[name] for name in given.keys() - {"auto_resume", *_WHERE}})
+    asked, found = (argparse.Namespace(**vars(flags)) for flags in (args, resumed))
+    for flags in (asked, found):
+        _complete(parser, flags)
+    for name, value in vars(asked).items():
+        if name not in PLACEMENT_FLAGS | {"auto_resume", "may_download", "n_epochs", *_WHERE} and value != vars(found)[name]:
+            flag = flag_of(name)
+            raise UserError(f"--run-name {args.run_name}: {folder} has {flag} {_shown(vars(found)[name])}, not {_shown(value)}")
+    if (folder / SUMMARY).exists() and resumed.n_epochs == saved.n_epochs:
+        print(f"{folder}: complete")
+        raise SystemExit(0)
+    _check_sources(args)
+    return argparse.Namespace(**{**vars(resumed), "resume": str(folder), "dry_run": args.dry_run})
+
+
+_WHERE = ("save_dir", "run_name")
+
+
+def _check_sources(args: argparse.Namespace) -> None:
+    """Raises UserError for a network in the folder of a run that is not complete: what lies there may yet be replaced."""
+    for name in ("t_path", "s_path", "load_path"):
+        path = getattr(args, name, None)
+        if path is not None and is_unfinished(Path(path).parent):
+            raise UserError(f"{typed(name, path)}: the run that writes it is not complete yet")
+
+
+def _check_code(saved: Mapping[str, Any], given: Mapping[str, Any], *, folder: str) -> None:
+    """Raises UserError for a Python file that only config.json names: code runs because somebody typed its name.
+
+    It is not even looked at: it may be a pipe or a device.
+    """
+    for name, value in saved.items():
+        if names_function(value) and given.get(name) != value:
+            flag = flag_of(name)
+            began = f"began with {flag} {printable(value)}"
+            if name in given:
+                raise UserError(f"{typed(name, given[name])}: --resume {folder} {began}, and a resumed run keeps its flags")
+            raise UserError(f"--resume {folder}: {began}, code that never runs because a file names it; give {flag} again")
+
+
+def _saved_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> argparse.Namespace:
+    """The flags in a run's config.json, checked as if they had just been typed; those that name code must have been `given`."""
+    flags = read_config(folder, script=parser.prog)["flags"]
+    _check_code(flags, given, folder=folder)
+    try:
+        saved = parser.parse_args(recorded_words(parser, flags))
+        parser.check(saved)
+        return saved
+    except UserError as error:
+        raise UserError(f"--resume {folder}: its {CONFIG} does not fit this script: {error}") from error
+
+
+def _shown(value: Any) -> str:
+    return spaced(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,137 @@
+"""The images of a run, as its networks have seen them before, and whether its networks fit them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.errors import ParameterError, UserError, naming
+from utils.images.batches import ImageData
+from utils.images.choice import Origins, agreed_normalisation, check_class_names, flagged_normalisation, image_remarks
+from utils.images.datasets import Dataset, load_dataset
+from utils.images.settings import DataSettings
+from utils.images.spec import read_image_spec
+from utils.modes import without_trace
+from utils.training.objective import logits_of
+from utils.world import World
+
+
+def load_images(
+    settings: DataSettings,
+    *,
+    seed: int,
+    device: torch.device,
+    world: World,
+    files: Origins | None = None,
+    resumed: Origins | None = None,
+    test_only: bool = False,
+    may_write: bool = True,
+) -> ImageData:
+    """The dataset in batches on `device`, as the networks of `files`, or the run that goes on, have seen it.
+
+    `resumed` is what that run says (`of_state`), and then alone counts; None for a new one. Where the set has to be downloaded,
+    and `may_write` allows it, the main process does that while the others wait. Raises UserError for files that disagree.
+    """
+    files, flagged = files or {}, flagged_normalisation(settings.mean, settings.std)
+    known = files if resumed is None else resumed
+    dataset = _read(settings, known=known, world=world, test_only=test_only, may_write=may_write)
+    for origin, spec in {**files, **known}.items():
+        check_class_names(origin, spec, dataset)
+    data = ImageData(
+        dataset,
+        batch_size=settings.batch_size,
+        seed=seed,
+        device=device,
+        world=world,
+        workers=settings.workers,
+        limit_batches=settings.limit_batches,
+        crop_padding=settings.crop_padding,
+        remarks=image_remarks(known, flagged, dataset) if resumed is None else (),
+    )
+    if data.train_steps == 0 and not test_only:
+        images = len(dataset.train.labels)
+        raise ParameterError(
+            "data_dir", settings.data_dir, f"{images} training images are too few, 2 a process make the smallest batch"
+        )
+    return data
+
+
+def _read(settings: DataSettings, *, known: Origins, world: World, test_only: bool, may_write: bool) -> Dataset:
+    """The set itself; of many processes the main one reads first, for it may have to download."""
+    sizes = [spec.image_size for spec in known.values() if spec is not None]
+    if dist.is_initialized() and not world.is_main:
+        dist.barrier()
+    dataset = load_dataset(
+        settings.dataset,
+        data_dir=settings.data_dir,
+        download=world.is_main and settings.may_download and may_write,
+        normalisation=agreed_normalisation(known, flagged_normalisation(settings.mean, settings.std)),
+        image_size=sizes[0] if sizes else None,
+        test_only=test_only,
+    )
+    if dist.is_initialized() and world.is_main:
+        dist.barrier()
+    return dataset
+
+
+def of_state(state: Mapping[str, Any], *, origin: str) -> Origins:
+    """What the saved state of a run says; nothing in those of older versions, which took the dataset's values."""
+    names = state.get("class_names")
+    with naming(origin):
+        return {origin: read_image_spec(state, num_classes=len(names) if isinstance(names, list) else 0)}
+
+
+def check_classes(num_classes: int, data: ImageData, *, origin: str) -> None:
+    """Raises UserError unless the network of `origin` (flag and file) has as many classes as the dataset."""
+    expected = len(data.dataset.classes)
+    if num_classes != expected:
+        raise UserError(f"{origin}: has {num_classes} classes, but --dataset {data.dataset.name} has {expected}")
+
+
+@torch.no_grad()
+def check_images(network: nn.Module, data: ImageData, *, origin: str, trains: bool = False) -> None:
+    """Raises UserError if the network of `origin` (flag and value) gives no logits for images of the dataset's size.
+
+    One that `trains` may give more beside its logits in training, which is remarked once. The network is left as it was.
+    """
+    with without_trace(network):
+        result = _result_for_example(network.eval(), data, origin)
+        if not _are_logits(result, data):
+            raise UserError(f"{origin}: must return {_logits_wanted(data)}, not {_found(result)}")
+        if trains:
+            with naming(origin):
+                network.train()
+            result = _result_for_example(network, data, origin)
+    if not _are_logits(logits_of(result), data):
+        raise UserError(f"{origin}: must return {_logits_wanted(data)} in training too, or first of all, not {_found(result)}")
+    if not isinstance(result, Tensor):
+        data.remarks += (f"{origin} returns {_found(result)} in training: it trains by the first entry, the logits",)
+
+
+def _result_for_example(network: nn.Module, data: ImageData, origin: str) -> Any:
+    height, width = data.example.shape[2:]
+    try:
+        return network(data.example)
+    except Exception as error:  # networks refuse a size in any way: by an assertion, a shape that does not fit
+        reason = str(error).partition("\n")[0]
+        where = " in training" if network.training else ""
+        raise UserError(
+            f"{origin}: cannot take {width}x{height} images of --dataset {data.dataset.name}{where} ({reason})"
+        ) from error
+
+
+def _are_logits(result: Any, data: ImageData) -> bool:
+    return isinstance(result, Tensor) and result.shape == (len(data.example), len(data.dataset.classes))
+
+
+def _logits_wanted(data: ImageData) -> str:
+    return f"logits of shape {(len(data.example), len(data.dataset.classes))} for {len(data.example)} images"
+
+
+def _found(result: Any) -> str:
+    if isinstance(result, Tensor):
+        return f"shape {tuple(result.shape)}"
+    entries = f" of {len(result)}" if isinstance(result, tuple | list) else ""
+    return f"a {type(result).__name__}{entries}"
