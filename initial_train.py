@@ -97,7 +97,7 @@ def given_network(session: Session, file: NetworkFile, *, origin: str) -> Networ
     from dataclasses import replace
 
     from models.narrow import narrow
-    from models.network_file import example_images
+    from models.network_file import check_training, example_images
     from prune.compact import check_pruned_zeros
     from utils.device import to_device
     from utils.images.loading import check_classes, check_images
@@ -110,6 +110,9 @@ def given_network(session: Session, file: NetworkFile, *, origin: str) -> Networ
             example = example_images(file.network, images)
             file = replace(file, network=narrow(file.network, file.kept, example=example), compact=True)
     check_images(to_device(file.network, session.device), session.data, origin=origin, trains=True)
+    if session.is_new:
+        with naming(origin):
+            check_training(file, file.network, session.data.example)
     return replace(file, images=images)
 
 

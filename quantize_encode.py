@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     if args.decode is not None:
         return decode(args.decode, Path(args.output), model=args.model, force=args.force)
 
-    from models.network_file import load_network
+    from models.network_file import check_training, load_network
     from prune.networks import read_checked
     from quantize.codebook import layer_bits
     from quantize.record import describe_quantized, share, simulate
@@ -91,6 +91,9 @@ def main(args: argparse.Namespace) -> None:
     file, teacher = fit_for_data(session, files)
     objective_for = partial(objective_of, session, teacher=teacher, distillation=distillation_settings(args))
     network = small_network(session, file.network, whole_too=settings.is_int8)
+    if session.is_new:
+        with naming(f"--load-path {args.load_path}"):
+            check_training(file, network, session.data.example)
     bits = {} if settings.is_int8 else layer_bits(network, mode=settings.mode, bits=settings.bits)
     if args.dry_run:
         return print_quantization(session, network, bits, objective_for=objective_for)

@@ -14,6 +14,7 @@ from distill.registry import DISTILLERS, check_facts, reads_maps, weighted_losse
 from distill.settings import DistillationSettings
 from models.batch_norm import UnevenBatchNorm2d
 from models.graph.roles import BATCH_NORMS, conv_norm_pairs
+from models.narrow.proof import check_outputs
 from models.network_file import NetworkFile
 from models.outputs import Outputs
 from utils.errors import UserError
@@ -178,6 +179,8 @@ def build_objective(
     if list(names) == ["none"]:
         return DistillationObjective(student, label_smoothing=label_smoothing)
     maps = reads_maps(names, alpha=alpha)
+    if maps:
+        check_outputs(student, images)
     frozen = FrozenTeacher(teacher, maps=maps, channels_last=True, fold_batch_norm=True, example=images)
     samples = sample_outputs(student, images, maps=maps), frozen(images)
     with preserved_random_state():

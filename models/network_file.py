@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from models import NAMES, build_model, build_on_meta, check_model, trusted_model
 from models.graph import output_channels
-from models.narrow import narrow
+from models.narrow import NarrowNetwork, narrow
+from models.narrow.proof import check_equal_training, pruned_rows
 from utils.checkpoints import FORMAT, load_checkpoint
 from utils.errors import UserError, naming, printable, shown
 from utils.images.spec import CHANNELS, ImageSpec, read_image_spec
@@ -121,6 +122,16 @@ def as_dense(file: NetworkFile) -> NetworkFile:
     network = build_model(file.model, num_classes=file.num_classes)
     network.load_state_dict(file.network.dense_state_dict())
     return replace(file, network=network.eval(), compact=False)
+
+
+def check_training(file: NetworkFile, small: nn.Module, images: Tensor) -> None:
+    """Raises UserError unless `small` trains as the network of `file` would at full width, its pruned filters held at 0.
+
+    `images` (N, C, H, W) are an example, on the networks' device. A network at full width has nothing to be compared with.
+    """
+    if isinstance(small, NarrowNetwork):
+        dense = as_dense(file).network.to(images.device)
+        check_equal_training(dense, small, images, pruned=pruned_rows(dense, small.kept))
 
 
 def _checked_fields(checkpoint: Mapping[str, Any], origin: str) -> tuple[str, int, dict[str, Tensor], dict[str, list[int]]]:

@@ -29,3 +29,8 @@ def has_outputs(network: nn.Module, images: Tensor | None = None) -> bool:
         return False
     finds = getattr(network, "finds_feature_maps", None)  # of a network whose maps are looked for, `models.graph.features`
     return finds is None or finds(images)
+
+
+def outputs_run_graph(network: nn.Module) -> bool:
+    """Whether `outputs(x)` is not the network's own method but the graph of its forward pass, `models.graph.features`."""
+    return hasattr(network, "finds_feature_maps")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from models.batch_norm import quicken_batch_norms
 from models.narrow import NarrowNetwork, narrow
+from models.narrow.proof import check_equal_training
 from prune.masks import PrunableLayer, SharedNorm, prunable_layers, shared_norms
-from prune.proof import check_equal_training
 from utils.errors import UserError
 from utils.training.pruning import Pruning
 

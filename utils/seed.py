@@ -33,8 +33,8 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every global stream, as tensors and plain values."""
+def random_state(*, cuda: bool = True) -> dict[str, Any]:
+    """The state of every global stream, as tensors and plain values; without `cuda` the GPU is not looked for."""
     version, keys, gauss = random.getstate()
     name, words, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -42,7 +42,7 @@ def random_state() -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(words.astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if cuda and torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -59,9 +59,9 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Whatever is drawn inside leaves the global streams as they were."""
-    state = random_state()
+def preserved_random_state(*, cuda: bool = True) -> Iterator[None]:
+    """Whatever is drawn inside leaves the global streams as they were; without `cuda` those of the CPU alone."""
+    state = random_state(cuda=cuda)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.fx.node import map_aggregate
 from torchvision.models.shufflenetv2 import channel_shuffle
 
 from models.graph.call import has_rule
+from models.graph.hidden import Hidden, Watch
 from models.graph.out_of_place import InPlaceOperators
 
 # Functions that make tensors from sizes, which torch does not show to a tracer.
@@ -149,8 +150,30 @@ class Constant:
         return self.value
 
 
+class AutogradFunction:
+    """`function.apply` as one operation, so that its backward pass stays the network's own."""
+
+    def __init__(self, function: type[torch.autograd.Function]):
+        self.function, self.__name__ = function, function.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.__name__})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AutogradFunction) and other.function is self.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+
 class ConcreteTracer(fx.Tracer):
-    """Traces `method` of `network` for `inputs`. Modules whose type or name is in `opaque` are not looked into."""
+    """Traces `method` of `network` for `inputs`. Modules whose type or name is in `opaque` are not looked into.
+
+    An `autograd.Function` is one operation. What the graph does not hold of the network is in `hidden` afterwards.
+    """
 
     proxy_buffer_attributes = True
 
@@ -162,11 +185,17 @@ class ConcreteTracer(fx.Tracer):
         self.values = Values(network, inputs, self.running)
         self._evaluating = False
         self._constants = 0
+        self._watch: Watch | None = None
 
     def trace(self, root: nn.Module, concrete_args: None = None) -> fx.Graph:
         """The graph of `root`, which the tracing may change."""
-        with self._factories():
+        self._watch = Watch(root, next((each.device.type for each in self.inputs if isinstance(each, Tensor)), "cpu"))
+        with self._watch.tracing(), self._factories(), self._autograd_functions():
             return super().trace(root, concrete_args)
+
+    @property
+    def hidden(self) -> list[Hidden]:
+        return self._watch.hidden if self._watch is not None else []
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -179,16 +208,19 @@ class ConcreteTracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         unknown = type(module) in self.opaque or name in self.opaque
+        unknown |= isinstance(module, torch.jit.ScriptModule)  # whose weights no operation on tensors names
         return unknown or has_rule(module) or super().is_leaf_module(module, name)
 
     def call_module(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating:
             return forward(*args, **kwargs)
+        name = self.path_of_module(module)
         try:
-            return super().call_module(module, forward, args, kwargs)
+            with nullcontext() if self.is_leaf_module(module, name) else self._watch.inside(name):
+                return super().call_module(module, forward, args, kwargs)
         except Exception as error:
             if not hasattr(error, "innermost"):
-                error.innermost = (self.path_of_module(module), module)
+                error.innermost = (name, module)
             raise
 
     def getattr(self, name: str, value: Any, parameter_proxies: dict[str, Any]) -> Any:
@@ -205,7 +237,20 @@ class ConcreteTracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta["place"] = self._place()
+        if self._watch.has_other_modes() and self._has_gradient(node):
+            self._watch.note_operation(node.meta["place"][1])
         return node
+
+    def _has_gradient(self, node: fx.Node) -> bool:
+        """Whether the operation gives numbers that could have a gradient; sizes and masks have none."""
+        if node.op not in ("call_function", "call_method", "call_module"):
+            return False
+        try:
+            value = self.values.of(node)
+        except NoValue:
+            return True
+        tensors = [part for part in (value if isinstance(value, tuple | list) else (value,)) if isinstance(part, Tensor)]
+        return any(tensor.is_floating_point() for tensor in tensors)
 
     def _place(self) -> tuple[str, str]:
         """The path of the module that is running, and the line of its code."""
@@ -254,6 +299,20 @@ class ConcreteTracer(fx.Tracer):
         return self.value_of(obj).keys()
 
     @contextmanager
+    def _autograd_functions(self) -> Iterator[None]:
+        def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+            if self._evaluating or not _proxies_in(args, kwargs):
+                return before.__get__(None, function)(*args, **kwargs)
+            return self.create_proxy("call_function", AutogradFunction(function), args, kwargs)
+
+        before = torch.autograd.Function.__dict__["apply"]
+        torch.autograd.Function.apply = classmethod(apply)
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = before
+
+    @contextmanager
     def _factories(self) -> Iterator[None]:
         originals = {name: getattr(torch, name) for name in FACTORIES}
         try:
@@ -267,11 +326,16 @@ class ConcreteTracer(fx.Tracer):
     def _recorded(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def factory(*args: Any, **kwargs: Any) -> Any:
-            proxies: list[fx.Proxy] = []
-            map_aggregate((args, kwargs), lambda value: proxies.append(value) if isinstance(value, fx.Proxy) else None)
-            return self.create_proxy("call_function", original, args, kwargs) if proxies else original(*args, **kwargs)
+            is_recorded = _proxies_in(args, kwargs)
+            return self.create_proxy("call_function", original, args, kwargs) if is_recorded else original(*args, **kwargs)
 
         return factory
+
+
+def _proxies_in(*arguments: Any) -> list[fx.Proxy]:
+    proxies: list[fx.Proxy] = []
+    map_aggregate(arguments, lambda value: proxies.append(value) if isinstance(value, fx.Proxy) else None)
+    return proxies
 
 
 def _untraceable_of_timm() -> tuple[Callable[..., Any], ...]:

@@ -167,24 +167,44 @@ def _usual_sizes(network: nn.Module) -> list[tuple[int, ...]]:
 def _outputs_function(network: nn.Module, images: Tensor) -> Callable[..., Outputs]:
     """A function of the network and images; raises UserError where the graph has no feature maps, or there is none."""
     trace = trace_network(network, example=images).checked(network)
-    taps = find_taps(trace.graph, network, images)
+    evaluating, taps = _function_of(trace.graph, network, images)
+    if trace.both_modes:
+        return evaluating
+    if trace.training is None:
+        return _by_mode(evaluating, _refusing(trace.why_evaluation_only))
+    try:
+        training, others = _function_of(trace.training, network, images, in_training=True)
+    except UserError as error:
+        return _by_mode(evaluating, _refusing(f"runs other operations in training ({error})"))
+    counts = [(len(each.stages), len(each.blocks)) for each in (taps, others)]
+    if counts[0] != counts[1]:
+        return _by_mode(evaluating, _refusing(f"{trace.why_evaluation_only}, and gives other maps there"))
+    return _by_mode(evaluating, training)
+
+
+def _function_of(
+    traced: fx.Graph, network: nn.Module, images: Tensor, *, in_training: bool = False
+) -> tuple[GraphFunction, "Taps"]:
+    """The graph of a forward pass as a function that gives `Outputs`, and where its maps are."""
+    taps = find_taps(traced, network, images, in_training=in_training)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(trace.graph, copies)
+    graph.graph_copy(traced, copies)
     stages, blocks = ([_as_map(graph, copies[node], taps.maps[node]) for node in nodes] for nodes in (taps.stages, taps.blocks))
     embedding = copies[taps.embedding]
     if taps.embedding in taps.maps:
         embedding = graph.call_method("mean", (_as_map(graph, embedding, taps.maps[taps.embedding]), (2, 3)))
     graph.output(Outputs(copies[taps.logits], tuple(stages), tuple(blocks), embedding))
-    function = GraphFunction(graph)
-    return function if trace.both_modes else _only_evaluating(function)
+    return GraphFunction(graph), taps
 
 
-def _only_evaluating(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+def _by_mode(evaluating: Callable[..., Outputs], training: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    return lambda network, x: training(network, x) if network.training else evaluating(network, x)
+
+
+def _refusing(why: str) -> Callable[..., Outputs]:
     def outputs(network: nn.Module, x: Tensor) -> Outputs:
-        if network.training:
-            raise UserError(f"{type(network).__name__} runs other operations in training: its feature maps there are not known")
-        return function(network, x)
+        raise UserError(f"{type(network).__name__} {why}: its feature maps there are not known")
 
     return outputs
 
@@ -273,13 +293,16 @@ class Taps:
     maps: dict[fx.Node, Map]
 
 
-def find_taps(graph: fx.Graph, network: nn.Module, images: Tensor) -> Taps:
+def find_taps(graph: fx.Graph, network: nn.Module, images: Tensor, *, in_training: bool = False) -> Taps:
     """Where `graph`, that of `network`'s forward, has feature maps of images like `images` (B, 3, H, W).
 
+    A graph `in_training` may give more than logits, behind them.
     Raises UserError where its result is no tensor, nothing linear comes before it, or no map has two dimensions.
     """
     name = type(network).__name__
     logits = next(node for node in graph.nodes if node.op == "output").args[0]
+    if in_training and isinstance(logits, tuple | list) and logits:  # with those of auxiliary heads behind
+        logits = logits[0]
     if not isinstance(logits, fx.Node):
         raise UserError(f"{name} has no feature maps: it returns {type(logits).__name__}, not one tensor of logits")
     shapes = _shapes(graph, network, images)

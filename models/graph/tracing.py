@@ -1,20 +1,21 @@
 """A network as a torch.fx graph that is valid in training and in evaluation, without in-place operations."""
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.random import fork_rng
 
 from models.graph.call import SHAPE
 from models.graph.concrete import ConcreteTracer, NoValue, Values, replica
+from models.graph.hidden import Hidden
 from models.graph.out_of_place import make_out_of_place
 from utils.errors import UserError
 from utils.modes import preserved_modes
+from utils.seed import preserved_random_state
 
 # What is tried where nobody says for which images: what the network says of itself, then these (pixels).
 IMAGE_SIDES = (32, 224, 64, 256)
@@ -27,13 +28,17 @@ class Trace:
 
     `both_modes` is False where training takes another path than evaluation. `image_size` is (height, width) where the
     network's Python read the size of the images, so that the graph is right for this size only, and None otherwise. `refusal`
-    is the reason if an in-place operation does what the graph does not say.
+    is the reason if the network does what the graph does not say: a write into shared memory, a precision of its own, random
+    numbers. Where `graph` is not valid in training, `why_evaluation_only` says why, and `training` is the graph that is, if
+    there is one; it is what comes behind the name of the network.
     """
 
     graph: fx.Graph
     both_modes: bool
     image_size: tuple[int, int] | None = None
     refusal: str | None = None
+    training: fx.Graph | None = None
+    why_evaluation_only: str | None = None
 
     def checked(self, model: nn.Module) -> "Trace":
         """Itself; raises UserError where the graph does not say all."""
@@ -50,8 +55,9 @@ def trace_network(model: nn.Module, method: str = "forward", *, example: Tensor 
     image sizes are tried without it. Where an answer depended on the image size, the graph refuses images of another.
 
     A boolean that is `self.training` (as in `F.dropout(x, training=self.training)`) is read when the graph runs. In-place
-    operations become ordinary ones. A module that torch.fx cannot look into becomes a single operation. `model` and the
-    random streams are left as they were. Raises UserError where the network itself cannot be traced, naming the line.
+    operations become ordinary ones. A module that torch.fx cannot look into becomes a single operation, and so does one whose own
+    code does what no graph holds (`models.graph.hidden`). `model` and the random streams are left as they were.
+    Raises UserError where the network itself cannot be traced, naming the line.
     """
     examples = [(example,) if isinstance(example, Tensor) else tuple(example)] if example is not None else _examples(model)
     failures = []
@@ -84,43 +90,134 @@ def _examples(model: nn.Module) -> list[tuple[Tensor]]:
 def _trace_for(model: nn.Module, method: str, inputs: Sequence[Tensor], *, strict: bool) -> Trace:
     """Raises NoValue if the Python asks for sizes that there are not for these inputs; `strict` makes no module opaque."""
     inputs = [torch.cat([own, own]) if len(own) == 1 else own for own in inputs]  # one image may pass for no batch at all
-    opaque: set[Any] | None = None if strict else set()
-    evaluation, questions = _trace(model, method, inputs, training=False, opaque=opaque)
-    known = len(opaque or ())
-    try:
-        training, more = _trace(model, method, inputs, training=True, opaque=opaque)
-        if len(opaque or ()) > known:
-            evaluation, questions = _trace(model, method, inputs, training=False, opaque=opaque)
-        both_modes = _merge_modes(evaluation, training)
-    except (UserError, NoValue):
-        both_modes, more = False, []
-    image_size = next((size for size in (questions, more) if size), None)
-    refusal = make_out_of_place(evaluation, model)
-    _require_image_size(evaluation, image_size, type(model).__name__)
-    return Trace(evaluation, both_modes, image_size, refusal)
+    kept = _Kept(unreadable=None if strict else set())
+    while True:
+        before = kept.count()
+        evaluation = _trace(model, method, inputs, training=False, kept=kept)
+        kept.add_hidden(evaluation, model)
+        try:
+            training, why = _trace(model, method, inputs, training=True, kept=kept), None
+            kept.add_hidden(training, model)
+            kept.add_different(evaluation, training, model)
+        except (UserError, NoValue) as error:
+            training, why = None, f"cannot be traced in training ({error})"
+        if kept.count() == before:
+            return _joined(model, evaluation, training, why, kept.own_in_training)
 
 
-def _trace(
-    model: nn.Module, method: str, inputs: Sequence[Tensor], *, training: bool, opaque: set[Any] | None
-) -> tuple[fx.Graph, tuple[int, int] | None]:
-    """The graph in one mode, and the image size if it depends on it. What cannot be looked into is added to `opaque`."""
+@dataclass(frozen=True)
+class _Traced:
+    """The graph of one mode, the image size if it depends on it, and what it does not hold of the network."""
+
+    graph: fx.Graph
+    training: bool
+    image_size: tuple[int, int] | None
+    hidden: Sequence[Hidden]
+
+    def missing(self) -> Hidden | None:
+        """What makes the graph something else than the network, in a forward pass that has to be looked into."""
+        return next((own for own in self.hidden if not own.path and (self.training or own.changes_results)), None)
+
+
+@dataclass
+class _Kept:
+    """Modules that stay operations: types and names that torch.fx cannot look into (none are made such if it is None), and
+    names of those whose own code does what no graph holds, in both modes or in training alone.
+    """
+
+    unreadable: set[Any] | None
+    own: set[str] = field(default_factory=set)
+    own_in_training: dict[str, str] = field(default_factory=dict)  # with what they do
+
+    def count(self) -> int:
+        return sum(len(names) for names in (self.unreadable or (), self.own, self.own_in_training))
+
+    def names(self, *, training: bool) -> set[Any]:
+        return {*(self.unreadable or ()), *self.own, *(self.own_in_training if training else ())}
+
+    def add_hidden(self, traced: _Traced, model: nn.Module) -> None:
+        """Modules that do more than the graph holds. What has no weights, nothing is lost with, stays its own in both modes."""
+        for hidden in traced.hidden:
+            if hidden.path and traced.training and _has_weights(model, hidden.path):
+                self.own_in_training.setdefault(hidden.path, hidden.what)
+            elif hidden.path and (traced.training or hidden.changes_results):
+                self.own.add(hidden.path)
+
+    def add_different(self, evaluation: _Traced, training: _Traced, model: nn.Module) -> None:
+        """Modules without weights whose own operations are others in training: they are told the mode, the graph is not."""
+        own, other = (_operations_of_modules(traced.graph) for traced in (evaluation, training))
+        different = {path for path in own.keys() | other.keys() if own.get(path) != other.get(path)}
+        self.own |= {path for path in different if path and not _has_weights(model, path)}
+
+
+def _has_weights(model: nn.Module, path: str) -> bool:
+    return any(True for _ in model.get_submodule(path).state_dict())
+
+
+def _operations_of_modules(graph: fx.Graph) -> dict[str, list[str]]:
+    """What the forward pass of each module does itself, by its path; flags that differ by the mode are left out."""
+    found: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        arguments = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda value: None if _is_part(value) else value)
+        found.setdefault(_caller(node), []).append(f"{node.op} {node.target} {arguments}")
+    return found
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, fx.Node | bool)
+
+
+def _caller(node: fx.Node) -> str:
+    """The path of the module whose forward pass the operation is in."""
+    calls = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return next(reversed(calls[:-1] if node.op == "call_module" else calls), "")
+
+
+def _joined(
+    model: nn.Module, evaluation: _Traced, training: _Traced | None, why: str | None, own_in_training: Mapping[str, str]
+) -> Trace:
+    """One graph for both modes where their operations are the same, or else what is valid in which."""
+    missing = training.missing() if training is not None else None
+    why = f"{missing.what}, which no graph holds" if missing is not None else why
+    both_modes = why is None and _merge_modes(evaluation.graph, training.graph)
+    size = next((traced.image_size for traced in (evaluation, training) if traced is not None and traced.image_size), None)
+    refusal = _finish(evaluation, model, size)
+    if both_modes or why is not None:
+        return Trace(evaluation.graph, both_modes, size, refusal, why_evaluation_only=why)
+    why = _finish(training, model, size)
+    other = training.graph if why is None else None
+    differs = [f"has `{path}`, which {what}" for path, what in own_in_training.items()]
+    return Trace(evaluation.graph, False, size, refusal, other, why or next(iter(differs), "runs other operations in training"))
+
+
+def _finish(traced: _Traced, model: nn.Module, size: tuple[int, int] | None) -> str | None:
+    """Makes the graph one without in-place operations, for images of one size if need be; gives a reason to refuse it."""
+    refusal = make_out_of_place(traced.graph, model)
+    _require_image_size(traced.graph, size, type(model).__name__)
+    missing = traced.missing()
+    return refusal if missing is None else f"it {missing.what}, which no graph holds"
+
+
+def _trace(model: nn.Module, method: str, inputs: Sequence[Tensor], *, training: bool, kept: _Kept) -> _Traced:
+    """The graph in one mode. What cannot be looked into is added to `kept`."""
+    unreadable = kept.unreadable
     while True:
         with preserved_modes(model):  # the parameters are the model's own, and `train` may freeze some
             network = replica(model).train(training)
-        tracer = ConcreteTracer(network, method, inputs, opaque or set())
+        tracer = ConcreteTracer(network, method, inputs, kept.names(training=training))
         try:
-            with fork_rng(devices=[]):
+            with preserved_random_state(cuda=inputs[0].is_cuda):
                 graph = tracer.trace(replica(network))
                 size = _size_that_was_asked(tracer, network, graph, inputs)
                 _note_shapes(graph, tracer.values)
-            return graph, size
+            return _Traced(graph, training, size, tracer.hidden)
         except NoValue:
             raise
         except Exception as error:  # tracing runs the network's own Python, which may raise anything on a proxy
             name, module = getattr(error, "innermost", ("", None))
-            if opaque is None or not name or name in opaque or type(module) in opaque:
+            if unreadable is None or not name or name in unreadable or type(module) in unreadable:
                 raise _untraceable(model, method, error) from error
-            opaque.add(name if type(module) in (nn.Sequential, nn.ModuleList) else type(module))
+            unreadable.add(name if type(module) in (nn.Sequential, nn.ModuleList) else type(module))
 
 
 def _note_shapes(graph: fx.Graph, values: Values) -> None:

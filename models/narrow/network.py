@@ -66,7 +66,8 @@ def narrow(
         summed = {name for plan in _plan_all(model, traces, kept).values() for name in _layers_of_uneven_sums(plan)}
         kept = {name: channels for name, channels in kept.items() if name not in summed}
     plans = _plan_all(model, traces, kept)
-    return NarrowNetwork(model, kept, plans, trainable=all(trace.both_modes for trace in traces.values()))
+    reasons = [trace.why_evaluation_only for trace in traces.values() if not trace.both_modes]
+    return NarrowNetwork(model, kept, plans, why_evaluation_only=reasons[0] if reasons else None)
 
 
 def _checked_channels(model: nn.Module, name: str, channels: Sequence[int]) -> tuple[int, ...]:
@@ -137,7 +138,9 @@ class NarrowNetwork(nn.Module):
     graphs run on a plain module that has its layers, so that a layer of the dense network may have any name.
     """
 
-    def __init__(self, model: nn.Module, kept: Mapping[str, Sequence[int]], plans: Mapping[str, Plan], *, trainable: bool):
+    def __init__(
+        self, model: nn.Module, kept: Mapping[str, Sequence[int]], plans: Mapping[str, Plan], *, why_evaluation_only: str | None
+    ):
         super().__init__()
         owner = nn.Module()  # the same layers and tensors, without the names of this class
         _share_layers(self, owner)
@@ -158,9 +161,9 @@ class NarrowNetwork(nn.Module):
             restored=restored_channels(plans["forward"]),
             uncut=whole_layers(plans["forward"]),
             functions={method: GraphFunction(graph) for method, graph in graphs.items()},
-            trainable=trainable,
+            why_evaluation_only=why_evaluation_only,
         )
-        if not trainable:
+        if why_evaluation_only is not None:
             self.eval()
 
     @property
@@ -169,8 +172,8 @@ class NarrowNetwork(nn.Module):
 
     @property
     def trainable(self) -> bool:
-        """Whether training runs the same operations as evaluation; if not, it can only be evaluated."""
-        return self.__parts.trainable
+        """Whether its graph is the network's in training as well; if not, it can only be evaluated."""
+        return self.__parts.why_evaluation_only is None
 
     def forward(self, x: Tensor, *more: Tensor) -> Any:
         return self.__parts.functions["forward"](self.__parts.owner, self.training, x, *more)
@@ -212,8 +215,8 @@ class NarrowNetwork(nn.Module):
     def train(self, mode: bool = True) -> "NarrowNetwork":
         """As the dense network's `train(mode)`: layers that it leaves in evaluation, such as frozen batch norms, stay so."""
         origin = self.__parts.origin
-        if mode and not self.__parts.trainable:
-            raise UserError(f"{origin.name} runs other operations in training: its narrow form can only be evaluated")
+        if mode and not self.trainable:
+            raise UserError(f"{origin.name} {self.__parts.why_evaluation_only}: its narrow form can only be evaluated")
         super().train(mode)
         modules = dict(self.named_modules())
         for name, own_mode in origin.modes[mode].items():
@@ -318,7 +321,7 @@ class _Parts:
     restored: list[Restored]
     uncut: dict[str, str]
     functions: dict[str, GraphFunction]
-    trainable: bool
+    why_evaluation_only: str | None
 
 
 def _origin(model: nn.Module, plans: Iterable[Plan]) -> _Origin:
@@ -411,7 +414,9 @@ def _place_tensor(model: nn.Module, network: nn.Module, name: str, copies: dict[
     path, _, last = name.rpartition(".")
     owner = model.get_submodule(path)
     value, target = copy.deepcopy(getattr(owner, last), copies), _container(network, path)
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+    if not isinstance(value, Tensor):
+        raise UserError(f"{type(model).__name__}: `{name}` is a {type(value).__name__}, whose weights no state dict would have")
+    if not isinstance(value, nn.Parameter):
         target.register_buffer(last, value, persistent=last in owner.state_dict(keep_vars=True))
     else:
         setattr(target, last, value)

@@ -1,17 +1,18 @@
-"""Before a small network is trained in the place of a masked one: do both evaluate and train alike, on a few images?
+"""Before a network trains through its graph: does that give what its own code gives, and the same gradients, on a few images?
 
-Both run as copies in float64, where rounding cannot hide a difference and small batches do not magnify it: once in
-evaluation, once in training, with the gradients of a sum over all that the networks give, weighted at random. Every gradient
-of the masked network is compared, those that the small network has no place for as well, and what the step did to the
-running statistics. Nothing of the networks changes, and no random stream.
+A small network is compared with the masked one that it takes the place of, and `outputs(x).logits` with `forward(x)`. Both
+run as copies in float64, where rounding cannot hide a difference and small batches do not magnify it: once in evaluation,
+once in training, with the gradients of a sum over all that the networks give, weighted at random. Every gradient of the
+masked network is compared, those that the small network has no place for as well, and what the step did to the running
+statistics. Nothing of the networks changes, and no random stream.
 
-Dropout and randomized activations give the two networks other random numbers, since the shapes differ; they are switched off.
-What drops whole images (stochastic depth) draws the same ones in both.
+Both begin with the same random numbers. Dropout and randomized activations would give a small network others, since the shapes
+differ; they are switched off. What drops whole images (stochastic depth) draws the same ones in both.
 """
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from models.difference import tensors_in
 from models.narrow import NarrowNetwork
-from models.outputs import has_outputs
+from models.outputs import has_outputs, outputs_run_graph
 from utils.errors import UserError
-from utils.seed import preserved_random_state
+from utils.seed import preserved_random_state, seed_everything
+from utils.training.objective import logits_of
 
 IMAGES = 4
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}  # of the largest number in a tensor
@@ -41,6 +43,8 @@ def check_equal_training(masked: nn.Module, small: NarrowNetwork, images: Tensor
     """
     images = images[:IMAGES]
     methods = ("forward", "outputs") if has_outputs(masked, images) else ("forward",)
+    if "outputs" in methods:
+        check_outputs(masked, images)
     with preserved_random_state():
         dtype = torch.float64 if _computes_in(masked, images, torch.float64) else torch.float32
         twins = [_copied(network).to(dtype).eval() for network in (masked, small)]
@@ -51,6 +55,59 @@ def check_equal_training(masked: nn.Module, small: NarrowNetwork, images: Tensor
         _check(_results(*results, "in training"), "{} differs in training", TOLERANCES[dtype])
         _check(_gradients(*twins, pruned), "the gradient of {} differs", TOLERANCES[dtype])
         _check(_buffers(*twins), "{} differs after a step", TOLERANCES[dtype])
+
+
+def check_outputs(network: nn.Module, images: Tensor) -> None:
+    """Raises UserError unless `network.outputs(x)` gives in training the logits of `network(x)`, with their gradients.
+
+    `images` (N, C, H, W) are on the network's device; the first few are used. Where `outputs` is the network's own method
+    there is nothing to check.
+    """
+    if not outputs_run_graph(network):
+        return
+    images = images[:IMAGES]
+    with preserved_random_state():
+        dtype = torch.float64 if _computes_in(network, images, torch.float64) else torch.float32
+        own, other = (_copied(network).to(dtype).train() for _ in range(2))
+        with torch.enable_grad():
+            expected = _learn(own, lambda: logits_of(own(images.to(dtype))))
+            found = _learn(other, lambda: other.outputs(images.to(dtype)).logits)
+    name = type(network).__name__
+    _check([("", expected, found)], f"{name}: outputs(x).logits{{}} differs from its forward pass in training", TOLERANCES[dtype])
+    parameters = _pairs_of(own.named_parameters(), other.named_parameters(), lambda parameter: _gradient(parameter))
+    _check(parameters, f"{name}: the gradient of {{}} by outputs(x) differs from that by its forward pass", TOLERANCES[dtype])
+    buffers = _pairs_of(own.named_buffers(), other.named_buffers(), lambda buffer: buffer.double())
+    _check(buffers, f"{name}: {{}} differs after outputs(x) from what it is after a forward pass", TOLERANCES[dtype])
+
+
+def _learn(network: nn.Module, logits: Callable[[], Tensor]) -> Tensor:
+    """The logits, whose gradients are left in the network."""
+    network.zero_grad()
+    seed_everything(0)
+    result = logits()
+    if result.requires_grad:
+        _weighted_sum(result).backward()
+    return result.detach()
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _pairs_of(own: Iterable[tuple[str, Tensor]], other: Iterable[tuple[str, Tensor]], of: Callable[[Tensor], Tensor]) -> Pairs:
+    for (name, expected), (_, found) in zip(own, other, strict=True):
+        yield name, of(expected), of(found)
+
+
+def pruned_rows(network: nn.Module, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The rows of weights and biases that are 0 in `network` where layers give only the channels `kept`, by key."""
+    rows: dict[str, Tensor] = {}
+    for name, channels in kept.items():
+        for key, parameter in network.get_submodule(name).named_parameters(prefix=name, recurse=False):
+            gone = torch.ones(len(parameter), dtype=torch.bool)
+            gone[list(channels)] = False
+            rows[key] = gone.nonzero().flatten()
+    return rows
 
 
 def _copied(network: nn.Module) -> nn.Module:
@@ -76,8 +133,8 @@ def _run(network: nn.Module, images: Tensor, methods: tuple[str, ...], where: st
     results: list[Tensor] = []
     with _failures_named(network, where), _WithoutDropout():
         for method in methods:
-            torch.manual_seed(0)
-            results += [leaf for leaf in tree_leaves(getattr(network, method)(images)) if isinstance(leaf, Tensor)]
+            seed_everything(0)
+            results += [tensor for _, tensor in tensors_in(getattr(network, method)(images))]
     return results
 
 
@@ -138,7 +195,7 @@ def _gradients(masked: nn.Module, small: NarrowNetwork, pruned: Mapping[str, Ten
     """In the shapes of the masked network; a gradient that there is not is 0, and so is that of a pruned row."""
     for key, parameter in masked.named_parameters(remove_duplicate=False):
         stored = small.stored(key)
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        gradient = _gradient(parameter).clone()
         own = small.widened(key, None if stored is None else stored[0].grad).to(gradient, copy=True)
         for each in (gradient, own) if key in pruned else ():
             each.index_fill_(0, pruned[key].to(each.device), 0)
@@ -154,7 +211,7 @@ def _buffers(masked: nn.Module, small: NarrowNetwork) -> Pairs:
             yield key, buffer[there].double(), small.widened(key, stored[0])[there].double()
 
 
-def _check(pairs: Pairs, message: str, tolerance: float) -> None:
+def _check(pairs: Iterable[tuple[str, Tensor, Tensor]], message: str, tolerance: float) -> None:
     pairs = list(pairs)
     floor = NOISE * max((float(expected.abs().max()) for _, expected, _ in pairs if expected.numel()), default=0.0)
     for name, expected, found in pairs:
