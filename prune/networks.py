@@ -1,10 +1,10 @@
 """Teacher and student of a pruning run, as its settings name them."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
 from models import build_model
+from models.copies import copied
 from models.network_file import NetworkFile, as_dense, load_network
 from prune.compact import check_pruned_zeros
 from prune.settings import NetworkSettings
@@ -63,7 +63,7 @@ def build_networks(
         name, num_classes = student_name(settings, files), len(data.dataset.classes)
         student = NetworkFile(build_model(name, num_classes=num_classes), name, num_classes)
     elif student is teacher:
-        student = replace(teacher, network=copy.deepcopy(teacher.network))
+        student = replace(teacher, network=copied(teacher.network))
     student = replace(as_dense(student), images=data.dataset.images)
     for file in filter(None, (teacher, student)):
         to_device(file.network, data.device)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from models.copies import copied
 from models.graph import (
     Channels,
     LayerCut,
@@ -375,7 +376,7 @@ def _take_layers(model: nn.Module, network: nn.Module, cuts: Mapping[str, LayerC
     copies: dict[int, Any] = {}  # keeps parameters that two modules share one parameter
     for name, module in model.named_modules():
         if name in names:
-            layer = _copied(module, copies)
+            layer = copied(module, copies)
             if getattr(layer, "inplace", False):
                 layer.inplace = False
             if name in cuts:
@@ -388,13 +389,6 @@ def _take_layers(model: nn.Module, network: nn.Module, cuts: Mapping[str, LayerC
         if name:
             module.training = model.get_submodule(name).training
     return entries
-
-
-def _copied(module: nn.Module, copies: dict[int, Any]) -> nn.Module:
-    try:
-        return copy.deepcopy(module, copies)
-    except (RuntimeError, TypeError) as error:  # it holds a tensor that was computed, as weight norm of old, or a handle
-        raise UserError(f"{type(module).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
 
 
 def _place(network: nn.Module, name: str, layer: nn.Module) -> None:

@@ -10,7 +10,6 @@ Both begin with the same random numbers. Dropout and randomized activations woul
 differ; they are switched off. What drops whole images (stochastic depth) draws the same ones in both.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from models.copies import copied
 from models.difference import tensors_in
 from models.narrow import NarrowNetwork
 from models.outputs import has_outputs, outputs_run_graph
@@ -47,7 +47,7 @@ def check_equal_training(masked: nn.Module, small: NarrowNetwork, images: Tensor
         check_outputs(masked, images)
     with preserved_random_state():
         dtype = torch.float64 if _computes_in(masked, images, torch.float64) else torch.float32
-        twins = [_copied(network).to(dtype).eval() for network in (masked, small)]
+        twins = [copied(network).to(dtype).eval() for network in (masked, small)]
         with torch.no_grad():
             results = [_run(twin, images.to(dtype), methods, "in evaluation") for twin in twins]
         _check(_results(*results, "in evaluation"), "{} differs in evaluation", TOLERANCES[dtype])
@@ -68,7 +68,7 @@ def check_outputs(network: nn.Module, images: Tensor) -> None:
     images = images[:IMAGES]
     with preserved_random_state():
         dtype = torch.float64 if _computes_in(network, images, torch.float64) else torch.float32
-        own, other = (_copied(network).to(dtype).train() for _ in range(2))
+        own, other = (copied(network).to(dtype).train() for _ in range(2))
         with torch.enable_grad():
             expected = _learn(own, lambda: logits_of(own(images.to(dtype))))
             found = _learn(other, lambda: other.outputs(images.to(dtype)).logits)
@@ -110,19 +110,11 @@ def pruned_rows(network: nn.Module, kept: Mapping[str, Sequence[int]]) -> dict[s
     return rows
 
 
-def _copied(network: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(network)
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{type(network).__name__} cannot be copied, so that nothing can be proved: {reason}") from error
-
-
 def _computes_in(network: nn.Module, images: Tensor, dtype: torch.dtype) -> bool:
     """Whether the network runs in that precision: one with casts of its own may not."""
     try:
         with torch.no_grad():
-            _copied(network).to(dtype).eval()(images.to(dtype))
+            copied(network).to(dtype).eval()(images.to(dtype))
     except RuntimeError:
         return False
     return True
