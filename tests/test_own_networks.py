@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from models import build_model
-from models.network_file import load_network
+from models.network_file import describe_network, load_network
 from quantize.archive import differing_tensors, load_archive, save_archive
-from utils.checkpoints import load_checkpoint
+from utils.checkpoints import load_checkpoint, save_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FEW = ["--limit-batches", "2", "--batch-size", "16", "--device", "cpu"]
@@ -314,3 +314,91 @@ def test_what_holds_no_logits_in_training_is_refused_before_a_folder_is_made(fun
     assert ended.status == 2 and ended.errors.count("\n") == 1
     assert f"--model {model}: must return logits of shape (8, 10) for 8 images in training too" in ended.errors
     assert not (tmp_path / "saves").exists()
+
+
+HIDDEN = """
+import random
+import torch
+from torch import nn
+
+def block(channels, width):
+    return nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+
+class FrozenStem(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem, self.body, self.head = block(3, 8), block(8, 8), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.stem(x)
+        return self.head(self.body(x).mean((2, 3)))
+
+class DropPath(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x / 0.8 * (torch.rand(x.shape[0], 1, 1, 1, device=x.device) < 0.8)
+
+class Residual(FrozenStem):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.branch, self.drop = nn.Conv2d(8, 8, 3, 1, 1), DropPath()
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.body(x + self.drop(self.branch(x))).mean((2, 3)))
+
+def frozen_stem(num_classes):
+    return FrozenStem(num_classes)
+
+def drop_path(num_classes):
+    return Residual(num_classes)
+"""
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """Writes a checkpoint of a network of the file; gives its path and the flags that prune a copy of it."""
+    path = tmp_path / "nets.py"
+    path.write_text(HIDDEN)
+
+    def write(function: str) -> tuple[Path, list[str]]:
+        model, checkpoint = f"{path}:{function}", tmp_path / "teacher.pt"
+        torch.manual_seed(0)
+        description = describe_network(build_model(model, num_classes=10).state_dict(), model=model, num_classes=10, config={})
+        save_checkpoint(checkpoint, {**description, "epoch": 0, "metrics": {}})
+        flags = ["--t-path", str(checkpoint), "--t-model", model, "--s-copy-t", "--prune-rates", "0.5", *SHORT]
+        return checkpoint, [*flags, "--save-dir", str(tmp_path / "saves"), "--run-name", "run"]
+
+    return write
+
+
+def test_layers_without_gradients_stay_as_they_are_under_distillation(untrained, tmp_path, run_script):
+    checkpoint, flags = untrained("frozen_stem")
+    ended = run_script("pruning", *flags, "--distill", "kd", "--exclude-layers", "stem.0", "--weight-decay", "0")
+    assert ended.status == 0, ended.errors
+    before, after = (load_checkpoint(path)["state_dict"] for path in (checkpoint, tmp_path / "saves" / "run" / "model_last.pt"))
+    assert torch.equal(after["stem.0.weight"], before["stem.0.weight"])
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+
+
+REFUSALS = {
+    "its feature maps there are not known": ["--distill", "at"],
+    "its narrow form can only be evaluated; choose masked": ["--train-form", "compact"],
+}
+
+
+@pytest.mark.parametrize("consequence", REFUSALS)
+def test_what_would_train_layers_without_gradients_is_refused_before_a_folder_is_made(
+    consequence, untrained, tmp_path, run_script
+):
+    ended = run_script("pruning", *untrained("frozen_stem")[1], *REFUSALS[consequence])
+    assert ended.status == 2 and ended.errors.count("\n") == 1
+    assert re.search(rf"FrozenStem runs under torch.no_grad at nets.py:\d+, which no graph holds: {consequence}", ended.errors)
+    assert not (tmp_path / "saves").exists()
+
+
+def test_a_drop_path_of_ones_own_trains_in_the_small_form_with_feature_maps(untrained, tmp_path, run_script):
+    ended = run_script("pruning", *untrained("drop_path")[1], "--distill", "at", "--train-form", "compact")
+    assert ended.status == 0, ended.errors

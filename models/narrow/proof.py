@@ -25,6 +25,7 @@ from models.difference import tensors_in
 from models.narrow import NarrowNetwork
 from models.outputs import has_outputs, outputs_run_graph
 from utils.errors import UserError
+from utils.modes import preserved_modes
 from utils.seed import preserved_random_state, seed_everything
 from utils.training.objective import logits_of
 
@@ -43,6 +44,8 @@ def check_equal_training(masked: nn.Module, small: NarrowNetwork, images: Tensor
     """
     images = images[:IMAGES]
     methods = ("forward", "outputs") if has_outputs(masked, images) else ("forward",)
+    with preserved_modes(small):
+        small.train()  # one that can only be evaluated says so
     if "outputs" in methods:
         check_outputs(masked, images)
     with preserved_random_state():
