@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from models.repdistiller import NETWORKS as REPDISTILLER_NETWORKS
+from models.repdistiller import build_repdistiller
 from models.sources import SOURCES, build_from_file, build_from_source, has_weights, split_name
 from utils.errors import UserError, printable, shown
 from utils.python_file import check_function, function_of, names_function
@@ -43,9 +45,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": _alexnet,
     **{f"resnet{depth}": partial(_cifar_resnet, depth=depth) for depth in (20, 32, 44, 56, 110)},
     **{name: partial(_imagenet_resnet, name) for name in sorted(PRETRAINED_MODELS, key=lambda name: int(name[6:]))},
+    **{f"repdistiller/{name}": partial(build_repdistiller, name) for name in REPDISTILLER_NETWORKS},
 }
 SHOWN_NAMES, LONGEST_NAME = 6, 80
-NAMES = "one of this repository's networks, timm/NAME, torchvision/NAME or FILE.py:FUNCTION"
+NAMES = "one of this repository's networks, repdistiller/NAME, timm/NAME, torchvision/NAME or FILE.py:FUNCTION"
 
 
 def build_model(name: str, *, num_classes: int, pretrained: bool = False) -> nn.Module:
@@ -131,4 +134,5 @@ def _nearest(name: str) -> str:
     close = get_close_matches(rest.partition(".")[0], dict.fromkeys(names.values()), n=SHOWN_NAMES)
     found = sorted((full for own in close for full in names if names[full] == own), key=lambda full: full not in MODELS)
     found = found[:SHOWN_NAMES]
-    return f"the nearest are {', '.join(found)}" if found else f"choose {NAMES}; this repository has {', '.join(MODELS)}"
+    own = [name for name in MODELS if "/" not in name]
+    return f"the nearest are {', '.join(found)}" if found else f"choose {NAMES}; this repository has {', '.join(own)}"

@@ -221,8 +221,9 @@ def _check_layers(network: nn.Module, kept: Mapping[str, Sequence[int]], origin:
 
 
 def _load_bare(checkpoint: Mapping[str, Any], origin: str, model: str | None, model_flag: str) -> NetworkFile:
-    """A state_dict of other people's: as it is or under `state_dict`, with or without DataParallel's `module.`."""
-    state = _checked_state(checkpoint.get("state_dict", checkpoint), origin)
+    """A state_dict of other people's: as it is or under `state_dict` or `model`, with or without DataParallel's `module.`."""
+    state = next((checkpoint[key] for key in ("state_dict", "model") if key in checkpoint), checkpoint)
+    state = _checked_state(state, origin)
     if model is None:
         raise UserError(f"{origin}: does not say which network it holds; name it with {model_flag}")
     with naming(model_flag):
