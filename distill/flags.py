@@ -22,7 +22,7 @@ def add_distillation_flags(parser: cli.Parser) -> None:
                        help=f"epochs over which the weights of {rising} rise (default: a twelfth of --n-epochs)")  # fmt: skip
     for keyword, option in distiller_options().items():
         group.add_argument(
-            f"--{keyword.replace('_', '-')}", **cli.option_kind(option.default, may_be_zero=option.is_weight), help=option.help
+            f"--{keyword.replace('_', '-')}", **cli.option_kind(option.default, may_be_zero=option.is_weight or option.default == 0), help=option.help
         )
     parser.completions.append(_complete_alpha)
     parser.parameters["loss"] = "distill"
