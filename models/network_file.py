@@ -23,6 +23,7 @@ from models.narrow.proof import check_equal_training, pruned_rows
 from utils.checkpoints import FORMAT, load_checkpoint
 from utils.errors import UserError, naming, printable, shown
 from utils.images.spec import CHANNELS, ImageSpec, read_image_spec
+from utils.seed import preserved_random_state
 
 SHOWN_DIFFERENCES, SHOWN_NAME = 3, 60
 # A file whose network would be larger than both is refused: at full width so many times what it holds, and so many bytes
@@ -130,7 +131,8 @@ def check_training(file: NetworkFile, small: nn.Module, images: Tensor) -> None:
     `images` (N, C, H, W) are an example, on the networks' device. A network at full width has nothing to be compared with.
     """
     if isinstance(small, NarrowNetwork):
-        dense = as_dense(file).network.to(images.device)
+        with preserved_random_state():  # weights are drawn before those of the file take their place
+            dense = as_dense(file).network.to(images.device)
         check_equal_training(dense, small, images, pruned=pruned_rows(dense, small.kept))
 
 
