@@ -21,9 +21,8 @@ def add_distillation_flags(parser: cli.Parser) -> None:
     group.add_argument("--rise-epochs", type=cli.non_negative_float, metavar="N",
                        help=f"epochs over which the weights of {rising} rise (default: a twelfth of --n-epochs)")  # fmt: skip
     for keyword, option in distiller_options().items():
-        group.add_argument(
-            f"--{keyword.replace('_', '-')}", **cli.option_kind(option.default, may_be_zero=option.is_weight or option.default == 0), help=option.help
-        )
+        kind = cli.option_kind(option.default, may_be_zero=option.is_weight or option.default == 0)
+        group.add_argument(f"--{keyword.replace('_', '-')}", **kind, help=option.help)
     parser.completions.append(_complete_alpha)
     parser.parameters["loss"] = "distill"
     cli.counts_in_training(parser, *cli.names_of(group))
