@@ -66,6 +66,7 @@ def main(args: argparse.Namespace) -> None:
     from deploy.budget import describe
     from distill.objective import session_objective
     from prune.forms import check_compact_form
+    from prune.mending import Reconstruction, check_images
     from prune.networks import build_networks, images_of, network_names, read_files
     from prune.preparation import filter_choice, schedule_of
     from prune.preview import print_pruning
@@ -92,6 +93,7 @@ def main(args: argparse.Namespace) -> None:
     objective_of = partial(session_objective, session, distillation_settings(args), teacher=teacher)
     loss = objective_of(student.network).formula()  # losses that cannot compare the two say so here
     check_recalibration(student.network, session.plan.recalibrate_bn_batches)
+    check_images(pruning.reconstruct, data)
     choose = filter_choice(session, pruning, student)
     choose.check()
     table = latency_table(session, latency_settings(args), choose, multiple=pruning.multiple) if is_of_time(args) else None
@@ -111,11 +113,14 @@ def main(args: argparse.Namespace) -> None:
     if pruning.ratios_file is not None and session.is_new:
         run.save_json(SENSITIVITY, read_json(pruning.ratios_file))
     before = log_accuracy(run, teacher=teacher, student=student, data=data, is_copy=names.s_copy_t) if session.is_new else {}
-    schedule = schedule_of(session, pruning, choose, on_choice=partial(log_later_step, session, pruning, table, choose))
+    mend = Reconstruction(pruning.reconstruct, data, run) if pruning.reconstruct is not None else None
+    on_choice = partial(log_later_step, session, pruning, table, choose)
+    schedule = schedule_of(session, pruning, choose, on_choice=on_choice, mend=mend)
     if session.is_new:
         log_first_times(session, pruning, table, choose, schedule)
         batches = session.plan.recalibrate_bn_batches
-        log_pruning(run, before, schedule=schedule, student=student, data=data, recalibrate_bn_batches=batches)
+        reached = {"recalibrate_bn_batches": batches, "before": mend and mend.before}
+        log_pruning(run, before, schedule=schedule, student=student, data=data, **reached)
     network = session.place(schedule.trained_network())
     describe_network = partial(describe_pruned, schedule=schedule, file=student, config=session.settings.flags)
     result = session.train(objective_of(network), network=network, describe=describe_network, pruning=schedule)

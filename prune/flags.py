@@ -19,6 +19,7 @@ CALLED = {  # what functions call what these flags give
     "interval": "prune_interval",
     "form": "train_form",
     "batches": "recalibrate_bn",
+    "images": "reconstruct",
 }
 READ_BY_CRITERIA = {  # flag: what a criterion asks for
     "samp_batches": ("grad", "feature_maps"),
@@ -56,6 +57,9 @@ def add_pruning_flags(parser: cli.Parser) -> None:
                        help="hard pruning takes N equal steps, before the first N epochs")  # fmt: skip
     group.add_argument("--recalibrate-bn", type=cli.positive_int, metavar="N",
                        help="estimate batch norm's statistics over N training batches before each evaluation")  # fmt: skip
+    group.add_argument("--reconstruct", type=image_count, metavar="N",
+                       help="after the choice, mend what is left by least squares over N training images without labels, "
+                            "layer by layer; auto: as many as the largest layer needs")  # fmt: skip
     group.add_argument("--samp-batches", type=cli.positive_int, metavar="N",
                        help="training batches that filters are scored by (default: all)")  # fmt: skip
     group.add_argument("--gamma", type=cli.proportion, default=0.5, help="weight of the distances in filter-nggm")
@@ -93,6 +97,7 @@ def pruning_settings(args: argparse.Namespace) -> PruningSettings:
         soft_interval=(args.prune_interval or 1) if args.soft_prune else None,
         steps=args.prune_steps,
         train_form=args.train_form,
+        reconstruct=0 if args.reconstruct == AUTO else args.reconstruct,
     )
 
 
@@ -115,6 +120,10 @@ def rates_file(args: argparse.Namespace) -> str | None:
     return next((rate for rate in args.prune_rates if isinstance(rate, str)), None)
 
 
+def image_count(text: str) -> int | str:
+    return text if text == AUTO else cli.positive_int(text)
+
+
 def channel_multiple(text: str) -> int | str:
     return text if text == AUTO else cli.positive_int(text)
 
@@ -126,7 +135,8 @@ def prunes(args: argparse.Namespace) -> bool:
 
 def say_what_trains(parser: cli.Parser) -> None:
     """Refuses, beside --sensitivity, whatever only has an effect on a run; called once all flags are there."""
-    names = ["soft_prune", "prune_interval", "prune_steps", "budget", "allocation", "train_form", "prune_rates", "recalibrate_bn"]
+    names = ["soft_prune", "prune_interval", "prune_steps", "budget", "allocation", "train_form", "prune_rates"]
+    names += ["recalibrate_bn", "reconstruct"]
     names += ["save_dir", "run_name", "log_name", "resume", "auto_resume", "dry_run", "compile", "sync_bn"]
     names += ["checkpoint_interval", "checkpoint_minutes"]
     for title in ("training", "averaging", "distillation"):
@@ -166,6 +176,11 @@ def _say_what_counts(parser: cli.Parser) -> None:
         )
     parser.counts_only(
         "prune_steps", where=lambda args: prunes(args) and not args.soft_prune, only=f"with {below}, and without --soft-prune"
+    )
+    parser.counts_only(
+        "reconstruct",
+        where=lambda args: prunes(args) and not args.soft_prune,
+        only=f"with {below}, and without --soft-prune, whose filters grow back",
     )
     parser.counts_only("prune_interval", where=lambda args: args.soft_prune, only="with --soft-prune, hard pruning chooses once")
     parser.counts_only(  # without rates below 1 still for what an earlier pruning left in the student's file

@@ -6,8 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from models.copies import copied
 from prune.choice import FilterChoice
-from prune.schedule import GradualPhysicalPruning, GradualPruning, HardPruning, PhysicalPruning, PruningSchedule, SoftPruning
+from prune.schedule import (
+    GradualPhysicalPruning,
+    GradualPruning,
+    HardPruning,
+    Mend,
+    PhysicalPruning,
+    PruningSchedule,
+    SoftPruning,
+)
 from utils.distributed import any_process
 from utils.errors import UserError
 
@@ -24,6 +33,7 @@ def build_schedule(
     warn: Callable[[str], None],
     is_faster_small: Callable[[Mapping[str, Tensor]], bool] = lambda kept: True,
     on_choice: Callable[[PruningSchedule, int], None] = lambda schedule, step: None,
+    mend: Mend | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> PruningSchedule:
     """What keeps `network` pruned; hard pruning makes its one choice here, or takes it from the state of a resumed run.
@@ -32,27 +42,47 @@ def build_schedule(
     first epochs, and `on_choice(schedule, step)` hears of the later ones. It trains the network in `form`, compact or masked, and
     a resumed run in the one that it began with. With form auto it is the compact one if `is_faster_small(kept)`, and if that
     evaluates and trains as the masked one does on `images`, which is proved before; if not, `warn` is told why, and the masked
-    one is trained. Raises UserError where form compact does not pass.
+    one is trained. `mend(schedule, unpruned)` is called after each choice that is made here, with the network as it was before.
+    Raises UserError where form compact does not pass.
     """
     if soft_interval is not None:
         return SoftPruning(network, choose, interval=soft_interval, last_epoch=last_epoch)
     small, masked = PhysicalPruning, HardPruning
     if steps > 1:
-        gradual = {"choose_at": lambda step, kept: choose.at_step(step, steps, kept)(), "steps": steps, "on_choice": on_choice}
+        gradual = {"choose_at": lambda step, kept: choose.at_step(step, steps, kept)(), "steps": steps}
+        gradual |= {"on_choice": on_choice, "mend": mend}
         small, masked = (_with_steps(kind, gradual) for kind in (GradualPhysicalPruning, GradualPruning))
     if state is not None:
         return (small if _was_trained_small(state) else masked)(network, state["resume"]["hooks"]["kept"], example=images)
+    unpruned = copied(network) if mend is not None else None
     kept = choose() if steps == 1 else choose.at_step(0, steps, None)()
-    if form == "masked" or (form == "auto" and not is_faster_small(kept)):
-        return masked(network, kept, example=images)
+    schedule = None
+    if form == "compact" or (form == "auto" and is_faster_small(kept)):
+        schedule = _small_if_proved(small, network, kept, images, required=form == "compact", warn=warn)
+    schedule = schedule or masked(network, kept, example=images)
+    if mend is not None:
+        mend(schedule, unpruned)
+    return schedule
+
+
+def _small_if_proved(
+    small: Callable[..., PhysicalPruning],
+    network: nn.Module,
+    kept: Mapping[str, Tensor],
+    images: Tensor,
+    *,
+    required: bool,
+    warn: Callable[[str], None],
+) -> PhysicalPruning | None:
+    """Pruning in compact form where every process has proved it right. Raises UserError where it is `required` and is not."""
     schedule, reason = _proved(small, network, kept, images)
-    if any_process(schedule is None):
-        schedule, reason = None, reason or "another process found a difference"
-    if schedule is None and form == "compact":
+    if not any_process(schedule is None):
+        return schedule
+    reason = reason or "another process found a difference"
+    if required:
         raise UserError(f"--train-form compact: {reason}; choose masked")
-    if schedule is None:
-        warn(f"trains the large network with zeros, not the small one: {reason}")
-    return schedule or masked(network, kept, example=images)
+    warn(f"trains the large network with zeros, not the small one: {reason}")
+    return None
 
 
 def _with_steps(kind: type, gradual: Mapping[str, Any]) -> Callable[..., PruningSchedule]:

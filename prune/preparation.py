@@ -9,7 +9,7 @@ from prune.choice import FilterChoice
 from prune.forms import build_schedule
 from prune.masks import PrunableLayer, keep_ratios, prunable_layers
 from prune.measured_forms import trains_faster_small
-from prune.schedule import PruningSchedule
+from prune.schedule import Mend, PruningSchedule
 from prune.sensitivity import read_rates
 from prune.settings import PruningSettings
 from utils.runs.folder import SENSITIVITY
@@ -52,8 +52,12 @@ def schedule_of(
     choose: FilterChoice,
     *,
     on_choice: Callable[[PruningSchedule, int], None],
+    mend: Mend | None = None,
 ) -> PruningSchedule:
-    """What keeps the student pruned; `on_choice(schedule, step)` hears of the later steps of gradual pruning."""
+    """What keeps the student pruned, mended by `mend` after each choice that is made from here on.
+
+    `on_choice(schedule, step)` hears of the later steps of gradual pruning.
+    """
     run, training = session.settings.run, session.settings.training
     is_masked = choose.is_whole or (settings.steps > 1 and training.ema is not None)
     return build_schedule(
@@ -67,5 +71,6 @@ def schedule_of(
         warn=session.run.warn,
         is_faster_small=partial(trains_faster_small, choose, steps=settings.steps, amp=run.amp, compiled=run.compile),
         on_choice=on_choice,
+        mend=mend,
         state=session.state,
     )

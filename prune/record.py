@@ -56,8 +56,12 @@ def log_pruning(
     student: NetworkFile,
     data: ImageData,
     recalibrate_bn_batches: int | None = None,
+    before: Mapping[str, float] | None = None,
 ) -> None:
-    """Logs the choice and what it did to the accuracy, and leaves both in files of the run; `scores` are those before it."""
+    """Logs the choice and what it did to the accuracy, and leaves both in files of the run; `scores` are those before it.
+
+    `before` is what the pruned network scored before it was reconstructed, None where it was not.
+    """
     recalibrated = recalibrated_batch_norm(student.network, data, batches=recalibrate_bn_batches)
     with schedule.shipped() as kept, recalibrated:
         pruned = evaluate(student.network, data)
@@ -70,12 +74,14 @@ def log_pruning(
             run.log(f"{layer.name} keeps {len(kept[layer.name])} of {layer.filters}")
             if not len(kept[layer.name]):
                 run.warn(f"{layer.name} has lost every filter")
-    run.log(f"pruned, before fine-tuning: top1 {pruned['top1']:.2f}, loss {pruned['loss']:.4f}")
+    done = "pruned" if before is None else "pruned and reconstructed"
+    run.log(f"{done}, before fine-tuning: top1 {pruned['top1']:.2f}, loss {pruned['loss']:.4f}")
     trained = scores["student"]["top1"] > CHANCE_MARGIN * chance
     if trained and pruned["top1"] <= CHANCE_MARGIN * chance:
         run.warn(f"accuracy fell to chance ({chance:.1f}) by pruning; fine-tuning starts nearly from nothing")
     save_kept(run, schedule, kept)
-    run.save_json(BEFORE_TRAINING, {**scores, "pruned": pruned})
+    reached = {"pruned": pruned} if before is None else {"pruned": before, "reconstructed": pruned}
+    run.save_json(BEFORE_TRAINING, {**scores, **reached})
 
 
 def log_step(run: Run, schedule: PruningSchedule, step: int, *, steps: int) -> None:

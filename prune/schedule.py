@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batch_norm import quicken_batch_norms
+from models.copies import copied
 from models.narrow import NarrowNetwork, narrow
 from models.narrow.proof import check_equal_training
 from prune.masks import PrunableLayer, SharedNorm, prunable_layers, shared_norms
@@ -59,6 +60,9 @@ class PruningSchedule(Pruning):
         self.kept = _checked_kept(self.layers, state["kept"])
 
 
+Mend = Callable[[PruningSchedule, nn.Module], None]  # what is pruned, and the network as it was before
+
+
 class HardPruning(PruningSchedule):
     """One choice before training: pruned filters are exactly 0 from now on, after every step."""
 
@@ -83,8 +87,8 @@ class GradualPruning(HardPruning):
     """Filters go in `steps` steps, the first before training, the others after the first epochs. What is gone stays gone.
 
     `choose_at(step, kept)` gives what stays at a step, counted from 0, of what has stayed so far (None before the first). It
-    must not change anything. `on_choice(schedule, step)` hears of the later ones. With `kept`, from the state of a resumed run,
-    nothing is chosen here.
+    must not change anything. At the later ones `mend(schedule, unpruned)` is given the network as it was before, and
+    `on_choice(schedule, step)` hears of them. With `kept`, from the state of a resumed run, nothing is chosen here.
     """
 
     def __init__(
@@ -94,16 +98,20 @@ class GradualPruning(HardPruning):
         *,
         steps: int,
         on_choice: Callable[["GradualPruning", int], None],
+        mend: Mend | None = None,
         kept: Mapping[str, Tensor] | None = None,
         example: Tensor | None = None,
     ):
-        self._choose_at, self._steps, self._on_choice = choose_at, steps, on_choice
+        self._choose_at, self._steps, self._on_choice, self._mend = choose_at, steps, on_choice, mend
         super().__init__(model, choose_at(0, None) if kept is None else kept, example=example)
 
     def after_epoch(self, epoch: int) -> None:
         if epoch + 1 < self._steps:
             self._clear_dead_inputs()
+            unpruned = copied(self.model) if self._mend is not None else None
             self.load_state_dict({"kept": self._choose_at(epoch + 1, self.kept)})
+            if self._mend is not None:
+                self._mend(self, unpruned)
             self._on_choice(self, epoch + 1)
 
     def _clear_dead_inputs(self) -> None:
@@ -172,17 +180,21 @@ class GradualPhysicalPruning(PhysicalPruning):
         *,
         steps: int,
         on_choice: Callable[[PruningSchedule, int], None],
+        mend: Mend | None = None,
         kept: Mapping[str, Tensor] | None = None,
         example: Tensor | None = None,
     ):
-        self._choose_at, self._steps, self._on_choice = choose_at, steps, on_choice
+        self._choose_at, self._steps, self._on_choice, self._mend = choose_at, steps, on_choice, mend
         super().__init__(model, choose_at(0, None) if kept is None else kept, example=example)
 
     def after_epoch(self, epoch: int) -> nn.Module | None:
         if epoch + 1 >= self._steps:
             return None
         self.model.load_state_dict(self._network.dense_state_dict(idle=self.model.state_dict()))
+        unpruned = copied(self.model) if self._mend is not None else None
         self._cut(self._choose_at(epoch + 1, self.kept))
+        if self._mend is not None:
+            self._mend(self, unpruned)
         self._on_choice(self, epoch + 1)
         return self._network
 

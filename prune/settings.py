@@ -47,7 +47,8 @@ class PruningSettings:
     In their place stand a `budget`, the file `ratios_file` that a measurement of sensitivity wrote, of which each layer takes the
     least proportion that costs at most `sensitivity_drop` points, or `sensitivity`, the file that such a measurement is to write.
     `soft_interval` is the number of epochs between soft prunings, None for hard pruning, which takes `steps` steps. `multiple`
-    None stands for the one that is measured to be fastest.
+    None stands for the one that is measured to be fastest. `reconstruct` is the number of training images by which what is left
+    is mended, 0 for as many as the largest layer needs, None for no such thing.
     """
 
     keep_ratios: Sequence[float] = (1.0,)
@@ -67,6 +68,7 @@ class PruningSettings:
     soft_interval: int | None = None
     steps: int = 1
     train_form: str = "auto"
+    reconstruct: int | None = None
 
 
 @dataclass(frozen=True)

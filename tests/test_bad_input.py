@@ -232,6 +232,13 @@ COMMANDS = [
         "--s-model resnet20 --budget macs=0.5 --channel-multiple auto",
         ["--channel-multiple auto", "needs --budget latency=SHARE"],
     ),
+    (PRUNE, "--s-model resnet20 --prune-rates 0.6 --reconstruct 0", ["--reconstruct", "'0'", "1 or more"]),
+    (PRUNE, "--s-model resnet20 --prune-rates 0.6 --reconstruct 9999", ["--reconstruct 9999", "1437 training images"]),
+    (
+        PRUNE,
+        "--s-model resnet20 --prune-rates 0.6 --soft-prune --prune-mode filter-l2 --reconstruct 8",
+        ["--reconstruct 8", "grow"],
+    ),
     (PRUNE, "--s-model resnet20 --prune-rates 0.6 --prune-steps 3 --n-epochs 2", ["--prune-steps 3", "--n-epochs 2 are fewer"]),
     (PRUNE, "--s-model resnet20 --prune-rates 0.6 --prune-steps 2 --train-form compact --ema 0.9", ["--ema 0.9", "--prune-st"]),
     (PRUNE, "--s-model resnet20 --prune-steps 3", ["--prune-steps 3", "only with --prune-rates below 1"]),

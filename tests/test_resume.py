@@ -33,7 +33,7 @@ RECALIBRATED = Recipe(
 GRADUAL = Recipe(
     "gradual",
     "pruning",
-    "--t-path {teacher} --s-copy-t --prune-mode filter-gm --prune-rates 0.4 --prune-steps 3 --distill hap "
+    "--t-path {teacher} --s-copy-t --prune-mode filter-gm --prune-rates 0.4 --prune-steps 3 --reconstruct 16 --distill hap "
     "--run-name run --n-epochs 4 --limit-batches 2 --batch-size 16 --schedule --lr-drops",
 )
 GRADUAL_MASKED = GRADUAL._replace(name="gradual-masked", flags=f"{GRADUAL.flags} --train-form masked")

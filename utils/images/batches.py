@@ -123,6 +123,23 @@ class ImageData:
         first_image = start * self.batch_size
         yield from self._batches(self._train, rows, seed=derived_seed(self.seed, "augmentation", epoch), first_image=first_image)
 
+    def plain_batches(self, count: int) -> list[Tensor]:
+        """`count` training images, drawn by the seed, as they are tested: not augmented; in batches on the device.
+
+        The same ones in every process, all of them.
+        """
+        drawn = torch.randperm(len(self.dataset.train.labels), generator=generator(self.seed, "plain"))[:count]
+        split = self._plain_split(drawn.sort().values)
+        rows = list(torch.arange(len(drawn)).split(self.batch_size))
+        return [images for images, _ in split.batches(rows, [0] * len(rows), seed=0)]
+
+    def _plain_split(self, rows: Tensor) -> "_DeviceSplit | _StreamedSplit":
+        train = self.dataset.train
+        if isinstance(train, SmallImages):
+            return _DeviceSplit(SmallImages(train.images[rows], train.labels[rows]), self.dataset, device=self.device)
+        files = ImageFiles(tuple(train.paths[row] for row in rows.tolist()), train.labels[rows])
+        return _StreamedSplit(files, self.dataset, device=self.device, augment=False, workers=self.workers)
+
     def test_batches(self) -> Iterator[Batch]:
         """The test images in their own order, or with `limit_batches` so many that were drawn, without augmentation."""
         yield from self._batches(self._test, self._test_order.split(self.batch_size), seed=0, first_image=0)
