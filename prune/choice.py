@@ -16,7 +16,7 @@ from prune.compact import compact
 from prune.cost import NetworkCost, Widths
 from prune.criteria import CRITERIA
 from prune.feature_maps import mean_of_maps
-from prune.gradients import mean_gradients
+from prune.gradients import importances, mean_gradients
 from prune.groups import ChannelGroup, channel_groups, single_groups
 from prune.masks import PrunableLayer, SharedNorm, check_criterion, choose_filters, prunable_layers, score_filters, shared_norms
 from prune.schedule import HardPruning
@@ -264,14 +264,15 @@ class FilterChoice:
         """What the criterion asks for that takes a pass over training images."""
         criterion = CRITERIA[self.criterion]
         passed = {"layers": self.layers, "all_reduce": sum_over_processes}
-        gradients = maps = None
+        gradients = importance = maps = None
         if criterion.needs_gradient:
-            training = criterion.gradient_mode == "training"
-            gradients = mean_gradients(self.network, self._batches(), training=training, **passed)
+            gradients = mean_gradients(self.network, self._batches(), **passed)
+        if criterion.importance_of is not None:
+            importance = importances(self.network, self._batches(), of=criterion.importance_of, **passed)
         if criterion.needs_maps:
             example = self.data.example
             maps = mean_of_maps(self.network, self._batches(), of_maps=criterion.of_maps, example=example, **passed)
-        return {"gradients": gradients, "feature_maps": maps}
+        return {"gradients": gradients, "importance": importance, "feature_maps": maps}
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         return ((batch.images, batch.labels) for batch in islice(self.data.train_batches("scoring"), self.samp_batches))
@@ -279,4 +280,4 @@ class FilterChoice:
     def without_pass(self) -> "FilterChoice":
         """A choice of as many filters that costs no pass over the data; the same one where the criterion needs none."""
         criterion = CRITERIA[self.criterion]
-        return replace(self, criterion=WITHOUT_PASS) if criterion.needs_gradient or criterion.needs_maps else self
+        return replace(self, criterion=WITHOUT_PASS) if criterion.looks_at_images else self

@@ -1,9 +1,9 @@
 """Filter criteria: a conv weight in, one score a filter out; the filters with the lowest scores are pruned.
 
 A new criterion is one function under `@criterion("filter-...", title="...")`; nothing else changes. It takes the weight and, by
-name, what it needs of `grad`, `bn_weight`, `feature_maps`, `gamma`, `generator` and `gm_distance`, and returns (F,) scores. It is
-called without autograd and in float64: its scores are rounded to float32 afterwards, so that the same weights rank alike on every
-device. `feature_maps` is a mean over images: the decorator says of what.
+name, what it needs of `grad`, `importance`, `bn_weight`, `feature_maps`, `gamma`, `generator` and `gm_distance`, and returns (F,)
+scores. It is called without autograd and in float64: its scores are rounded to float32 afterwards, so that the same weights rank
+alike on every device. `feature_maps` is a mean over images: the decorator says of what, as it does of `importance`.
 
 What is registered is known without torch, which a function that needs more than the methods of tensors imports itself.
 """
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GM_DISTANCES = ("euclidean", "sqeuclidean")
-MODES = ("training", "evaluation")
+VARIABLES = ("gates", "weights")
 
 
 @dataclass(frozen=True)
 class Criterion:
     """A registered score function, called with the same arguments whichever it is.
 
-    `gradient_mode` is the mode of the network, "training" or "evaluation", in which its gradient is taken. `of_maps` turns the
+    `importance_of` says whose `importance` (`prune.gradients`) it asks for, that of "gates" or "weights". `of_maps` turns the
     maps (B, F, H, W) of a layer into the (B, F) whose mean over all images is `feature_maps`.
     """
 
@@ -37,12 +37,17 @@ class Criterion:
     title: str
     score: Callable[..., Tensor]
     inputs: frozenset[str]
-    gradient_mode: str = "training"
+    importance_of: str | None = None
     of_maps: Callable[[Tensor], Tensor] | None = None
 
     @property
     def needs_gradient(self) -> bool:
         return "grad" in self.inputs
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether its scores take a pass over training images."""
+        return bool(self.inputs & {"grad", "importance", "feature_maps"})
 
     @property
     def needs_maps(self) -> bool:
@@ -58,12 +63,13 @@ class Criterion:
         gm_distance: str = "euclidean",
         bn_weight: Tensor | None = None,
         feature_maps: Tensor | None = None,
+        importance: Tensor | None = None,
     ) -> Tensor:
         """Scores (F,) of the filters of `weight` (F, C, kH, kW), on its device, in its dtype but at least float32.
 
-        `grad` has the shape of `weight`; `bn_weight`, that of the batch norm which reads the filters, and `feature_maps` are
-        (F,). Raises UserError where one is needed and not given, and unless the scores are F finite numbers: what else a new
-        criterion may return would prune something all the same.
+        `grad` has the shape of `weight`; `bn_weight`, that of the batch norm which reads the filters, `feature_maps` and
+        `importance` are (F,). Raises UserError where one is needed and not given, and unless the scores are F finite numbers:
+        what else a new criterion may return would prune something all the same.
         """
         if self.needs_gradient and (grad is None or grad.shape != weight.shape):
             given = "none" if grad is None else f"one of shape {tuple(grad.shape)}"
@@ -72,10 +78,13 @@ class Criterion:
             raise UserError(f"{self.name} needs a batch norm that alone reads the filters, and its weight: there is none")
         if self.needs_maps and (feature_maps is None or feature_maps.shape != (len(weight),)):
             raise UserError(f"{self.name} needs a number of the feature maps of each filter, ({len(weight)},)")
+        if self.importance_of is not None and (importance is None or importance.shape != (len(weight),)):
+            raise UserError(f"{self.name} needs the importance of each filter, ({len(weight)},)")
         available = {
             "grad": None if grad is None else grad.double(),
             "bn_weight": None if bn_weight is None else bn_weight.double(),
             "feature_maps": None if feature_maps is None else feature_maps.double(),
+            "importance": None if importance is None else importance.double(),
             "gamma": gamma,
             "generator": generator,
             "gm_distance": gm_distance,
@@ -103,7 +112,7 @@ class Criterion:
 
 
 CRITERIA: dict[str, Criterion] = {}
-_INPUTS = frozenset(("grad", "bn_weight", "feature_maps", "gamma", "generator", "gm_distance"))
+_INPUTS = frozenset(("grad", "importance", "bn_weight", "feature_maps", "gamma", "generator", "gm_distance"))
 
 
 def criteria_with(*inputs: str) -> list[str]:
@@ -112,14 +121,14 @@ def criteria_with(*inputs: str) -> list[str]:
 
 
 def criterion(
-    name: str, *, title: str, gradient_mode: str = "training", of_maps: Callable[[Tensor], Tensor] | None = None
+    name: str, *, title: str, importance_of: str | None = None, of_maps: Callable[[Tensor], Tensor] | None = None
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Registers the decorated score function as `--prune-mode name`. Its parameters say what it needs beside the weight.
 
     `title` is what papers and tables call it.
     """
-    if gradient_mode not in MODES:
-        raise ValueError(f"criterion {name!r}: gradient_mode {gradient_mode!r} is none of {', '.join(MODES)}")
+    if importance_of not in (None, *VARIABLES):
+        raise ValueError(f"criterion {name!r}: importance_of {importance_of!r} is none of {', '.join(VARIABLES)}")
 
     def register(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
         inputs = frozenset(list(inspect.signature(score).parameters)[1:])
@@ -127,7 +136,9 @@ def criterion(
             raise ValueError(f"criterion {name!r} is registered already, or asks for more than {', '.join(sorted(_INPUTS))}")
         if ("feature_maps" in inputs) != (of_maps is not None):
             raise ValueError(f"criterion {name!r}: feature_maps and of_maps, which says what of them is meant, come together")
-        CRITERIA[name] = Criterion(name, title, score, inputs, gradient_mode, of_maps)
+        if ("importance" in inputs) != (importance_of is not None):
+            raise ValueError(f"criterion {name!r}: importance and importance_of, which says whose, come together")
+        CRITERIA[name] = Criterion(name, title, score, inputs, importance_of, of_maps)
         return score
 
     return register
@@ -184,14 +195,20 @@ def norm_of_gradient_and_geometric_median(weight: Tensor, *, grad: Tensor, gamma
     return gamma * _minmax(median) + (1 - gamma) * _minmax(l1_norm(grad))
 
 
-@criterion("filter-taylor", title="Taylor", gradient_mode="evaluation")
-def taylor(weight: Tensor, *, grad: Tensor) -> Tensor:
-    """Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019: `(sum w_i g_i)^2`.
+@criterion("filter-taylor", title="Taylor", importance_of="gates")
+def taylor(weight: Tensor, *, importance: Tensor) -> Tensor:
+    """Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, the gate behind batch norm (method 22).
 
-    The gradient is that of evaluation mode. A batch norm that normalises by its batch undoes any scale of a filter, so that the
-    loss does not change along it: there `sum w_i g_i` is 0, whatever the filter does.
+    Of a gate that multiplies the filter's map and is 1, the sum over batches of the square of the loss's gradient: what the loss
+    changes to first order without the filter, squared batch by batch.
     """
-    return (weight * grad).flatten(1).sum(1).square()
+    return importance
+
+
+@criterion("filter-taylor-weight", title="Taylor (weights)", importance_of="weights")
+def taylor_of_weights(weight: Tensor, *, importance: Tensor) -> Tensor:
+    """The same paper on weights (method 0 of its code): `sum_w (w g)^2`, over the batches."""
+    return importance
 
 
 @criterion("filter-bn", title="Network Slimming")

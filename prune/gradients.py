@@ -1,6 +1,8 @@
-"""The gradient that criteria such as `filter-nggm` score filters by: of the mean cross-entropy over training batches."""
+"""What criteria such as `filter-nggm` and `filter-taylor` score filters by: gradients of the loss over training batches."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,6 @@ def mean_gradients(
     *,
     layers: Sequence[PrunableLayer],
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    training: bool = True,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Tensor]:
     """Gradient of the mean `loss` over the images of `batches`, by layer name, in the shape of the conv weights.
@@ -26,8 +27,8 @@ def mean_gradients(
     `batches` gives (images, labels) on the model's device; `loss(logits, labels)` is a mean over the batch. The gradients
     are summed batch by batch, each weighed by its images, in the memory of one training step. The pass runs in training
     mode, so it is the gradient that training is about to follow (batch statistics, dropout), and does not rest on running
-    statistics that a fresh network has not got; without `training` it is that of the network as it is evaluated. It leaves no
-    trace: buffers, torch's default random streams, `.grad`, `requires_grad` and the mode of every module are as before.
+    statistics that a fresh network has not got. It leaves no trace: buffers, torch's default random streams, `.grad`,
+    `requires_grad` and the mode of every module are as before.
 
     Among several processes `all_reduce` adds a tensor up over them in place (`torch.distributed.all_reduce`); all of them
     then return the same. Raises UserError for no batch at all, or a gradient that is not finite.
@@ -36,7 +37,7 @@ def mean_gradients(
     sums = [torch.zeros_like(weight) for weight in weights]
     images_seen = 0
     with without_trace(model), torch.enable_grad():
-        model.train(training)
+        model.train()
         for weight in weights:
             weight.requires_grad_(True)
         for images, labels in batches:
@@ -58,6 +59,64 @@ def _batch_gradients(
 ) -> tuple[Tensor, ...]:
     # Asked for these weights alone, autograd neither touches `.grad` nor computes what no criterion reads.
     return torch.autograd.grad(loss(logits_of(model(images)), labels), weights, materialize_grads=True)
+
+
+def importances(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    layers: Sequence[PrunableLayer],
+    of: str,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    all_reduce: Callable[[Tensor], object] | None = None,
+) -> dict[str, Tensor]:
+    """The sum over batches of `sum (v g)^2`, (F,) by layer name in float64, g the gradient of the batch's mean loss.
+
+    Molchanov et al., CVPR 2019. v are a filter's own weights, or with `of="gates"` the factor 1 of its map behind the norm
+    that reads it (behind the layer where there is none), so that `v g` is the sum over images and positions of `a dL/da`. The
+    pass runs in evaluation: a batch norm that normalises by the batch would undo what is done to a filter's weights.
+
+    The other arguments, and what is left as it was, are those of `mean_gradients`; among several processes the square is of the
+    gradient of the whole batch.
+    """
+    sums = [torch.zeros(layer.filters, dtype=torch.float64, device=layer.module.weight.device) for layer in layers]
+    batches_seen = 0
+    with without_trace(model), _gates(layers if of == "gates" else ()) as gates, torch.enable_grad():
+        model.eval()
+        variables = gates or [layer.module.weight for layer in layers]
+        for variable in variables:
+            variable.requires_grad_(True)
+        for images, labels in batches:
+            gradients = _batch_gradients(model, images, labels, weights=variables, loss=loss)
+            gradients = [gradient * len(images) for gradient in gradients]
+            count = len(images) if all_reduce is None else _reduce(gradients, len(images), all_reduce)
+            for total, variable, gradient in zip(sums, variables, gradients, strict=True):
+                total += (variable.detach().double() * gradient / count).square().flatten(1).sum(1)
+            batches_seen += 1
+    if not batches_seen:
+        raise UserError("--samp-batches: not one training batch to take the gradient over: give 1 or more")
+    _check_finite(layers, sums)
+    return {layer.name: total for layer, total in zip(layers, sums, strict=True)}
+
+
+@contextmanager
+def _gates(layers: Sequence[PrunableLayer]) -> Iterator[list[Tensor]]:
+    """Within it each filter's map is multiplied by a gate of its own, (F, 1), all of them 1."""
+    gates, handles = [], []
+
+    def gate_of(layer: PrunableLayer) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        gate = layer.module.weight.new_ones(layer.filters, 1)
+        gates.append(gate)
+        axis = -1 if layer.is_linear else 1
+        return lambda module, inputs, maps: maps * gate.view([-1 if dim == axis % maps.dim() else 1 for dim in range(maps.dim())])
+
+    try:
+        for layer in layers:
+            handles.append((layer.norm or layer.module).register_forward_hook(gate_of(layer)))
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _reduce(sums: list[Tensor], images_seen: int, all_reduce: Callable[[Tensor], object]) -> int:

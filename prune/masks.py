@@ -195,6 +195,7 @@ def choose_filters(
     *,
     criterion: str,
     gradients: Mapping[str, Tensor] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     feature_maps: Mapping[str, Tensor] | None = None,
     multiple: int = 1,
     gamma: float = 0.5,
@@ -206,8 +207,8 @@ def choose_filters(
     The lowest scores go; of equal scores the lower index goes first. A grouped convolution loses the same number in every
     group, or it would be no grouped convolution any more; so a depthwise one, with one filter a group, keeps all that
     the convolution before it keeps. Filters that a group norm takes together go together, by the sum of their scores. Raises
-    UserError for an unknown criterion, one that lacks its `gradients`, its `feature_maps` or a batch norm, or weights that are
-    not finite.
+    UserError for an unknown criterion, one that lacks its `gradients`, `importance`, `feature_maps` or a batch norm, or weights
+    that are not finite.
     """
     if criterion not in CRITERIA:
         raise UserError(f"--prune-mode {criterion}: choose from {', '.join(CRITERIA)}")
@@ -215,7 +216,8 @@ def choose_filters(
     # Random scores are drawn for every layer, so that what one retains does not change the choice in the next.
     scored = layers if "generator" in CRITERIA[criterion].inputs else losing
     options = {"gamma": gamma, "gm_distance": gm_distance, "generator": generator}
-    scores = score_filters(scored, criterion=criterion, gradients=gradients, feature_maps=feature_maps, **options)
+    sampled = {"gradients": gradients, "importance": importance, "feature_maps": feature_maps}
+    scores = score_filters(scored, criterion=criterion, **sampled, **options)
     kept = {
         layer.name: _highest(layer, scores[layer.name], ratios[layer.name], multiple=multiple)
         if layer in scored
@@ -241,6 +243,7 @@ def score_filters(
     *,
     criterion: str,
     gradients: Mapping[str, Tensor] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     feature_maps: Mapping[str, Tensor] | None = None,
     left: Mapping[str, Sequence[int]] | None = None,
     **options: Any,
@@ -253,7 +256,8 @@ def score_filters(
     scores = {}
     for layer in layers:
         read = {"weight": layer.module.weight, "bn_weight": layer.bn_weight}
-        read |= {"grad": (gradients or {}).get(layer.name), "feature_maps": (feature_maps or {}).get(layer.name)}
+        sampled = {"grad": gradients, "importance": importance, "feature_maps": feature_maps}
+        read |= {name: (of or {}).get(layer.name) for name, of in sampled.items()}
         rows = torch.tensor(sorted((left or {}).get(layer.name, range(layer.filters))), dtype=torch.int64)
         with naming(layer.name):
             scores[layer.name] = _of_rows(CRITERIA[criterion], rows, read, **options)

@@ -237,7 +237,7 @@ add_pruning() {
   local criterion_flags=(--prune-rates "$KEEP" --prune-mode "$criterion")
   if [[ $KEEP == *=* ]]; then criterion_flags=(--budget "$KEEP" --prune-mode "$criterion"); fi
   case ${CRITERION_INPUTS[$criterion]} in
-    *' grad '*) criterion_flags+=(--samp-batches 25) ;;
+    *' grad '* | *' importance '*) criterion_flags+=(--samp-batches 25) ;;
     *' feature_maps '*) criterion_flags+=(--samp-batches 5) ;;
   esac
   applicable "$criterion" "$loss" "$@"

@@ -26,7 +26,7 @@ from utils.training.trainer import Trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 LOSSES = ("none", *DISTILLERS)
-HARD = [("--prune-mode", name, *(["--samp-batches", "1"] if entry.needs_gradient else [])) for name, entry in CRITERIA.items()]
+HARD = [("--prune-mode", name, *(["--samp-batches", "1"] if entry.looks_at_images else [])) for name, entry in CRITERIA.items()]
 SOFT = [("--prune-mode", criterion, "--soft-prune") for criterion in SOFT_CRITERIA]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -22,7 +22,7 @@ def numpy_geometric_median(weight, *, power=1):
 
 
 def test_every_named_method_is_registered():
-    names = ("r", "a", "l2", "gm", "nggm", "taylor", "bn", "hrank", "chip")
+    names = ("r", "a", "l2", "gm", "nggm", "taylor", "taylor-weight", "bn", "hrank", "chip")
     assert list(CRITERIA) == [f"filter-{name}" for name in names]
 
 
@@ -33,7 +33,7 @@ def test_one_float32_score_a_filter_with_the_same_keywords(name, shape):
     generator = torch.Generator().manual_seed(1)
     each = torch.ones(len(weight))
     options = {"gamma": 0.3, "generator": generator, "gm_distance": "sqeuclidean"}
-    scores = CRITERIA[name](weight, torch.ones(shape), bn_weight=each, feature_maps=each, **options)
+    scores = CRITERIA[name](weight, torch.ones(shape), bn_weight=each, feature_maps=each, importance=each, **options)
     assert scores.shape == shape[:1] and scores.dtype == torch.float32
     assert not scores.requires_grad and scores.isfinite().all()
 
@@ -44,6 +44,7 @@ def test_half_precision_weights_are_scored_in_float32(name):
     grad = draw(6, 2, 3, 3, seed=1).bfloat16()
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     read = {"bn_weight": draw(6, seed=2).bfloat16(), "feature_maps": draw(6, seed=3).bfloat16()}
+    read["importance"] = read["feature_maps"]
     scores = CRITERIA[name](weight, grad, generator=generators[0], **read)
     widened = {key: tensor.float() for key, tensor in read.items()}
     assert torch.equal(scores, CRITERIA[name](weight.float(), grad.float(), generator=generators[1], **widened))
@@ -107,9 +108,11 @@ def test_nggm_terms_that_are_all_equal_count_as_zero():
     assert CRITERIA["filter-nggm"](weight, points((0, 0), (5, 0))).tolist() == [0, 0.5]
 
 
-def test_taylor_by_hand():
-    weight, grad = points((1, 2), (3, -1), (0, 0)), points((1, 1), (1, 1), (9, 9))
-    assert CRITERIA["filter-taylor"](weight, grad).tolist() == [9, 4, 0]
+@pytest.mark.parametrize("name", ["filter-taylor", "filter-taylor-weight"])
+def test_taylor_needs_an_importance_of_each_filter(name):
+    assert CRITERIA[name](points((9, 9), (1, 1)), importance=torch.tensor([0.5, 2.0])).tolist() == [0.5, 2.0]
+    with pytest.raises(UserError, match=f"{name} needs the importance of each filter"):
+        CRITERIA[name](points((9, 9), (1, 1)), importance=torch.ones(3))
 
 
 def test_batch_norm_weights_by_hand():
@@ -118,9 +121,9 @@ def test_batch_norm_weights_by_hand():
         CRITERIA["filter-bn"](points((9, 9), (1, 1)))
 
 
-def test_a_mode_for_gradients_that_no_network_has_is_refused():
-    with pytest.raises(ValueError, match=r"filter-new.*'train' is none of training, evaluation"):
-        criterion("filter-new", title="New", gradient_mode="train")
+def test_an_importance_of_nothing_known_is_refused():
+    with pytest.raises(ValueError, match=r"filter-new.*'maps' is none of gates, weights"):
+        criterion("filter-new", title="New", importance_of="maps")
 
 
 def test_random_scores_come_from_the_given_generator_alone():
@@ -142,7 +145,7 @@ def test_a_new_criterion_is_one_decorated_function(monkeypatch):
 
     assert criteria.CRITERIA["filter-max"](points((3, -4), (1, 0)), gamma=0.1).tolist() == [4, 1]
     assert not criteria.CRITERIA["filter-max"].needs_gradient
-    assert [name for name, registered in CRITERIA.items() if registered.needs_gradient] == ["filter-nggm", "filter-taylor"]
+    assert [name for name, registered in CRITERIA.items() if registered.needs_gradient] == ["filter-nggm"]
 
 
 def test_registering_twice_or_asking_for_the_unknown_is_refused():

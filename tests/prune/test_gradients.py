@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
-from prune.criteria import CRITERIA
-from prune.gradients import mean_gradients
-from prune.masks import prunable_layers
+from prune.gradients import importances, mean_gradients
+from prune.masks import PrunableLayer, prunable_layers
 from utils.errors import UserError
 
 
@@ -67,36 +66,70 @@ def test_it_is_the_gradient_of_training_mode():
         torch.testing.assert_close(gradient, twin.get_submodule(name).weight.grad)
 
 
-def test_without_training_it_is_the_gradient_of_the_network_as_it_is_evaluated():
-    torch.manual_seed(0)
-    model = build_model("resnet20", num_classes=5).train()
-    for _ in range(3):  # statistics that are not those of the batch
-        model(torch.randn(8, 3, 8, 8))
-    twin, batches = copy.deepcopy(model).eval(), batches_of(4, 2)
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    F.cross_entropy(twin(images), labels).backward()
-    gradients = mean_gradients(model, batches, layers=prunable_layers(model), training=False)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, twin.get_submodule(name).weight.grad, rtol=1e-4, atol=1e-6)
+def evaluated_twin(model):
+    """Statistics that are not those of a batch, and a copy whose maps behind batch norm can be looked at."""
+    for _ in range(3):
+        model.train()(torch.randn(8, 3, 8, 8))
+    return copy.deepcopy(model).eval()
 
 
-def test_a_scale_of_a_filter_is_seen_in_evaluation_alone():
-    """Why `filter-taylor` takes its gradient there: `sum w_i g_i` is the slope of the loss along the filter itself."""
+def test_the_importance_of_gates_is_what_the_maps_and_their_gradients_say_batch_by_batch():
+    """With a the map behind batch norm: the square of the sum over images and positions of `a dL/da`, summed over batches."""
     torch.manual_seed(0)
-    model = build_model("resnet20", num_classes=5).train()
-    model(torch.randn(64, 3, 8, 8))
-    layers, batches = prunable_layers(model), batches_of(16)
-    slopes = {}
-    for training in (True, False):
-        products = {
-            layer.name: (layer.module.weight * gradient).detach().flatten(1)
-            for layer, gradient in zip(
-                layers, mean_gradients(model, batches, layers=layers, training=training).values(), strict=True
-            )
-        }
-        slopes[training] = max((p.sum(1).abs() / p.abs().sum(1)).median().item() for p in products.values())
-    assert slopes[True] < 1e-3 < 1e-2 < slopes[False]
-    assert CRITERIA["filter-taylor"].gradient_mode == "evaluation"
+    model = build_model("resnet20", num_classes=5)
+    twin, batches = evaluated_twin(model), batches_of(4, 2)
+    layers, maps = prunable_layers(twin), {}
+    for layer in layers:
+        layer.norm.register_forward_hook(lambda norm, given, out, name=layer.name: maps.update({name: out}))
+    expected = {layer.name: torch.zeros(layer.filters) for layer in layers}
+    for images, labels in batches:
+        loss = F.cross_entropy(twin(images), labels)
+        for name, gradient in zip(maps, torch.autograd.grad(loss, list(maps.values())), strict=True):
+            expected[name] += (maps[name] * gradient).sum((0, 2, 3)).square().detach()
+    found = importances(model, batches, layers=prunable_layers(model), of="gates")
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name].float(), expected[name], rtol=1e-3, atol=1e-10)
+
+
+def test_the_importance_of_weights_is_squared_weight_by_weight_and_batch_by_batch():
+    torch.manual_seed(0)
+    model = PlainNetwork()
+    batches = batches_of(5, 3)
+    expected = torch.zeros(4)
+    for images, labels in batches:
+        [gradient] = torch.autograd.grad(F.cross_entropy(model(images), labels), [model.first.weight])
+        expected += (model.first.weight * gradient).square().sum((1, 2, 3)).detach()
+    found = importances(model, batches, layers=prunable_layers(model), of="weights")
+    torch.testing.assert_close(found["first"].float(), expected)
+    assert found["unused"].eq(0).all()
+
+
+def test_a_gate_is_at_the_layer_itself_where_no_norm_reads_it():
+    """A linear output `w x`: the gate's gradient is `sum over images of dL/d(wx) * wx`, by hand for two filters of one weight."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([2.0, -3.0]).view(2, 1, 1, 1))
+        model[1].weight.copy_(torch.tensor([5.0, 1.0]).view(1, 2, 1, 1))
+    layers = [PrunableLayer("0", model[0])]
+    batches = [
+        (torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), torch.zeros(2)),
+        (torch.tensor([2.0]).view(1, 1, 1, 1), torch.zeros(1)),
+    ]
+    found = importances(model, batches, layers=layers, of="gates", loss=lambda outputs, labels: outputs.mean())
+    # batch means of x are 2 and 2: the gates' gradients are 5 * 2 * 2 = 20 and 1 * -3 * 2 = -6 in both
+    assert found["0"].tolist() == [800.0, 72.0]
+
+
+def test_gates_leave_no_trace():
+    model = NoisyNetwork()
+    before = copy.deepcopy(model.state_dict())
+    importances(model, batches_of(4), layers=prunable_layers(model), of="gates")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules()) and model.training
+    with pytest.raises(UserError, match="not one training batch"):
+        importances(model, [], layers=prunable_layers(model), of="gates")
 
 
 def test_it_leaves_no_trace():

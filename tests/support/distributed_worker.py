@@ -25,7 +25,7 @@ from models.cifar_resnet import CifarResNet
 from models.network_file import describe_network
 from models.outputs import Outputs
 from prune.feature_maps import mean_of_maps
-from prune.gradients import mean_gradients
+from prune.gradients import importances, mean_gradients
 from prune.map_scores import channel_independence
 from prune.masks import choose_filters, keep_ratios, prunable_layers
 from utils import cli, profile
@@ -119,6 +119,7 @@ def scores_and_choices(world: World) -> dict[str, Tensor]:
     passed = {"layers": layers, "all_reduce": sum_over_processes}
     sampled = {
         "gradients": mean_gradients(network, batches, **passed),
+        "importance": importances(network, batches, of="gates", **passed),
         "feature_maps": mean_of_maps(network, batches, of_maps=channel_independence, example=data.example, **passed),
     }
     ratios = keep_ratios(layers, [0.5])
