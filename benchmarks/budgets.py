@@ -44,7 +44,7 @@ FORMS = {  # budget, coupled, channel multiple
     "time, coupled": ("latency", True, 1),
 }
 OTHER = "torch_pruning"
-BISECTIONS = 12
+BISECTIONS, CLASSES = 12, 10
 
 
 def get_args_parser() -> cli.Parser:
@@ -83,7 +83,9 @@ def measure(model: str, args: argparse.Namespace, *, device: torch.device) -> li
     macs = {form: profile_network(network, example[:1])["macs"] for form, network in networks.items()}
     if args.torch_pruning:
         try:
-            networks[OTHER] = pruned_by_another(model, example, macs=args.budget * macs["dense"])
+            networks[OTHER] = pruned_by_another(
+                lambda: to_device(build(model), device), example, macs=args.budget * macs["dense"], num_classes=CLASSES
+            )
             macs[OTHER] = profile_network(networks[OTHER], example[:1])["macs"]
         except Exception as error:  # of whatever kind
             print(f"{model}: {OTHER} fails: {type(error).__name__}: {error}", flush=True)
@@ -109,7 +111,7 @@ def measure(model: str, args: argparse.Namespace, *, device: torch.device) -> li
 def build(model: str) -> nn.Module:
     """The network in evaluation, with batch norms that make something of a channel of zeros, as trained ones do."""
     torch.manual_seed(0)
-    network = build_model(model, num_classes=10).eval()
+    network = build_model(model, num_classes=CLASSES).eval()
     for norm in (module for module in network.modules() if isinstance(module, BATCH_NORMS)):
         if norm.affine:
             nn.init.normal_(norm.bias, std=0.1)
@@ -149,13 +151,13 @@ def pruned(model: str, args: argparse.Namespace, form: str, example: Tensor) -> 
     return copy.deepcopy(PhysicalPruning(network, choice(table)(), example=example).trained_network())
 
 
-def pruned_by_another(model: str, example: Tensor, *, macs: float) -> nn.Module:
-    """What torch_pruning leaves with as many multiply-accumulates, or a little fewer."""
+def pruned_by_another(build: Callable[[], nn.Module], example: Tensor, *, macs: float, num_classes: int) -> nn.Module:
+    """What torch_pruning leaves, by L1 norm, of the network that `build` gives with as many multiply-accumulates, or fewer."""
     import torch_pruning
 
     def remaining(ratio: float) -> nn.Module:
-        network = to_device(build(model), example.device)
-        last = [layer for layer in network.modules() if getattr(layer, "out_features", None) == 10]
+        network = build()
+        last = [layer for layer in network.modules() if getattr(layer, "out_features", None) == num_classes]
         importance = torch_pruning.importance.MagnitudeImportance(p=1)
         torch_pruning.pruner.MagnitudePruner(
             network, example, importance=importance, pruning_ratio=ratio, ignored_layers=last

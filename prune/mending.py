@@ -77,8 +77,8 @@ def _small_form(schedule: PruningSchedule, images: Tensor) -> NarrowNetwork | No
 class Reconstruction:
     """`--reconstruct`: called with what keeps a network pruned and the unpruned network, it mends the one by the other.
 
-    `images` is how many training images, without labels or augmentation, 0 for as many as the largest layer needs. What came of it goes to the log and into
-    files of the `run`. Nothing of it depends on how many processes there are.
+    `images` is how many training images, without labels or augmentation, 0 for as many as the largest layer needs. What came of
+    it goes to the log and into files of the `run`. Nothing of it depends on how many processes there are.
     """
 
     images: int

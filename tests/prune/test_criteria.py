@@ -197,4 +197,4 @@ def test_scores_that_are_not_one_finite_number_a_filter_are_refused_by_name(scor
 
 
 def test_whole_numbers_are_scores():
-    assert Criterion("filter-new", lambda weight: torch.arange(4), frozenset())(draw(4, 2, 3, 3)).tolist() == [0, 1, 2, 3]
+    assert Criterion("filter-new", "New", lambda weight: torch.arange(4), frozenset())(draw(4, 2, 3, 3)).tolist() == [0, 1, 2, 3]

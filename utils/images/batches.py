@@ -131,7 +131,7 @@ class ImageData:
         drawn = torch.randperm(len(self.dataset.train.labels), generator=generator(self.seed, "plain"))[:count]
         split = self._plain_split(drawn.sort().values)
         rows = list(torch.arange(len(drawn)).split(self.batch_size))
-        return [images for images, _ in split.batches(rows, [0] * len(rows), seed=0)]
+        return [images for images, *_ in split.batches(rows, [0] * len(rows), seed=0)]
 
     def _plain_split(self, rows: Tensor) -> "_DeviceSplit | _StreamedSplit":
         train = self.dataset.train
