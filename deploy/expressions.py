@@ -12,6 +12,7 @@ from torch import fx, nn
 from torchvision.ops import StochasticDepth
 
 from models.batch_norm import UnevenBatchNorm2d
+from models.graph.passing import does_nothing_in_evaluation
 from models.narrow.reuse import add_over, relu_over
 from utils.errors import UserError
 
@@ -77,12 +78,20 @@ ALIASES = {relu_over: F.relu, torch.relu: F.relu, add_over: operator.add, torch.
 MODULES = (("F", F), ("torch", torch), ("torch.linalg", torch.linalg), ("math", math))
 
 
+def acts_in_training_alone(layer: nn.Module) -> bool:
+    """Whether the layer is an unknown one that drops paths or the like in training, but does nothing in evaluation."""
+    is_known = type(layer) in HELPERS or hasattr(nn, type(layer).__name__)
+    return not is_known and not layer.state_dict() and does_nothing_in_evaluation(layer)
+
+
 def torch_layers(layer: nn.Module) -> list[nn.Module]:
-    """Layers of torch.nn that compute one after the other what `layer` does; itself where nothing is known of it.
+    """Layers of torch.nn that compute one after the other what `layer` does in evaluation; itself where nothing is known of it.
 
     timm has activations of its own, and batch norms with an activation behind.
     """
     kind = type(layer)
+    if acts_in_training_alone(layer):
+        return [nn.Identity()]
     if not kind.__module__.startswith("timm."):
         return [layer]
     if kind.__name__ == "BatchNormAct2d":

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from deploy.expressions import (
     HELPERS,
+    acts_in_training_alone,
     default_argument,
     enclosed,
     expression,
@@ -55,7 +56,8 @@ def network_source(network: NarrowNetwork, *, title: str, images: ImageSpec, wei
     """
     layers = network.bare()
     writer = _ClassWriter(layers)
-    writer.write(_read_graph(network.graph(), layers), both_modes=network.trainable)
+    both_modes = network.trainable and not any(acts_in_training_alone(layer) for layer in layers.modules())
+    writer.write(_read_graph(network.graph(), layers), both_modes=both_modes)
     height, width = images.image_size
     usage = _USAGE.format(weights=_in_docstring(weights), height=height, width=width)
     functional = "import torch.nn.functional as F\n" if re.search(r"\bF\.", "".join(writer.texts)) else ""

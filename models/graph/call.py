@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from models.graph.channels import Channels, Step
+from models.graph.passing import passes_channels
 from utils.errors import UserError
 
 LiveOutputs = Callable[[str, nn.Module, Channels | None], Sequence[int]]
@@ -117,8 +118,17 @@ def _rule_of_module(module: nn.Module) -> Rule | None:
 
 
 def rule_of(call: Call) -> Rule:
-    is_operation = call.node.op in ("call_module", "call_function", "call_method")
-    return (_known_rule(call.node, call.modules) or opaque) if is_operation else outside
+    if call.node.op not in ("call_module", "call_function", "call_method"):
+        return outside
+    return _known_rule(call.node, call.modules) or (through if _passes_channels(call) else opaque)
+
+
+def _passes_channels(call: Call) -> bool:
+    """Whether the node calls a module of the network's own that is as good as none."""
+    if call.node.op != "call_module" or len(call.node.args) != 1 or call.node.kwargs:
+        return False
+    given = call.channels(call.node.args[0])
+    return given is not None and not given.flat and passes_channels(call.module, axis=given.axis, rank=given.rank)
 
 
 def _known_rule(node: fx.Node, modules: Mapping[str, nn.Module]) -> Rule | None:

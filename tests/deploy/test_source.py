@@ -215,6 +215,20 @@ def test_stochastic_depth_draws_as_torchvisions(tmp_path):
     assert results[0].unique(dim=0).shape[0] < 16  # some branches were left out
 
 
+class DropPath(nn.Module):
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1, 1, 1) < 0.5) if self.training else x
+
+
+def test_a_layer_of_ones_own_that_acts_in_training_alone_is_left_out(tmp_path):
+    layers = nn.Conv2d(3, 4, 1), DropPath(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    small, images = narrow(nn.Sequential(*layers), {"0": [0, 2]}).eval(), torch.randn(4, 3, 4, 4)
+    network = loaded(source_of(small), tmp_path).network
+    assert torch.equal(network(images), small(images))
+    with pytest.raises(Exception, match="training"):
+        network.train()(images)
+
+
 def test_a_title_cannot_leave_the_docstring():
     title = 'x"""\nimport os\n"""\\'
     text = network_source(coupled_resnet().eval(), title=title, images=IMAGES, weights='a"b.safetensors').text

@@ -300,8 +300,38 @@ def test_a_drop_path_of_ones_own_is_one_operation_in_both_modes():
     trace = trace_network(network, example=IMAGES)
     assert trace.both_modes and operations_inside(trace.graph, "middle") == ["middle"]
     assert_outputs_train_the_network(network)
-    small = narrow(network.train(), {"second.0": range(8)}, example=IMAGES)
-    torch.testing.assert_close(learned(small, lambda: small(IMAGES)), learned(network, lambda: network(IMAGES)))
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) if self.training else x
+
+
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2 if self.training else x / 2 + 0.1
+
+
+class Shuffled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(1) if self.training else x
+
+
+@pytest.mark.parametrize(("middle", "passes"), [(DropPath, True), (Noise, False), (Halved, False), (Shuffled, False)])
+def test_zero_channels_need_not_go_through_a_drop_path(middle, passes):
+    network = Net(middle()).train()
+    kept = {"first.0": [0, 2, 3], "first.1": [0, 2, 3]}
+    with torch.no_grad():
+        for tensor in (network.first[0].weight, network.first[1].weight, network.first[1].bias):
+            tensor[[1, 4, 5, 6, 7]] = 0
+    small = narrow(network, kept, example=IMAGES)
+    assert [own.operation for own in small.restored] == ([] if passes else ["middle"])
+    if middle is not Noise:  # which draws a number for each channel
+        own, others = (learned(each, lambda each=each: each(IMAGES)) for each in (network, small))
+        torch.testing.assert_close(others["head.weight"], own["head.weight"])
+        torch.testing.assert_close(
+            small.widened("first.0.weight", others["first.0.weight"])[[0, 2, 3]], own["first.0.weight"][[0, 2, 3]]
+        )
 
 
 class Auxiliary(Net):
