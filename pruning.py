@@ -35,6 +35,7 @@ def get_args_parser() -> cli.Parser:
                           help="the student: the network that is pruned (default: --t-model)")  # fmt: skip
     networks.add_argument("--s-path", metavar="FILE", help="checkpoint of the student (default: new weights)")
     networks.add_argument("--s-copy-t", action="store_true", help="the student starts as a copy of the teacher")
+    cli.add_recipe_flag(parser)
     add_pruning_flags(parser)
     add_latency_flags(parser)
     add_distillation_flags(parser)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from utils.cli.parser import Parser, counts_in_training, names_of, spaced
+from utils.cli.recipes import recipes
 from utils.cli.resumption import flags_of
 from utils.cli.values import (
     LARGEST_FLOAT,
@@ -93,6 +94,14 @@ def add_training_flags(parser: Parser, *, lr: float, n_epochs: int, schedule: Se
     counts_in_training(parser, *names_of(group))
     by_itself = "with --lr-schedule steps, the others fall from step to step by themselves"
     parser.counts_only("schedule", "lr_drops", where=lambda args: args.lr_schedule == "steps", only=by_itself)
+
+
+def add_recipe_flag(parser: Parser) -> None:
+    """A name for the flags of a publication; `parse_flags` fills them in."""
+    names = [name for name, recipe in recipes().items() if parser.prog in recipe.scripts]
+    parser.add_argument("--recipe", choices=names, metavar="NAME",
+                        help="train as a paper did, by the flags of docs/methods.md; any flag beside it wins")  # fmt: skip
+    counts_in_training(parser, "recipe")
 
 
 def add_averaging_flags(parser: Parser) -> None:

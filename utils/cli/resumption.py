@@ -1,17 +1,20 @@
 """From a command line to the flags of a run: of a new one, or those that a resumed one was started with."""
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.cli.effects import check_effects, flag_of, given_flags, typed
 from utils.cli.parser import Parser, spaced
+from utils.cli.recipes import recipes, with_recipe
 from utils.cli.recorded import recorded_words
 from utils.errors import UserError, printable
 from utils.python_file import names_function
 from utils.runs.folder import CONFIG, SUMMARY, is_unfinished, read_config
 from utils.runs.settings import PLACEMENT_FLAGS
+from utils.world import world_from_environment
 
 NO_SETTINGS = frozenset(("resume", "auto_resume", "dry_run", "defaults", "may_download"))
 
@@ -22,7 +25,12 @@ def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.N
     `defaults` among them holds what each flag is where nobody gives it: what a run of an older version meant that does not
     know the flag. Raises UserError for bad flags, and for a given one that has no effect beside the others.
     """
-    args, given = parser.parse_args(argv), given_flags(parser, argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args, given = parser.parse_args(words), given_flags(parser, words)
+    if getattr(args, "recipe", None) is not None and args.resume is None:
+        args = with_recipe(parser, words, args, given)
+        if args.dry_run and world_from_environment().is_main:
+            print(recipes()[args.recipe].described(without=given))
     if getattr(args, "auto_resume", False) and not args.evaluate:
         args = _begun_flags(parser, args, given)
     elif getattr(args, "resume", None) is not None:
