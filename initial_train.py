@@ -97,7 +97,8 @@ def given_network(session: Session, file: NetworkFile, *, origin: str) -> Networ
     """The network of a file on the device, without the filters pruned there: at full width its zeros would grow back."""
     from dataclasses import replace
 
-    from models.narrow import narrow
+    from models.graph import ChannelGraph
+    from models.narrow import Selection
     from models.network_file import check_training, example_images
     from prune.compact import check_pruned_zeros
     from utils.device import to_device
@@ -109,7 +110,8 @@ def given_network(session: Session, file: NetworkFile, *, origin: str) -> Networ
         with naming(origin):
             check_pruned_zeros(file.network.state_dict(), file.kept)
             example = example_images(file.network, images)
-            file = replace(file, network=narrow(file.network, file.kept, example=example), compact=True)
+            selection = Selection.from_json(ChannelGraph(file.network, example), file.kept)
+            file = replace(file, network=selection.shrink(), compact=True)
     check_images(to_device(file.network, session.device), session.data, origin=origin, trains=True)
     if session.is_new:
         with naming(origin):

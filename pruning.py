@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     if pruning.sensitivity is not None:
         return sensitivity(session, pruning.sensitivity, student, choose)
     if pruning.train_form == "compact" and session.is_new:
-        check_compact_form(student.network, choose.without_pass()(), data.example)
+        check_compact_form(choose.without_pass()(), data.example)
     if args.dry_run:
         said = partial(describe, table, multiple=choose.multiple) if table is not None else None
         return print_pruning(session, student, choose, loss=loss, describe=said)
@@ -121,13 +121,13 @@ def main(args: argparse.Namespace) -> None:
         log_first_times(session, pruning, table, choose, schedule)
         batches = session.plan.recalibrate_bn_batches
         reached = {"recalibrate_bn_batches": batches, "before": mend and mend.before}
-        log_pruning(run, before, schedule=schedule, student=student, data=data, **reached)
+        log_pruning(run, before, schedule=schedule, layers=choose.layers, student=student, data=data, **reached)
     network = session.place(schedule.trained_network())
     describe_network = partial(describe_pruned, schedule=schedule, file=student, config=session.settings.flags)
     result = session.train(objective_of(network), network=network, describe=describe_network, pruning=schedule)
     if session.world.is_main:
         head, config = session.summary_head(), session.settings.flags
-        finish(run, result, model=student.model, data=data.alone(), config=config, head=head)
+        finish(run, result, graph=choose.graph, model=student.model, data=data.alone(), config=config, head=head)
     run.close()
 
 
@@ -177,7 +177,7 @@ def latency_table(session: Session, settings: LatencySettings, choose: FilterCho
         recorded=session.recorded(LATENCY_TABLE),
         share=choose.budget.share,
         multiple=multiple,
-        narrowest=min(layer.filters for layer in choose.layers if choose.ratios[layer.name] < 1),
+        narrowest=min(layer.filters for layer in choose.layers if choose.ratios[layer.name] != 1),
         chosen_by=lambda table: timed(choose, table, multiple=multiple).without_pass().outcome,
     )
 
@@ -229,7 +229,7 @@ def log_later_step(
     """Logs a step of gradual pruning after the first."""
     from prune.record import log_step
 
-    log_step(session.run, schedule, step, steps=pruning.steps)
+    log_step(session.run, choose.layers, schedule.selection, step, steps=pruning.steps)
     log_time(session, pruning, table, choose, schedule, step=step)
 
 
@@ -244,10 +244,11 @@ def log_time(
 ) -> None:
     """Measures, under a budget of time, the network of the last step, and logs it."""
     from deploy.budget import log_chosen
+    from prune.choice import outcome_of
 
     if table is not None and step + 1 == pruning.steps:
         setting = {"share": choose.budget.share, "multiple": choose.multiple, "data": choose.data}
-        log_chosen(session.run, table, choose.network, choose.outcome(schedule.kept), **setting)
+        log_chosen(session.run, table, choose.network, outcome_of(schedule.selection), **setting)
 
 
 def score(session: Session, names: NetworkSettings) -> None:

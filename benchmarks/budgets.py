@@ -21,12 +21,12 @@ from benchmarks.common import add_common_flags, machine, print_results, syntheti
 from benchmarks.inference import tasks
 from deploy.latency import LatencyTable, calibrate, measure_table
 from models import build_model, check_model
+from models.graph import ChannelGraph
+from models.graph.cost import Widths
 from models.graph.roles import BATCH_NORMS
 from models.narrow import NarrowNetwork
-from prune.allocation import FLOOR
 from prune.choice import FilterChoice
-from prune.cost import Widths
-from prune.masks import keep_ratios, prunable_layers
+from prune.masks import keep_ratios
 from prune.schedule import PhysicalPruning
 from prune.settings import Budget
 from utils import cli
@@ -130,9 +130,10 @@ def choice_within(
     seconds: Callable[[Widths], float] | None = None,
 ) -> FilterChoice:
     """Filters by L1 norm that meet the `budget`; one of time is counted by `seconds`."""
-    layers = prunable_layers(network, example=example)
+    graph = ChannelGraph(network, example)
+    layers = graph.prunable_layers()
     setting = {"criterion": "filter-a", "data": SimpleNamespace(example=example), "seed": 0, "multiple": multiple}
-    return FilterChoice(network, layers, keep_ratios(layers, [FLOOR]), **setting, coupled=coupled, budget=budget, seconds=seconds)
+    return FilterChoice(graph, layers, keep_ratios(layers, None), **setting, coupled=coupled, budget=budget, seconds=seconds)
 
 
 def pruned(model: str, args: argparse.Namespace, form: str, example: Tensor) -> nn.Module:
@@ -148,7 +149,8 @@ def pruned(model: str, args: argparse.Namespace, form: str, example: Tensor) -> 
         setting = {"runtime": "torch", "batch_size": args.batch_sizes[-1], "threads": None, "multiple": multiple, "narrowest": 1}
         table = measure_table(network, example, **setting)
         calibrate(table, args.budget, network, choice(table).outcome, example)
-    return copy.deepcopy(PhysicalPruning(network, choice(table)(), example=example).trained_network())
+    selection = choice(table)()
+    return copy.deepcopy(PhysicalPruning(selection.graph, selection).trained_network())
 
 
 def pruned_by_another(build: Callable[[], nn.Module], example: Tensor, *, macs: float, num_classes: int) -> nn.Module:

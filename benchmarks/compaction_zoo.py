@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from torchvision import models
 
 from benchmarks.common import RESULTS, table
+from models.graph import ChannelGraph
+from models.narrow import Selection
 from prune.compact import compact, relative_difference
-from prune.masks import choose_filters, prunable_layers
+from prune.masks import choose_filters
 from prune.schedule import HardPruning
 from utils import cli
 from utils.errors import UserError
@@ -121,9 +123,10 @@ def _send(connection: Connection, function: Callable[[str], dict[str, Any]], nam
 def measure_ours(name: str) -> dict[str, Any]:
     """How much is left of one network and how far off it is."""
     network, images = build(name)
-    layers = prunable_layers(network, linear=True, example=images)
+    graph = ChannelGraph(network, images)
+    layers = graph.prunable_layers(linear=True)
     kept = choose_filters(layers, {layer.name: KEEP_RATIO for layer in layers}, criterion="filter-a")
-    HardPruning(network, kept, example=images)
+    HardPruning(graph, Selection(graph, kept))
     small = compact(network, images, tolerance=float("inf"))
     difference = relative_difference(network, small, [images])
     agrees = difference <= TOLERANCE

@@ -14,10 +14,10 @@ import torch
 
 from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from models import MODELS, build_model
+from models.graph import ChannelGraph
 from prune.criteria import CRITERIA
 from prune.feature_maps import mean_of_maps
 from prune.gradients import mean_gradients
-from prune.masks import prunable_layers
 from utils import cli
 from utils.device import choose_device, to_device
 from utils.timing import interleaved_seconds, median_ratio
@@ -59,11 +59,11 @@ def prepare(kind: str, model: str, batch_size: int, device: torch.device) -> Cal
     network = to_device(build_model(model, num_classes=10), device).train()
     batch = synthetic_batch(batch_size, device=device)
     if kind in PASSES:
-        criterion, layers = CRITERIA[PASSES[kind]], prunable_layers(network)
-        batches = [(batch.images, batch.labels)] * BATCHES
+        criterion, graph = CRITERIA[PASSES[kind]], ChannelGraph(network, batch.images)
+        layers, batches = graph.prunable_layers(), [(batch.images, batch.labels)] * BATCHES
         if criterion.needs_gradient:
             return lambda: mean_gradients(network, batches, layers=layers)
-        return lambda: mean_of_maps(network, batches, layers=layers, of_maps=criterion.of_maps, example=batch.images)
+        return lambda: mean_of_maps(graph, batches, layers=layers, of_maps=criterion.of_maps)
     objective = CrossEntropyObjective(network)
     step = prepare_step(objective, device=device, world=World(), compiled=False)
     optimizer = sgd(objective.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)

@@ -23,8 +23,9 @@ from benchmarks.worker import timed_elsewhere
 from deploy.runtimes import RUNTIMES
 from models import MODELS, build_model
 from models.batch_norm import quicken_batch_norms
-from models.narrow import narrow
-from prune.masks import choose_filters, keep_ratios, prunable_layers
+from models.graph import ChannelGraph
+from models.narrow import Selection
+from prune.masks import choose_filters, keep_ratios
 from prune.schedule import PhysicalPruning
 from utils import cli
 from utils.device import choose_device, to_device
@@ -103,12 +104,13 @@ def build_forms(name: str, keep_ratio: float, multiple: int, *, device: torch.de
     """One function in three forms: all filters with zeros, without them, and with zeros in the residual sums alone."""
     torch.manual_seed(0)
     dense = build_model(name, num_classes=10)
-    layers = prunable_layers(dense)
+    graph = ChannelGraph(dense)
+    layers = graph.prunable_layers()
     generator = torch.Generator().manual_seed(0)
     kept = choose_filters(layers, keep_ratios(layers, [keep_ratio]), criterion="filter-r", multiple=multiple, generator=generator)
-    pruning = PhysicalPruning(dense, kept)
-    live = pruning.live_channels(pruning.kept)
-    forms = {"dense": dense, "compact": pruning.trained_network(), "wide sums": narrow(dense, live, wide_sums=True)}
+    pruning = PhysicalPruning(graph, Selection(graph, kept))
+    wide = pruning.selection.shrink(wide_sums=True)
+    forms = {"dense": dense, "compact": pruning.trained_network(), "wide sums": wide}
     quicken_batch_norms(forms["wide sums"])
     return {form: to_device(network, device) for form, network in forms.items()}
 

@@ -19,10 +19,10 @@ from deploy.int8 import to_int8_onnx
 from deploy.onnx import to_onnx
 from deploy.runtimes import SESSIONS, median_seconds, repeated
 from models import MODELS
-from models.narrow import NarrowNetwork, narrow
-from prune.allocation import FLOOR
-from prune.choice import FilterChoice
-from prune.masks import keep_ratios, prunable_layers
+from models.graph import ChannelGraph
+from models.narrow import NarrowNetwork, Selection
+from prune.choice import FilterChoice, small_network
+from prune.masks import keep_ratios
 from prune.settings import Budget
 from utils import cli
 from utils.profile import profile_network
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
 def measure(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each network, precision, runtime and number of images; times in units of the dense network in float."""
     example = torch.randn(8, 3, args.image_side, args.image_side, generator=torch.Generator().manual_seed(0))
-    networks = {DENSE: narrow(build(model), {}, example=example)}
+    networks = {DENSE: Selection(ChannelGraph(build(model), example), {}).shrink()}
     networks |= {f"multiples of {multiple}": pruned(model, multiple, args.budget, example) for multiple in args.multiples}
     macs = {name: profile_network(network, example[:1])["macs"] for name, network in networks.items()}
     files = {(name, "float"): to_onnx(network.eval(), example) for name, network in networks.items()}
@@ -78,11 +78,11 @@ def measure(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def pruned(model: str, multiple: int, share: float, example: torch.Tensor) -> NarrowNetwork:
-    network = build(model)
-    layers = prunable_layers(network, example=example)
+    graph = ChannelGraph(build(model), example)
+    layers = graph.prunable_layers()
     setting = {"criterion": "filter-a", "data": SimpleNamespace(example=example), "seed": 0, "multiple": multiple}
-    choice = FilterChoice(network, layers, keep_ratios(layers, [FLOOR]), **setting, coupled=True, budget=Budget("macs", share))
-    return choice.small_network(choice())
+    choice = FilterChoice(graph, layers, keep_ratios(layers, None), **setting, coupled=True, budget=Budget("macs", share))
+    return small_network(choice())
 
 
 if __name__ == "__main__":

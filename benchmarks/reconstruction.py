@@ -25,16 +25,14 @@ from tqdm import tqdm
 
 from benchmarks.budgets import OTHER, pruned_by_another
 from benchmarks.common import machine
-from models.narrow import narrow
+from models.graph import ChannelGraph
 from models.network_file import NetworkFile, load_network
-from prune.allocation import FLOOR
 from prune.choice import FilterChoice
 from prune.criteria import CRITERIA
 from prune.flags import AUTO, image_count
-from prune.masks import keep_ratios, prunable_layers
+from prune.masks import keep_ratios
 from prune.mending import images_needed
 from prune.reconstruction import reconstruct
-from prune.schedule import HardPruning
 from prune.settings import ALLOCATIONS, parse_budget
 from reporting.without_training import read_rows, write_page
 from utils import cli
@@ -180,11 +178,12 @@ class Study:
 
     def _pruned(self, setting: Setting) -> nn.Module:
         coupled, multiple = LAYOUTS[setting.layout]
-        layers = prunable_layers(self.teacher, example=self.data.example)
+        graph = ChannelGraph(self.teacher, self.data.example)
+        layers = graph.prunable_layers()
         choose = FilterChoice(
-            self.teacher,
+            graph,
             layers,
-            keep_ratios(layers, [FLOOR if setting.is_budget else float(setting.size)]),
+            keep_ratios(layers, None if setting.is_budget else [float(setting.size)]),
             criterion=setting.criterion,
             data=self.data,
             seed=0,
@@ -195,9 +194,7 @@ class Study:
             allocation=setting.allocation,
         )
         choose.check()
-        masked = copy.deepcopy(self.teacher)
-        schedule = HardPruning(masked, choose(), example=self.data.example)
-        return narrow(masked, schedule.live_channels(schedule.kept), example=self.data.example)
+        return choose().shrink()
 
     def _by_another(self, setting: Setting) -> nn.Module:
         dense = profile_network(self.teacher, self.data.example[:1])["macs"]

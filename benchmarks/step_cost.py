@@ -22,7 +22,9 @@ from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from distill import DISTILLERS, build_distiller
 from distill.objective import DistillationObjective, FrozenTeacher, sample_outputs
 from models import MODELS, build_model
-from prune.masks import choose_filters, keep_ratios, prunable_layers
+from models.graph import ChannelGraph
+from models.narrow import Selection
+from prune.masks import choose_filters, keep_ratios
 from prune.schedule import HardPruning, PhysicalPruning, PruningSchedule, SoftPruning
 from utils import cli
 from utils.device import choose_device, to_device
@@ -117,11 +119,12 @@ def distilled_step(
 def build_schedule(network: nn.Module, form: str, keep_ratio: float) -> Pruning:
     if form == "dense":
         return Pruning()
-    layers = prunable_layers(network)
-    kept = choose_filters(layers, keep_ratios(layers, [keep_ratio]), criterion="filter-gm")
+    graph = ChannelGraph(network)
+    layers = graph.prunable_layers()
+    selection = Selection(graph, choose_filters(layers, keep_ratios(layers, [keep_ratio]), criterion="filter-gm"))
     if form == "soft":
-        return SoftPruning(network, lambda: kept, interval=1, last_epoch=0)
-    return (PhysicalPruning if form == "compact" else HardPruning)(network, kept)
+        return SoftPruning(graph, lambda: selection, interval=1, last_epoch=0)
+    return (PhysicalPruning if form == "compact" else HardPruning)(graph, selection)
 
 
 def distillation_objective(student: nn.Module, teacher: nn.Module, loss: str, images: torch.Tensor) -> DistillationObjective:

@@ -64,8 +64,9 @@ def main(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace, batch: Batch, *, mode: str, budget: float, coupled: bool, multiple: int) -> dict[str, Any]:
     torch.compiler.reset()  # it gives up on code that it has compiled for too many networks
     network, example = to_device(build(args.model), batch.images.device), batch.images[:2]
-    kept = choice_within(Budget("macs", budget), network, example, coupled=coupled, multiple=multiple)()
-    schedules = {form: pruning(copy.deepcopy(network), kept, example=example) for form, pruning in FORMS.items()}
+    selection = choice_within(Budget("macs", budget), network, example, coupled=coupled, multiple=multiple)()
+    copies = {form: selection.on(copy.deepcopy(network)) for form in FORMS}
+    schedules = {form: pruning(copies[form].graph, copies[form]) for form, pruning in FORMS.items()}
     macs = {
         name: profile_network(net, example[:1])["macs"]
         for name, net in ((DENSE, network), ("compact", schedules["compact"].trained_network()))

@@ -17,7 +17,8 @@ from deploy.onnx import any_batch, to_onnx, unread_parts
 from deploy.runtimes import Runner, median_seconds, onnxruntime_session, repeated
 from deploy.settings import SAFETENSORS
 from deploy.source import network_source
-from models.narrow import NarrowNetwork, narrow
+from models.graph import ChannelGraph
+from models.narrow import NarrowNetwork, Selection
 from utils.images.spec import ImageSpec
 from utils.profile import LATENCY_BATCH_SIZES, profile_network
 
@@ -78,7 +79,7 @@ def forms_of(dense: nn.Module, small: NarrowNetwork, images: Tensor) -> dict[str
     """
     if not small.relayout_count:
         return {"as it is": small.eval()}
-    wide = narrow(dense, small.kept, wide_sums=True, example=images)
+    wide = Selection.from_json(ChannelGraph(dense, images), small.kept).shrink(wide_sums=True)
     return {"layouts between layers": small.eval(), "plain sums of wide layers": wide.eval()}
 
 

@@ -10,8 +10,9 @@ from deploy.exporters import Origin, fastest_form, forms_of
 from deploy.int8 import to_int8_onnx
 from deploy.onnx import to_onnx, with_metadata
 from deploy.runtimes import onnxruntime_session
+from models.graph import ChannelGraph
 from models.int8 import Int8Network
-from models.narrow import NarrowNetwork, narrow
+from models.narrow import NarrowNetwork, Selection
 from utils.errors import ParameterError
 from utils.images.batches import ImageData
 
@@ -35,7 +36,7 @@ def export_int8(
     """
     shown = calibration_images(data, images)
     content, remark = _int8_file(dense, small, simulated, data, shown)
-    wide = narrow(dense, {}, example=data.example)
+    wide = Selection(ChannelGraph(dense, data.example), {}).shrink()
     files = {
         "dense, float": to_onnx(wide, data.example),
         SMALL_FLOAT: to_onnx(small, data.example),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.runtimes import SESSIONS
-from models.graph.roles import norm_pairs
+from models.graph import ChannelGraph
 from utils.errors import UserError
 from utils.modes import evaluating
 
@@ -74,7 +74,7 @@ def _times(sizes: Sequence[int]) -> str:
 def kinds_of_layers(network: nn.Module, images: Tensor) -> dict[str, LayerKind]:
     """The two-dimensional convolutions and linear layers of `network`, by name, as `images` (N, C, H, W) meet them."""
     found: dict[str, LayerKind] = {}
-    normed = norm_pairs(network, example=images[:2])
+    normed = ChannelGraph(network, images[:2]).norm_pairs
 
     def note(name: str) -> Callable[..., None]:
         return lambda layer, inputs, _: found.update({name: _kind(layer, inputs[0], has_norm=name in normed)})

@@ -13,7 +13,8 @@ from distill.base import Distiller, full_precision
 from distill.registry import DISTILLERS, check_facts, reads_maps, weighted_losses
 from distill.settings import DistillationSettings
 from models.batch_norm import UnevenBatchNorm2d
-from models.graph.roles import BATCH_NORMS, conv_norm_pairs
+from models.graph import ChannelGraph
+from models.graph.roles import BATCH_NORMS
 from models.narrow.proof import check_outputs
 from models.network_file import NetworkFile
 from models.outputs import Outputs
@@ -29,7 +30,7 @@ class FrozenTeacher:
     Without `maps` the outputs are the logits alone, by the network's own forward pass.
     No nn.Module, so that an objective that holds it neither trains, saves, moves, nor synchronises it. The copy stays on
     the network's device. `fold_batch_norm` merges batch norms into the convolutions before them, the same function up to
-    rounding, and may need an `example` of the images, see `trace_network`; `channels_last` sets the layout of its weights,
+    rounding, and may need an `example` of the images, see `ChannelGraph`; `channels_last` sets the layout of its weights,
     for images of that layout.
     """
 
@@ -242,7 +243,7 @@ def sample_outputs(network: nn.Module, images: Tensor, *, maps: bool = True) -> 
 
 def _fold_batch_norms(network: nn.Module, example: Tensor | None) -> None:
     try:
-        pairs = conv_norm_pairs(network, example=example)
+        pairs = ChannelGraph(network, example).conv_norm_pairs
     except UserError:  # a network without a graph runs as it is
         return
     for conv_name, norm_name in pairs.items():

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from models import NAMES, build_model, build_on_meta, check_model, trusted_model
-from models.graph import output_channels
-from models.narrow import NarrowNetwork, narrow
+from models.graph import ChannelGraph, output_channels
+from models.narrow import NarrowNetwork, Selection
 from models.narrow.proof import check_equal_training, pruned_rows
 from utils.checkpoints import FORMAT, load_checkpoint
 from utils.errors import UserError, naming, printable, shown
@@ -102,7 +102,7 @@ def load_network(path: str | os.PathLike, *, flag: str, model: str | None = None
     _check_layers(network, kept, origin, name)
     if compact:
         with naming(origin):
-            network = narrow(network, kept, example=example_images(network, images))
+            network = Selection.from_json(ChannelGraph(network, example_images(network, images)), kept).shrink()
     _load_state(network, state, origin, name)
     metrics, int8 = checkpoint.get("metrics") or {}, checkpoint.get("int8") or {}
     return NetworkFile(network.eval(), name, num_classes, kept, compact, metrics, images, int8)

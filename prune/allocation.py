@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prune.groups import ChannelGroup
+from models.graph.groups import ChannelGroup
 from prune.masks import keep_count
 from prune.settings import Budget
 from utils.errors import UserError
@@ -26,14 +26,14 @@ CLOSE = 0.02  # of the dense cost: so near a budget is met
 class Family:
     """The groups of the same convolutions, the lowest score first.
 
-    `scores` are comparable between families. The number that stays is a multiple of `step`, or all; under a budget all stay
-    where `is_fixed`, and never more than the last `left`: the others are gone already.
+    `scores` are comparable between families. The number that stays is a multiple of `step`, or all. `keep_ratio` None is what a
+    budget pays for; under a budget all stay where `is_fixed`, and never more than the last `left`: the others are gone already.
     """
 
     groups: tuple[ChannelGroup, ...]
     scores: tuple[float, ...]
     step: int = 1
-    keep_ratio: float = 1.0
+    keep_ratio: float | None = 1.0
     left: int | None = None
 
     @property
@@ -54,7 +54,7 @@ class Family:
 
 
 def rank(
-    families: Sequence[Sequence[ChannelGroup]], scores: Mapping[str, Tensor], *, ratios: Mapping[str, float], multiple: int
+    families: Sequence[Sequence[ChannelGroup]], scores: Mapping[str, Tensor], *, ratios: Mapping[str, float | None], multiple: int
 ) -> list[Family]:
     """Families of groups by their scores: the mean over a group of its filters' `scores` (F,), each layer's divided by its mean.
 
@@ -72,7 +72,7 @@ def _over_mean(scores: Tensor) -> Tensor:
 
 
 def _ranked(
-    groups: Sequence[ChannelGroup], scores: Mapping[str, list[float]], *, ratios: Mapping[str, float], multiple: int
+    groups: Sequence[ChannelGroup], scores: Mapping[str, list[float]], *, ratios: Mapping[str, float | None], multiple: int
 ) -> Family:
     def score(group: ChannelGroup) -> float:
         scored = [scores[name][channel] for name, channel in group.filters if name in scores]
@@ -87,7 +87,7 @@ def _ranked(
     ordered = sorted(groups, key=score)  # stable
     filters = sum(name == layers[0] for name, _ in groups[0].filters)
     step = multiple // math.gcd(multiple, filters)
-    return Family(tuple(ordered), tuple(map(score, ordered)), step, max(own))
+    return Family(tuple(ordered), tuple(map(score, ordered)), step, 1.0 if 1 in own else own.pop())
 
 
 Counts = tuple[int, ...]

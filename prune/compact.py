@@ -2,7 +2,8 @@
 
 A filter can go when its weights and bias are zero, or when it only feeds a batch norm entry with weight and bias zero; a
 channel that only reads zeros goes with it. `compact` finds such channels from the values of the weights, follows the zeros
-through the network (`models.graph`), has it built without them (`models.narrow`), and proves that both agree.
+through the network (`models.graph`), has it built without them (`models.narrow`), and proves that both agree. Where it is
+known what was pruned, `compact_selection` does without the search.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 
 from models.batch_norm import UnevenBatchNorm2d
 from models.difference import ResultDifference
-from models.graph import Channels, Plan, output_channels, plan_channels, trace_network
-from models.narrow import NarrowNetwork, narrow
-from models.outputs import has_outputs
+from models.graph import ChannelGraph, Channels, Plan
+from models.narrow import NarrowNetwork, Selection
 from utils.errors import UserError, shown
 from utils.modes import evaluating
 
@@ -27,8 +27,17 @@ def compact(model: nn.Module, example_input: Tensor, *, tolerance: float = TOLER
     `example_input` is a batch of images; both networks must agree on it to `tolerance` of the largest logit, in evaluation
     mode. Raises UserError if they do not, and where torch.fx cannot trace the network.
     """
-    smaller = narrow(model, live_channels(model, example_input), example=example_input)
-    difference = relative_difference(model, smaller, [example_input])
+    return _proved(model, nonzero_selection(ChannelGraph(model, example_input)), tolerance=tolerance)
+
+
+def compact_selection(masked: nn.Module, selection: Selection, *, tolerance: float = TOLERANCE) -> NarrowNetwork:
+    """What `compact` returns for a network whose pruned channels are known: all others of `selection` are zero in `masked`."""
+    return _proved(masked, without_unfed(selection.on(masked)), tolerance=tolerance)
+
+
+def _proved(model: nn.Module, selection: Selection, *, tolerance: float) -> NarrowNetwork:
+    smaller = selection.shrink()
+    difference = relative_difference(model, smaller, [selection.graph.images])
     if not difference <= tolerance:  # a NaN is no agreement either
         raise UserError(
             f"the compact network differs from the dense one by {difference:.1e} of the largest logit (limit {tolerance})"
@@ -36,20 +45,36 @@ def compact(model: nn.Module, example_input: Tensor, *, tolerance: float = TOLER
     return smaller
 
 
-def live_channels(model: nn.Module, example_input: Tensor | None = None) -> dict[str, list[int]]:
-    """The output channels that are not identically zero, of each layer that has others; in the form that `narrow` takes."""
-    trace = trace_network(model, "outputs" if has_outputs(model, example_input) else "forward", example=example_input).checked(
-        model
-    )
+def nonzero_selection(graph: ChannelGraph) -> Selection:
+    """The output channels that are not identically zero, whatever comes in."""
+    model, method = graph.network, graph.methods[-1]
+    graph.trace(method).checked(model)
     live: dict[str, list[int]] = {}
 
     def find_live(name: str, layer: nn.Module, given: Channels | None) -> list[int]:
         live[name] = _live_entries_of(layer)(layer, given).nonzero().flatten().tolist()
         return live[name]
 
-    plan = plan_channels(trace.graph, model, live_outputs=find_live, carriers=frozenset())
+    plan = graph.plan(find_live, method)
     _drop_unread(model, plan, live)
-    return {name: channels for name, channels in live.items() if len(channels) < output_channels(model.get_submodule(name))}
+    return Selection.literal(graph, live)
+
+
+def without_unfed(selection: Selection) -> Selection:
+    """The selection without the filters, too, that read nothing but channels that are gone and have no bias."""
+    kept = dict(selection.kept)
+
+    def find_fed(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
+        own = selection.channels(name)
+        if given is None or getattr(layer, "bias", None) is not None or not isinstance(layer, CONVOLUTIONS):
+            return own
+        filters, reads = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+        fed = {channel // reads for channel in given.stored}
+        kept[name] = [channel for channel in own if channel // filters in fed]
+        return kept[name]
+
+    selection.graph.plan(find_fed, selection.graph.methods[-1])
+    return Selection.literal(selection.graph, kept)
 
 
 def _drop_unread(model: nn.Module, plan: Plan, live: dict[str, list[int]]) -> None:
@@ -105,12 +130,11 @@ def _stored(given: Channels | None, full: int, like: Tensor | None) -> Tensor:
     return reads
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, UnevenBatchNorm2d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _LIVE = {
-    nn.Conv1d: _live_filters,
-    nn.Conv2d: _live_filters,
-    nn.Conv3d: _live_filters,
+    **dict.fromkeys(CONVOLUTIONS, _live_filters),
     nn.Linear: _live_units,
     nn.GroupNorm: _live_groups,
     **dict.fromkeys((*BATCH_NORMS, *INSTANCE_NORMS), _live_entries),

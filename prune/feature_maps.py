@@ -3,37 +3,37 @@
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.graph import ChannelGraph
 from models.graph.features import maps_of_convolutions
-from prune.masks import PrunableLayer
+from models.graph.layers import PrunableLayer
 from utils.errors import UserError
 from utils.modes import without_trace
 
 
 @torch.no_grad()
 def mean_of_maps(
-    model: nn.Module,
+    graph: ChannelGraph,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     layers: Sequence[PrunableLayer],
     of_maps: Callable[[Tensor], Tensor],
-    example: Tensor,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Tensor]:
     """The mean (F,) over the images of `batches` of `of_maps(maps)` (B, F), by layer name, in float64.
 
     `maps` (B, F, H, W) are those of the layer's filters behind the batch norm, the residual sum and the activation that follow
-    it. `batches` gives (images, labels) on the model's device, like `example`. One pass in evaluation, in the memory of a
+    it. `batches` gives (images, labels) on the network's device. One pass in evaluation, in the memory of a
     training step; it leaves no trace: modes and torch's default random streams are as before.
 
     Among several processes `all_reduce` adds a tensor up over them in place (`torch.distributed.all_reduce`); all of them
     then return the same. Raises UserError for no batch at all, a layer that has no maps, or maps that are not finite.
     """
-    names = [layer.name for layer in layers]
-    find_maps = maps_of_convolutions(model, names, images=example)
-    sums = [torch.zeros(layer.filters, dtype=torch.float64, device=example.device) for layer in layers]
-    seen = torch.zeros((), dtype=torch.float64, device=example.device)
+    names, model = [layer.name for layer in layers], graph.network
+    find_maps = maps_of_convolutions(graph, names)
+    sums = [torch.zeros(layer.filters, dtype=torch.float64, device=layer.module.weight.device) for layer in layers]
+    seen = torch.zeros((), dtype=torch.float64, device=sums[0].device)
     with without_trace(model):
         model.eval()
         for images, _ in batches:

@@ -4,9 +4,11 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.copies import copied
+from models.graph import ChannelGraph
+from models.narrow import Selection
 from prune.choice import FilterChoice
 from prune.schedule import (
     GradualPhysicalPruning,
@@ -22,7 +24,7 @@ from utils.errors import UserError
 
 
 def build_schedule(
-    network: nn.Module,
+    graph: ChannelGraph,
     choose: FilterChoice,
     *,
     soft_interval: int | None,
@@ -31,35 +33,40 @@ def build_schedule(
     form: str,
     images: Tensor,
     warn: Callable[[str], None],
-    is_faster_small: Callable[[Mapping[str, Tensor]], bool] = lambda kept: True,
+    is_faster_small: Callable[[Selection], bool] = lambda selection: True,
     on_choice: Callable[[PruningSchedule, int], None] = lambda schedule, step: None,
     mend: Mend | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> PruningSchedule:
-    """What keeps `network` pruned; hard pruning makes its one choice here, or takes it from the state of a resumed run.
+    """What keeps the network of `graph` pruned; hard pruning chooses here, or takes its choice from a resumed run's state.
 
     `soft_interval` is the number of epochs between soft prunings, None for hard pruning. In several `steps` that goes on over the
     first epochs, and `on_choice(schedule, step)` hears of the later ones. It trains the network in `form`, compact or masked, and
-    a resumed run in the one that it began with. With form auto it is the compact one if `is_faster_small(kept)`, and if that
+    a resumed run in the one that it began with. With form auto it is the compact one if `is_faster_small(selection)`, and if that
     evaluates and trains as the masked one does on `images`, which is proved before; if not, `warn` is told why, and the masked
     one is trained. `mend(schedule, unpruned)` is called after each choice that is made here, with the network as it was before.
     Raises UserError where form compact does not pass.
     """
     if soft_interval is not None:
-        return SoftPruning(network, choose, interval=soft_interval, last_epoch=last_epoch)
+        return SoftPruning(graph, choose, interval=soft_interval, last_epoch=last_epoch)
     small, masked = PhysicalPruning, HardPruning
     if steps > 1:
-        gradual = {"choose_at": lambda step, kept: choose.at_step(step, steps, kept)(), "steps": steps}
+
+        def choose_at(step: int, selection: Selection | None) -> Selection:
+            return choose.at_step(step, steps, selection)()
+
+        gradual = {"choose_at": choose_at, "steps": steps}
         gradual |= {"on_choice": on_choice, "mend": mend}
         small, masked = (_with_steps(kind, gradual) for kind in (GradualPhysicalPruning, GradualPruning))
     if state is not None:
-        return (small if _was_trained_small(state) else masked)(network, state["resume"]["hooks"]["kept"], example=images)
-    unpruned = copied(network) if mend is not None else None
-    kept = choose() if steps == 1 else choose.at_step(0, steps, None)()
+        recorded = Selection(graph, state["resume"]["hooks"]["kept"])
+        return (small if _was_trained_small(state) else masked)(graph, recorded)
+    unpruned = copied(graph.network) if mend is not None else None
+    selection = choose() if steps == 1 else choose.at_step(0, steps, None)()
     schedule = None
-    if form == "compact" or (form == "auto" and is_faster_small(kept)):
-        schedule = _small_if_proved(small, network, kept, images, required=form == "compact", warn=warn)
-    schedule = schedule or masked(network, kept, example=images)
+    if form == "compact" or (form == "auto" and is_faster_small(selection)):
+        schedule = _small_if_proved(small, selection, images, required=form == "compact", warn=warn)
+    schedule = schedule or masked(graph, selection)
     if mend is not None:
         mend(schedule, unpruned)
     return schedule
@@ -67,15 +74,14 @@ def build_schedule(
 
 def _small_if_proved(
     small: Callable[..., PhysicalPruning],
-    network: nn.Module,
-    kept: Mapping[str, Tensor],
+    selection: Selection,
     images: Tensor,
     *,
     required: bool,
     warn: Callable[[str], None],
 ) -> PhysicalPruning | None:
     """Pruning in compact form where every process has proved it right. Raises UserError where it is `required` and is not."""
-    schedule, reason = _proved(small, network, kept, images)
+    schedule, reason = _proved(small, selection, images)
     if not any_process(schedule is None):
         return schedule
     reason = reason or "another process found a difference"
@@ -86,13 +92,14 @@ def _small_if_proved(
 
 
 def _with_steps(kind: type, gradual: Mapping[str, Any]) -> Callable[..., PruningSchedule]:
-    return lambda network, kept, *, example: kind(network, kept=kept, example=example, **gradual)
+    return lambda graph, selection: kind(graph, selection=selection, **gradual)
 
 
-def check_compact_form(network: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> None:
-    """Raises UserError if `network`, which stays as it is, cannot be trained in its compact form."""
+def check_compact_form(selection: Selection, images: Tensor) -> None:
+    """Raises UserError if the network, which stays as it is, cannot be trained in its compact form."""
+    network = selection.graph.network
     try:
-        schedule, reason = _proved(PhysicalPruning, copy.deepcopy(network), kept, images)
+        schedule, reason = _proved(PhysicalPruning, selection.on(copy.deepcopy(network)), images)
     except (RuntimeError, TypeError) as error:
         schedule, reason = None, f"{type(network).__name__} cannot be copied ({str(error).splitlines()[0]})"
     if schedule is None:
@@ -100,11 +107,11 @@ def check_compact_form(network: nn.Module, kept: Mapping[str, Tensor], images: T
 
 
 def _proved(
-    small: Callable[..., PhysicalPruning], network: nn.Module, kept: Mapping[str, Tensor], images: Tensor
+    small: Callable[..., PhysicalPruning], selection: Selection, images: Tensor
 ) -> tuple[PhysicalPruning | None, str | None]:
     """Pruning in compact form once it is proved right, or why it is not."""
     try:
-        schedule = small(network, kept, example=images)
+        schedule = small(selection.graph, selection)
         schedule.prove(images)
     except UserError as error:
         return None, str(error)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune.masks import PrunableLayer
+from models.graph.layers import PrunableLayer
 from utils.errors import UserError
 from utils.modes import without_trace
 from utils.training.objective import logits_of

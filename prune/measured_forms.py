@@ -11,10 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from models.graph.layers import PrunableLayer
+from models.narrow import Selection
 from prune.choice import FilterChoice
-from prune.masks import PrunableLayer
 from utils.errors import UserError
 from utils.files import write_atomic
 
@@ -39,15 +38,15 @@ class Step:
     macs: float
 
 
-def trains_faster_small(choose: FilterChoice, kept: Mapping[str, Tensor], *, steps: int, amp: bool, compiled: bool) -> bool:
-    """Whether the small network that `choose` leaves after the last of `steps` is the faster form; `kept` is of the first."""
+def trains_faster_small(choose: FilterChoice, selection: Selection, *, steps: int, amp: bool, compiled: bool) -> bool:
+    """Whether the small network that `choose` leaves after the last of `steps` is the faster form; `selection` is the first."""
     if steps > 1:
-        kept = choose.without_pass()()
+        selection = choose.without_pass()()
     try:
-        macs = choose.share_of_macs(kept)
+        macs = selection.macs / choose.graph.costs.dense["macs"]
     except UserError:  # of a network that has no small form, which the proof says of it
         return True
-    widths = {"multiple": multiple_of(kept, choose.layers), "coupled": choose.coupled, "macs": macs}
+    widths = {"multiple": multiple_of(selection, choose.layers), "coupled": choose.coupled, "macs": macs}
     return is_faster_small(Step(choose.data.device.type, amp=amp, compiled=compiled, **widths))
 
 
@@ -72,9 +71,9 @@ def is_faster_small(step: Step, *, table: Path = TABLE) -> bool:
     return bool(nearest) and all(row[TIME] < 1 for row in {**largest, **nearest}.values())
 
 
-def multiple_of(kept: Mapping[str, Tensor], layers: Sequence[PrunableLayer]) -> int:
+def multiple_of(selection: Selection, layers: Sequence[PrunableLayer]) -> int:
     """The largest of `MULTIPLES` of which all `layers` that lose filters keep as many."""
-    widths = [len(kept[layer.name]) for layer in layers if layer.name in kept and len(kept[layer.name]) < layer.filters]
+    widths = [len(selection.kept[layer.name]) for layer in layers if layer.name in selection.kept]
     return next(multiple for multiple in MULTIPLES if all(width % multiple == 0 for width in widths))
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.graph.cost import positions_of_layers
 from models.graph.statistics import LINEAR_LAYERS, weight_matrix
-from models.narrow import NarrowNetwork, narrow
-from prune.cost import positions_of_layers
+from models.narrow import NarrowNetwork
 from prune.reconstruction import LayerFit, reconstruct
 from prune.schedule import PruningSchedule
 from utils.distributed import broadcast_from_main
@@ -68,7 +68,7 @@ def _small_form(schedule: PruningSchedule, images: Tensor) -> NarrowNetwork | No
     if isinstance(network, NarrowNetwork):
         return network
     try:
-        return narrow(network, schedule.live_channels(schedule.kept), example=images)
+        return schedule.selection.shrink()
     except UserError:
         return None
 

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from models.graph import ChannelGraph
+from models.graph.layers import PrunableLayer
+from models.narrow import Selection
 from models.network_file import NetworkFile
-from prune.allocation import FLOOR
 from prune.choice import FilterChoice
 from prune.forms import build_schedule
-from prune.masks import PrunableLayer, keep_ratios, prunable_layers
+from prune.masks import keep_ratios
 from prune.measured_forms import trains_faster_small
 from prune.schedule import Mend, PruningSchedule
 from prune.sensitivity import read_rates
@@ -18,9 +20,10 @@ from utils.training.session import Session
 
 def filter_choice(session: Session, settings: PruningSettings, student: NetworkFile) -> FilterChoice:
     """What chooses the filters of the student that stay; the best channel multiple counts as 1 until times are known."""
-    layers = prunable_layers(student.network, linear=settings.linear, example=session.data.example)
+    graph = ChannelGraph(student.network, session.data.example)
+    layers = graph.prunable_layers(linear=settings.linear)
     return FilterChoice(
-        student.network,
+        graph,
         layers,
         keep_ratios(layers, _ratios_of(session, settings, layers), exclude=settings.exclude),
         criterion=settings.criterion,
@@ -32,14 +35,14 @@ def filter_choice(session: Session, settings: PruningSettings, student: NetworkF
         coupled=settings.coupled,
         budget=settings.budget,
         allocation=settings.allocation,
-        earlier=student.kept,
+        earlier=Selection.from_json(graph, student.kept),
     )
 
 
-def _ratios_of(session: Session, settings: PruningSettings, layers: Sequence[PrunableLayer]) -> Sequence[float]:
-    """The proportions that are retained; under a budget, or measured one by one, the least of each layer."""
+def _ratios_of(session: Session, settings: PruningSettings, layers: Sequence[PrunableLayer]) -> Sequence[float] | None:
+    """The proportions that are retained; None under a budget, or where they are measured one by one."""
     if settings.budget is not None or settings.sensitivity is not None:
-        return [FLOOR]
+        return None
     if settings.ratios_file is None:
         return settings.keep_ratios
     recorded = session.recorded(SENSITIVITY)
@@ -61,7 +64,7 @@ def schedule_of(
     run, training = session.settings.run, session.settings.training
     is_masked = choose.is_whole or (settings.steps > 1 and training.ema is not None)
     return build_schedule(
-        choose.network,
+        choose.graph,
         choose,
         soft_interval=settings.soft_interval,
         steps=settings.steps,

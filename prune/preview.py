@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+from models.graph.cost import Widths
 from models.network_file import NetworkFile
-from prune.choice import FilterChoice
-from prune.cost import Widths
+from prune.choice import FilterChoice, small_network
 from prune.record import WHOLE, whole_layers_table
 from utils.errors import UserError
 from utils.training.session import Session
@@ -25,14 +25,14 @@ def print_pruning(
     trained_by = f"loss: {loss}"
     if choose.is_whole:
         return session.print_plan({"network": student.network}, [WHOLE, trained_by])
-    kept = choose.without_pass()()
-    said = [f"{layer.name} would keep {len(kept[layer.name])} of {layer.filters}" for layer in choose.layers]
-    said += [describe(choose.widths(kept))] if describe is not None else []
+    selection = choose.without_pass()()
+    said = [f"{layer.name} would keep {len(selection.channels(layer.name))} of {layer.filters}" for layer in choose.layers]
+    said += [describe(selection.widths)] if describe is not None else []
     said.append(trained_by)
     networks = {"dense": student.network}
     try:
-        networks["pruned"] = small = choose.small_network(kept)
-        said += filter(None, [whole_layers_table({name: channels.tolist() for name, channels in kept.items()}, small)])
+        networks["pruned"] = small = small_network(selection)
+        said += filter(None, [whole_layers_table(selection.kept, small)])
     except UserError as error:
         said.append(f"no compact network could be written: {error}")
     session.print_plan(networks, said)

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from models.difference import ResultDifference
-from models.graph import output_channels
-from models.narrow import NarrowNetwork
+from models.graph import ChannelGraph, output_channels
+from models.graph.layers import PrunableLayer
+from models.narrow import NarrowNetwork, Selection
 from models.network_file import NetworkFile, describe_network, load_network
-from prune.compact import compact
-from prune.masks import PrunableLayer, prunable_layers
+from prune.compact import compact_selection
 from prune.papers_flops import papers_flops_drop
 from prune.schedule import PruningSchedule
 from utils.device import to_device
@@ -53,52 +53,63 @@ def log_pruning(
     scores: Mapping[str, Any],
     *,
     schedule: PruningSchedule,
+    layers: Sequence[PrunableLayer],
     student: NetworkFile,
     data: ImageData,
     recalibrate_bn_batches: int | None = None,
     before: Mapping[str, float] | None = None,
 ) -> None:
-    """Logs the choice and what it did to the accuracy, and leaves both in files of the run; `scores` are those before it.
+    """Logs the choice and what it did to the accuracy, and leaves both in files of the run.
 
-    `before` is what the pruned network scored before it was reconstructed, None where it was not.
+    `scores` are those before it, `layers` what the choice was among. `before` is what the pruned network scored before it was
+    reconstructed, None where it was not.
     """
     recalibrated = recalibrated_batch_norm(student.network, data, batches=recalibrate_bn_batches)
-    with schedule.shipped() as kept, recalibrated:
+    with schedule.shipped() as selection, recalibrated:
         pruned = evaluate(student.network, data)
     chance = 100 / len(data.dataset.classes)
-    convs = [schedule.layers[name] for name in kept if isinstance(schedule.layers[name], PrunableLayer)]
-    if all(len(kept[layer.name]) == layer.filters for layer in convs):
+    reported = _reported(layers, selection)
+    if all(layer.name not in selection.kept for layer in reported):
         run.log(WHOLE)
     else:
-        for layer in convs:
-            run.log(f"{layer.name} keeps {len(kept[layer.name])} of {layer.filters}")
-            if not len(kept[layer.name]):
+        for layer in reported:
+            count = len(selection.channels(layer.name))
+            run.log(f"{layer.name} keeps {count} of {layer.filters}")
+            if not count:
                 run.warn(f"{layer.name} has lost every filter")
     done = "pruned" if before is None else "pruned and reconstructed"
     run.log(f"{done}, before fine-tuning: top1 {pruned['top1']:.2f}, loss {pruned['loss']:.4f}")
     trained = scores["student"]["top1"] > CHANCE_MARGIN * chance
     if trained and pruned["top1"] <= CHANCE_MARGIN * chance:
         run.warn(f"accuracy fell to chance ({chance:.1f}) by pruning; fine-tuning starts nearly from nothing")
-    save_kept(run, schedule, kept)
+    save_kept(run, layers, selection)
     reached = {"pruned": pruned} if before is None else {"pruned": before, "reconstructed": pruned}
     run.save_json(BEFORE_TRAINING, {**scores, **reached})
 
 
-def log_step(run: Run, schedule: PruningSchedule, step: int, *, steps: int) -> None:
-    """Logs a later step of gradual pruning, counted from 0, and keeps its choice."""
-    convs = [schedule.layers[name] for name in schedule.kept if isinstance(schedule.layers[name], PrunableLayer)]
-    left, whole = sum(len(schedule.kept[layer.name]) for layer in convs), sum(layer.filters for layer in convs)
+def log_step(run: Run, layers: Sequence[PrunableLayer], selection: Selection, step: int, *, steps: int) -> None:
+    """Logs a later step of gradual pruning of `layers`, counted from 0, and keeps its choice."""
+    reported = _reported(layers, selection)
+    left, whole = sum(len(selection.channels(layer.name)) for layer in reported), sum(layer.filters for layer in reported)
     run.log(f"step {step + 1} of {steps}: {left} of {whole} filters are left")
-    save_kept(run, schedule, schedule.kept)
+    save_kept(run, layers, selection)
 
 
-def save_kept(run: Run, schedule: PruningSchedule, kept: Mapping[str, Tensor]) -> None:
-    convs = [schedule.layers[name] for name in kept if isinstance(schedule.layers[name], PrunableLayer)]
-    run.save_json(KEPT_FILTERS, {conv.name: {"filters": conv.filters, "kept": kept[conv.name].tolist()} for conv in convs})
+def save_kept(run: Run, layers: Sequence[PrunableLayer], selection: Selection) -> None:
+    reported = _reported(layers, selection)
+    kept = {layer.name: {"filters": layer.filters, "kept": list(selection.channels(layer.name))} for layer in reported}
+    run.save_json(KEPT_FILTERS, kept)
+
+
+def _reported(layers: Sequence[PrunableLayer], selection: Selection) -> list[PrunableLayer]:
+    """The layers that the choice was among, and others that have lost filters before."""
+    names = {layer.name for layer in layers}
+    others = selection.graph.prunable_layers(linear=True) if not selection.is_whole else []
+    return [*layers, *(layer for layer in others if layer.name in selection.kept and layer.name not in names)]
 
 
 def describe_pruned(
-    network: nn.Module, kept: Mapping[str, Tensor], *, schedule: PruningSchedule, file: NetworkFile, config: Mapping[str, Any]
+    network: nn.Module, selection: Selection, *, schedule: PruningSchedule, file: NetworkFile, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A checkpoint of the pruned network at full width, so that everything that reads the unpruned one reads it too.
 
@@ -106,35 +117,43 @@ def describe_pruned(
     """
     is_small = isinstance(network, NarrowNetwork)
     state = network.dense_state_dict(idle=schedule.model.state_dict()) if is_small else network.state_dict()
-    live = schedule.live_channels(kept)
     identity = {"model": file.model, "num_classes": file.num_classes, "images": file.images}
-    return describe_network(state, **identity, config=config, kept=live)
+    return describe_network(state, **identity, config=config, kept=selection.to_json())
 
 
 def finish(
-    run: Run, result: Mapping[str, Any], *, model: str, data: ImageData, config: Mapping[str, Any], head: Mapping[str, Any]
+    run: Run,
+    result: Mapping[str, Any],
+    *,
+    graph: ChannelGraph,
+    model: str,
+    data: ImageData,
+    config: Mapping[str, Any],
+    head: Mapping[str, Any],
 ) -> None:
     """Removes the pruned filters of the best network, proves that nothing changed, and leaves small network and summary.
 
-    `result` is what the training returned, `model` the network's name, `head` what the summary begins with. For the main
-    process alone.
+    `result` is what the training returned, `graph` that of the student, `model` the network's name, `head` what the summary
+    begins with. For the main process alone.
     """
     best = load_network(run.folder / BEST, flag="--save-dir", model=model)
     dense = to_device(best.network, data.device)
-    layers = prunable_layers(dense, linear=config["prune_linear"], example=data.example)
-    kept = {layer.name: len(best.kept.get(layer.name, range(layer.filters))) for layer in layers}
+    graph = graph.rebound(dense)
+    selection = Selection.from_json(graph, best.kept)
+    layers = graph.prunable_layers(linear=config["prune_linear"])
+    kept = {layer.name: len(selection.channels(layer.name)) for layer in layers}
     summary = {**head, "model": best.model, **read_json(run.folder / BEFORE_TRAINING), **result, "kept_filters": kept}
     if (run.folder / LATENCY_TABLE).exists():
         summary["share_of_time"] = read_json(run.folder / LATENCY_TABLE)["measured"]
     try:
-        small = compact(dense, data.example)
+        small = compact_selection(dense, selection)
     except UserError as error:  # the training is worth its summary all the same
         run.warn(f"no compact network is written: {error}")
         written = BEST
     else:
         if not small.kept:
             run.log(f"{COMPACT} is the whole network: no filter is zero")
-        summary["compact"] = save_compact(run, best, dense, small, result=result, data=data, config=config)
+        summary["compact"] = save_compact(run, best, graph, small, result=result, data=data, config=config)
         written = COMPACT
     run.save_json(SUMMARY, summary)
     run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / written}")
@@ -174,20 +193,21 @@ def _few(names: Sequence[str], count: int = 3) -> str:
 def save_compact(
     run: Run,
     best: NetworkFile,
-    dense: nn.Module,
+    graph: ChannelGraph,
     small: NarrowNetwork,
     *,
     result: Mapping[str, Any],
     data: ImageData,
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Writes the small network of `best`, which is `dense` on the device; gives what the summary says of the two."""
+    """Writes the small network of `best`, which is that of `graph` on the device; gives what the summary says of the two."""
+    dense = graph.network
     difference, accuracy = compare_outputs(dense, small, data)
     identity = {"model": best.model, "num_classes": best.num_classes, "images": best.images}
     description = describe_network(small.state_dict(), **identity, config=config, kept=small.kept, compact=True)
     run.save(COMPACT, {**description, "epoch": result["best"]["epoch"], "metrics": result["best"]})
     comparison = compare_networks(dense, small, data.example[:1], files=(run.folder / BEST, run.folder / COMPACT))
-    comparison["papers_flops_drop_percent"] = papers_flops_drop(dense, small, data.example[:1])
+    comparison["papers_flops_drop_percent"] = papers_flops_drop(graph, small)
     run.log(comparison_table(comparison))
     run.log(f"FLOPs of the convolutions, as papers count them: {comparison['papers_flops_drop_percent']:.1f} % less")
     run.log(f"steps between layers that store different channels: {small.relayout_count}")

@@ -6,7 +6,7 @@ not yet pruned in this sense; the network that it ships is.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,49 +15,40 @@ from torch import Tensor, nn
 
 from models.batch_norm import quicken_batch_norms
 from models.copies import copied
-from models.narrow import NarrowNetwork, narrow
+from models.graph import ChannelGraph
+from models.narrow import NarrowNetwork, Selection
 from models.narrow.proof import check_equal_training
-from prune.masks import PrunableLayer, SharedNorm, prunable_layers, shared_norms
+from models.narrow.selection import tensor_of
 from utils.errors import UserError
 from utils.training.pruning import Pruning
 
 
 class PruningSchedule(Pruning):
-    """What a trainer calls. `model` is the bare network, on its device; `kept` maps layers to the filters that stay,
-    and batch norms that several layers share to the entries.
+    """What a trainer calls. `graph` is that of the bare network, on its device; `selection` says which of its channels stay."""
 
-    `kept` holds sorted int64 indices on the CPU, and is empty as long as nothing has been chosen. `example` is a batch of
-    images for networks whose Python asks for the size of its input, see `trace_network`.
-    """
-
-    def __init__(self, model: nn.Module, *, example: Tensor | None = None):
-        self.model, self._example = model, example
-        convs = prunable_layers(model, linear=True, example=example)
-        layers = (*convs, *shared_norms(model, convs))
-        self.layers: dict[str, PrunableLayer | SharedNorm] = {layer.name: layer for layer in layers}
-        self.kept: dict[str, Tensor] = {}
+    def __init__(self, graph: ChannelGraph, selection: Selection):
+        self.graph, self.model = graph, graph.network
+        self.selection = selection
 
     def trained_network(self) -> nn.Module:
         """The network to train in place of `model`."""
         return self.model
 
     @contextmanager
-    def shipped(self) -> Iterator[dict[str, Tensor]]:
-        """Within it the model is the pruned network as it is evaluated and saved; gives that network's `kept`."""
-        yield self.kept
-
-    def live_channels(self, kept: Mapping[str, Tensor]) -> dict[str, list[int]]:
-        """`kept` for each pruned convolution and the batch norm that reads it: what a checkpoint says, and `narrow` takes."""
-        pruned = [layer for layer, _ in _losses(self.layers, kept)]
-        names = [(name, layer) for layer in pruned for name in (layer.name, layer.norm_name) if name is not None]
-        return {name: kept[layer.name].tolist() for name, layer in names}
+    def shipped(self) -> Iterator[Selection]:
+        """Within it the model is the pruned network as it is evaluated and saved; gives what stays of that."""
+        yield self.selection
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": dict(self.kept)}
+        return {"kept": {name: torch.tensor(channels) for name, channels in self.selection.kept.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError for layers or filters that the model has not got."""
-        self.kept = _checked_kept(self.layers, state["kept"])
+        """Raises UserError for layers or channels that the model has not got."""
+        self.prune(Selection(self.graph, state["kept"]))
+
+    def prune(self, selection: Selection) -> None:
+        """Goes on with another selection."""
+        self.selection = selection
 
 
 Mend = Callable[[PruningSchedule, nn.Module], None]  # what is pruned, and the network as it was before
@@ -66,16 +57,15 @@ Mend = Callable[[PruningSchedule, nn.Module], None]  # what is pruned, and the n
 class HardPruning(PruningSchedule):
     """One choice before training: pruned filters are exactly 0 from now on, after every step."""
 
-    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor], *, example: Tensor | None = None):
-        super().__init__(model, example=example)
-        self.load_state_dict({"kept": kept})
+    def __init__(self, graph: ChannelGraph, selection: Selection):
+        super().__init__(graph, selection)
+        self.prune(selection)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
+    def prune(self, selection: Selection) -> None:
+        super().prune(selection)
         self._zeros = _Zeros()
-        for layer, pruned in _losses(self.layers, self.kept):
-            for tensor in layer.zeroed().values():
-                self._zeros.add(tensor, pruned)
+        for key, rows in selection.zero_rows().items():
+            self._zeros.add(tensor_of(self.model, key), rows)
         self.hold()
 
     def hold(self) -> None:
@@ -86,30 +76,29 @@ class HardPruning(PruningSchedule):
 class GradualPruning(HardPruning):
     """Filters go in `steps` steps, the first before training, the others after the first epochs. What is gone stays gone.
 
-    `choose_at(step, kept)` gives what stays at a step, counted from 0, of what has stayed so far (None before the first). It
-    must not change anything. At the later ones `mend(schedule, unpruned)` is given the network as it was before, and
-    `on_choice(schedule, step)` hears of them. With `kept`, from the state of a resumed run, nothing is chosen here.
+    `choose_at(step, selection)` gives what stays at a step, counted from 0, of what has stayed so far (None before the first).
+    It must not change anything. At the later ones `mend(schedule, unpruned)` is given the network as it was before, and
+    `on_choice(schedule, step)` hears of them. With a `selection`, from the state of a resumed run, nothing is chosen here.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        choose_at: Callable[[int, Mapping[str, Tensor] | None], dict[str, Tensor]],
+        graph: ChannelGraph,
+        choose_at: Callable[[int, Selection | None], Selection],
         *,
         steps: int,
         on_choice: Callable[["GradualPruning", int], None],
         mend: Mend | None = None,
-        kept: Mapping[str, Tensor] | None = None,
-        example: Tensor | None = None,
+        selection: Selection | None = None,
     ):
         self._choose_at, self._steps, self._on_choice, self._mend = choose_at, steps, on_choice, mend
-        super().__init__(model, choose_at(0, None) if kept is None else kept, example=example)
+        super().__init__(graph, choose_at(0, None) if selection is None else selection)
 
     def after_epoch(self, epoch: int) -> None:
         if epoch + 1 < self._steps:
             self._clear_dead_inputs()
             unpruned = copied(self.model) if self._mend is not None else None
-            self.load_state_dict({"kept": self._choose_at(epoch + 1, self.kept)})
+            self.prune(self._choose_at(epoch + 1, self.selection))
             if self._mend is not None:
                 self._mend(self, unpruned)
             self._on_choice(self, epoch + 1)
@@ -117,7 +106,7 @@ class GradualPruning(HardPruning):
     def _clear_dead_inputs(self) -> None:
         """Weights that only read what is gone must not count in the scores of a filter: in the small network there are none."""
         try:
-            small = narrow(self.model, self.live_channels(self.kept), example=self._example)
+            small = self.selection.shrink()
         except UserError:  # of a network that has no small form they are not known
             return
         self.model.load_state_dict(small.dense_state_dict(idle=self.model.state_dict()))
@@ -134,28 +123,27 @@ class PhysicalPruning(PruningSchedule):
     that has no narrow form.
     """
 
-    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor], *, example: Tensor | None = None):
-        super().__init__(model, example=example)
-        self._cut(kept)
+    def __init__(self, graph: ChannelGraph, selection: Selection):
+        super().__init__(graph, selection)
+        self._cut(selection)
 
-    def _cut(self, kept: Mapping[str, Tensor]) -> None:
-        self.kept = HardPruning(self.model, kept, example=self._example).kept
-        self._network = narrow(self.model, self.live_channels(self.kept), example=self._example)
+    def _cut(self, selection: Selection) -> None:
+        self.selection = selection
+        self._pruned = selection.zero_rows()
+        for key, rows in self._pruned.items():
+            _clear(tensor_of(self.model, key), rows)
+        self._network = selection.shrink()
         quicken_batch_norms(self._network)
         self._zeros = _Zeros()
-        for key, pruned in self._pruned_rows().items():
+        for key, pruned in self._pruned.items():
             stored = self._network.stored(key)
             if stored is not None:
                 tensor, rows = stored
                 self._zeros.add(tensor, torch.isin(torch.tensor(rows), pruned).nonzero().flatten())
 
-    def _pruned_rows(self) -> dict[str, Tensor]:
-        """The rows that are 0 in the masked network, by key."""
-        return {key: pruned for layer, pruned in _losses(self.layers, self.kept) for key in layer.zeroed()}
-
     def prove(self, images: Tensor) -> None:
         """Raises UserError unless the small network evaluates and trains as the masked one does, on `images` (N, C, H, W)."""
-        check_equal_training(self.model, self._network, images, pruned=self._pruned_rows())
+        check_equal_training(self.model, self._network, images, pruned=self._pruned)
 
     def trained_network(self) -> NarrowNetwork:
         return self._network
@@ -175,24 +163,23 @@ class GradualPhysicalPruning(PhysicalPruning):
 
     def __init__(
         self,
-        model: nn.Module,
-        choose_at: Callable[[int, Mapping[str, Tensor] | None], dict[str, Tensor]],
+        graph: ChannelGraph,
+        choose_at: Callable[[int, Selection | None], Selection],
         *,
         steps: int,
         on_choice: Callable[[PruningSchedule, int], None],
         mend: Mend | None = None,
-        kept: Mapping[str, Tensor] | None = None,
-        example: Tensor | None = None,
+        selection: Selection | None = None,
     ):
         self._choose_at, self._steps, self._on_choice, self._mend = choose_at, steps, on_choice, mend
-        super().__init__(model, choose_at(0, None) if kept is None else kept, example=example)
+        super().__init__(graph, choose_at(0, None) if selection is None else selection)
 
     def after_epoch(self, epoch: int) -> nn.Module | None:
         if epoch + 1 >= self._steps:
             return None
         self.model.load_state_dict(self._network.dense_state_dict(idle=self.model.state_dict()))
         unpruned = copied(self.model) if self._mend is not None else None
-        self._cut(self._choose_at(epoch + 1, self.kept))
+        self._cut(self._choose_at(epoch + 1, self.selection))
         if self._mend is not None:
             self._mend(self, unpruned)
         self._on_choice(self, epoch + 1)
@@ -233,47 +220,47 @@ class SoftPruning(PruningSchedule):
     filter and it can come back. Make this before the optimizer has momentum: what is left in it would bring every cleared
     filter back, and larger than those that were kept.
 
-    `choose()` gives `kept` from the weights as they are. It must not change anything, random streams that training uses
+    `choose()` gives what stays by the weights as they are. It must not change anything, random streams that training uses
     included: it is also called for an evaluation between two prunings.
     """
 
-    def __init__(self, model: nn.Module, choose: Callable[[], dict[str, Tensor]], *, interval: int, last_epoch: int):
+    def __init__(self, graph: ChannelGraph, choose: Callable[[], Selection], *, interval: int, last_epoch: int):
         if interval < 1:
-            raise UserError(f"--prune-interval {interval}: must be 1 epoch or more")
-        super().__init__(model)
+            raise UserError(f"interval {interval}: must be 1 epoch or more")
+        super().__init__(graph, choose())
         self.choose = choose
         self.interval = interval
         self.last_epoch = last_epoch
-        self._choose_and_clear()
+        self._clear_chosen()
 
-    def _choose_and_clear(self) -> None:
-        self.kept = self.choose()
+    def _clear_chosen(self) -> None:
         self._just_cleared = True
-        for layer, pruned in _losses(self.layers, self.kept):
-            _clear(layer.own_parameters().values(), pruned)
+        for key, rows in self.selection.zero_rows(norms=False).items():
+            _clear(tensor_of(self.model, key), rows)
 
     def after_step(self) -> None:
         self._just_cleared = False
 
     def after_epoch(self, epoch: int) -> None:
         if (epoch + 1) % self.interval == 0 or epoch == self.last_epoch:
-            self._choose_and_clear()
+            self.selection = self.choose()
+            self._clear_chosen()
 
     @contextmanager
-    def shipped(self) -> Iterator[dict[str, Tensor]]:
+    def shipped(self) -> Iterator[Selection]:
         """Within it the chosen filters are 0 with their batch norm; afterwards every bit is as before.
 
         They are the filters that were just cleared, or, on an epoch without pruning, those that would be cleared now.
         """
         # Choosing again right after clearing could differ: FPGM ranks cleared filters as any others.
-        kept = self.kept if self._just_cleared else self.choose()
+        selection = self.selection if self._just_cleared else self.choose()
         saved = []
         try:
-            for layer, pruned in _losses(self.layers, kept):
-                tensors = layer.zeroed().values()
-                saved += [(tensor, tensor.detach().clone()) for tensor in tensors]
-                _clear(tensors, pruned)
-            yield kept
+            for key, rows in selection.zero_rows().items():
+                tensor = tensor_of(self.model, key)
+                saved.append((tensor, tensor.detach().clone()))
+                _clear(tensor, rows)
+            yield selection
         finally:
             with torch.no_grad():
                 for tensor, before in reversed(saved):  # one of two layers may have been cleared by the other already
@@ -293,29 +280,6 @@ def check_soft_state(state: Mapping[str, Any], *, folder: str | os.PathLike) -> 
         raise UserError(f"--resume {folder}: an older version began it, whose soft pruning was another method; start it anew")
 
 
-def _losses(
-    layers: Mapping[str, PrunableLayer | SharedNorm], kept: Mapping[str, Tensor]
-) -> Iterator[tuple[PrunableLayer | SharedNorm, Tensor]]:
-    """The layers that lose filters, each with the indices of those that go."""
-    for name, indices in kept.items():
-        pruned = torch.ones(layers[name].filters, dtype=torch.bool).index_fill_(0, indices, False).nonzero().flatten()
-        if len(pruned):
-            yield layers[name], pruned
-
-
 @torch.no_grad()
-def _clear(tensors: Iterable[Tensor], pruned: Tensor) -> None:
-    for tensor in tensors:
-        tensor.index_fill_(0, pruned.to(tensor.device), 0)
-
-
-def _checked_kept(layers: Mapping[str, PrunableLayer | SharedNorm], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    checked = {}
-    for name, indices in kept.items():
-        if name not in layers:
-            raise UserError(f"kept filters of {name!r}: the network has no such layer: choose from {', '.join(layers)}")
-        filters = layers[name].filters
-        if any(not 0 <= index < filters for index in indices.tolist()):
-            raise UserError(f"kept filters of {name!r}: the network has filters 0 to {filters - 1} there, not {indices.tolist()}")
-        checked[name] = indices.to("cpu", torch.int64)
-    return checked
+def _clear(tensor: Tensor, rows: Tensor) -> None:
+    tensor.index_fill_(0, rows.to(tensor.device), 0)

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from models.graph.layers import PrunableLayer
 from prune.choice import FilterChoice
-from prune.masks import PrunableLayer
 from prune.schedule import HardPruning
 from utils.checkpoints import digest
 from utils.errors import UserError, shown
@@ -55,14 +55,14 @@ def measure_sensitivity(
         document = {**head, "top1": top1_of(choose.network), "families": []}
         write_json(path, document)
     pruned = copy.deepcopy(choose.network)
-    schedule = HardPruning(pruned, {}, example=choose.data.example)
-    for layers, filters, kept in families[len(document["families"]) :]:
+    graph = choose.graph.rebound(pruned)
+    for layers, filters, selections in families[len(document["families"]) :]:
         top1 = []
-        for channels in kept:
+        for selection in selections:
             pruned.load_state_dict(choose.network.state_dict())
-            schedule.load_state_dict({"kept": channels})
+            HardPruning(graph, selection.on(pruned))
             top1.append(top1_of(pruned))
-        row = {"layers": layers, "filters": filters, "kept": [len(channels[layers[0]]) for channels in kept], "top1": top1}
+        row = {"layers": layers, "filters": filters, "kept": [len(own.channels(layers[0])) for own in selections], "top1": top1}
         document["families"].append(row)
         write_json(path, document)
         print(

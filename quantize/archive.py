@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models import MODELS, build_model, build_on_meta, trusted_model
-from models.graph import output_channels
-from models.narrow import narrow
+from models.graph import ChannelGraph, output_channels
+from models.narrow import Selection
 from models.network_file import example_images, with_versions
 from quantize import huffman
 from quantize.container import pack_sections, read_description, unpack_sections
@@ -219,7 +219,7 @@ def _read(data: bytes, model: str | None) -> tuple[nn.Module, ArchiveReport]:
 
 
 def _cut(dense: nn.Module, kept: Mapping[str, Sequence[int]], images: ImageSpec | None) -> nn.Module:
-    return narrow(dense, kept, example=example_images(dense, images)) if kept else dense
+    return Selection.literal(ChannelGraph(dense, example_images(dense, images)), kept).shrink() if kept else dense
 
 
 def _check_format(description: Mapping[str, Any]) -> None:

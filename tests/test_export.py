@@ -10,12 +10,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from selections import narrow
 from torch import nn
 
 import export
 from deploy import comparison, exporters
 from models import build_model
-from models.narrow import narrow
 from models.network_file import describe_network, load_network
 from prune.compact import compact
 from utils import cli, profile

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from selections import prunable_layers
 
 from models import build_model
 from models.network_file import describe_network, load_network
-from prune.masks import keep_count, prunable_layers
+from prune.masks import keep_count
 from utils.checkpoints import load_checkpoint, save_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent

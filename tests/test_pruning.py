@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from selections import prunable_layers
 
 from deploy import budget, latency
 from models.network_file import load_network
 from prune.criteria import CRITERIA, Criterion
-from prune.masks import keep_count, prunable_layers
+from prune.masks import keep_count
 from utils.checkpoints import load_checkpoint, save_checkpoint
 
 TINY = ["--n-epochs", "2", "--limit-batches", "2", "--batch-size", "32", "--schedule", "--device", "cpu"]

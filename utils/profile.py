@@ -24,13 +24,13 @@ LATENCY_BATCH_SIZES = (1, 64)
 MIN_RUN_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.5, 5, 200
 
 
-def profile_network(network: nn.Module, image: Tensor) -> dict[str, int]:
-    """`parameters`, those that are not zero, and `macs` and `flops` of a forward pass of `image` (1, C, H, W)."""
+def profile_network(network: nn.Module, *inputs: Tensor) -> dict[str, int]:
+    """`parameters`, those that are not zero, and `macs` and `flops` of a forward pass of `inputs`: an image (1, C, H, W)."""
     counter = FlopCounterMode(display=False)
     was_training = network.training
     network.eval()
     with torch.enable_grad(), counter:  # the counter cannot do without where a module is given a parameter
-        network(image)
+        network(*inputs)
     network.train(was_training)
     parameters = list(network.parameters())
     flops = counter.get_total_flops()

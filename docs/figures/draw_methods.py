@@ -22,9 +22,10 @@ from distill.base import attention_map, channel_energy
 from distill.hap import attention_similarity, hap_loss
 from distill.objective import FrozenTeacher
 from models.cifar_resnet import CifarResNet
+from models.graph import ChannelGraph
 from models.outputs import Outputs
 from prune.criteria import CRITERIA
-from prune.masks import keep_count, prunable_layers
+from prune.masks import keep_count
 
 SEED = 8152
 # Okabe and Ito's colours, which stay apart for the colour-blind and, with these, in grey.
@@ -147,7 +148,7 @@ def trained_network(images: Tensor, labels: Tensor) -> CifarResNet:
 def pruned_copy(network: CifarResNet) -> CifarResNet:
     """The network with the filters of lowest norm cleared, before any fine-tuning: the student of the first step."""
     network = copy.deepcopy(network)
-    for layer in prunable_layers(network):
+    for layer in ChannelGraph(network).prunable_layers():
         scores = CRITERIA["filter-l2"](layer.module.weight)
         cut = scores.argsort()[: layer.filters - keep_count(layer.filters, KEEP_RATIO)]
         for parameter in (layer.module.weight, layer.norm.weight, layer.norm.bias):

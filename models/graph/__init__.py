@@ -9,14 +9,14 @@ wants the full width back, so a plan never changes the function, it only stops s
 `models.narrow` builds modules from a plan, `prune.compact` uses one to find out which channels are zero.
 """
 
-from models.graph.channels import Channels, LayerCut, Plan, Step, members_of_layer
+from models.graph.channel_graph import ChannelGraph, Kept
+from models.graph.channels import Channels, LayerCut, Plan, Step, all_channels, members_of_layer
 from models.graph.concrete import attribute
 from models.graph.plan import (
     LiveOutputs,
     Restored,
     missing_carriers,
     output_channels,
-    plan_channels,
     restored_channels,
     whole_layers,
 )
@@ -24,20 +24,22 @@ from models.graph.rules.sizes import counted_channels
 from models.graph.tracing import Trace, is_mode, trace_network
 
 __all__ = [
+    "ChannelGraph",
     "Channels",
+    "Kept",
     "LayerCut",
     "LiveOutputs",
     "Plan",
     "Restored",
     "Step",
     "Trace",
+    "all_channels",
     "attribute",
     "counted_channels",
     "is_mode",
     "members_of_layer",
     "missing_carriers",
     "output_channels",
-    "plan_channels",
     "restored_channels",
     "trace_network",
     "whole_layers",

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -21,12 +21,13 @@ class Call:
     """What a rule may look at to plan one node."""
 
     node: fx.Node
-    steps: dict[fx.Node, Step]
+    steps: Mapping[fx.Node, Step]
     model: nn.Module
     modules: Mapping[str, nn.Module]
     live_outputs: LiveOutputs
     carriers: frozenset[str]
     shared: frozenset[str]
+    asked: list[tuple[Channels | None, int, tuple[int, ...]]] = field(default_factory=list)  # by `outputs_of_layer`
 
     @property
     def module(self) -> nn.Module:
@@ -60,7 +61,9 @@ class Call:
     def outputs_of_layer(self, given: Channels | None, full: int) -> tuple[int, ...]:
         """The output channels that the layer has to store: the live ones, or one as a carrier."""
         live = tuple(self.live_outputs(self.node.target, self.module, given))
-        return (0,) if not live and full and self.node.target in self.carriers else live
+        live = (0,) if not live and full and self.node.target in self.carriers else live
+        self.asked.append((given, full, live))
+        return live
 
     def vanishing(self, given: Channels | None) -> frozenset[str]:
         return frozenset([self.node.target]) | (given.vanished if given is not None else frozenset())

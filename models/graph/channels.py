@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from torch import fx
@@ -33,10 +34,12 @@ class Channels:
 
     def storing(self, stored: Iterable[int]) -> "Channels":
         stored = tuple(stored)
+        if stored == self.stored:
+            return self
         return replace(self, stored=stored, vanished=frozenset() if stored else self.vanished)
 
     def whole(self) -> "Channels":
-        return self.storing(range(self.full))
+        return self.storing(all_channels(self.full))
 
     def fits(self, other: "Channels | None") -> bool:
         """Whether channel i of both means the same position of a sum."""
@@ -46,6 +49,12 @@ class Channels:
         return self.full, self.axis, self.rank, self.flat
 
 
+@lru_cache(maxsize=256)
+def all_channels(count: int) -> tuple[int, ...]:
+    return tuple(range(count))
+
+
+@lru_cache(maxsize=512)
 def members_of_layer(name: str, full: int) -> Members:
     return tuple((name, channel) for channel in range(full))
 

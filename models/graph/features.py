@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
-from models.graph import trace_network
+from models.graph.channel_graph import ChannelGraph
 from models.graph.function import GraphFunction
 from models.outputs import Outputs
 from utils.errors import UserError
@@ -77,7 +77,7 @@ def with_outputs(network: nn.Module) -> nn.Module:
     if hasattr(network, "outputs"):
         return network
     network.__class__ = _class_with_outputs(type(network))
-    network._tapped = _Functions()
+    network._functions = _Functions()
     return network
 
 
@@ -86,12 +86,17 @@ class FoundOutputs:
 
     def outputs(self, x: Tensor) -> Outputs:
         """Logits and feature maps of images (B, 3, H, W)."""
-        return self._tapped.for_images(self, x)(self, x)
+        return self._functions.for_images(self, x)(self, x)
+
+    def find_maps_in(self, graph: ChannelGraph) -> None:
+        """Looks for the maps in a graph of the network that is there already, for images like its example."""
+        if graph.images is not None:
+            self._functions.find_in(graph)
 
     def finds_feature_maps(self, images: Tensor | None) -> bool:
         """Whether `outputs` finds any in images like these; without them like the last, or of a usual size before the first."""
         try:
-            self._tapped.of(self) if images is None else self._tapped.expect(self, images)
+            self._functions.of(self) if images is None else self._functions.expect(self, images)
         except UserError:
             return False
         return True
@@ -120,6 +125,7 @@ class _Functions:
 
     def __init__(self) -> None:
         self._by_size: dict[tuple[int, ...], Callable[..., Outputs]] = {}
+        self._without: dict[tuple[int, ...], tuple[Any, ...]] = {}  # why there are none
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Functions":
         return self
@@ -133,8 +139,20 @@ class _Functions:
             return self.of(network)
         size = tuple(x.shape[1:])
         if size not in self._by_size:
-            self._by_size[size] = _outputs_function(network, x)
+            self.find_in(_graph_of(network, x))
+        if size in self._without:
+            raise UserError(*self._without[size])
         return self._by_size[size]
+
+    @torch.compiler.disable
+    def find_in(self, graph: ChannelGraph) -> None:
+        """Makes the function for images like the graph's, or notes why there is none."""
+        size = tuple(graph.images.shape[1:])
+        if size not in self._by_size and size not in self._without:
+            try:
+                self._by_size[size] = _outputs_function(graph, graph.images)
+            except UserError as error:
+                self._without[size] = error.args
 
     def expect(self, network: nn.Module, images: Tensor) -> None:
         """Makes the function for such images the one that a tracer's proxy gets."""
@@ -155,6 +173,11 @@ class _Functions:
         raise failure
 
 
+@torch.compiler.disable
+def _graph_of(network: nn.Module, images: Tensor) -> ChannelGraph:
+    return ChannelGraph(network, images)
+
+
 def _usual_sizes(network: nn.Module) -> list[tuple[int, ...]]:
     """(3, H, W) of images to try: those that the network says it is for, as timm's and torchvision's transformers do, first."""
     stated = getattr(network, "pretrained_cfg", None) or {}
@@ -163,11 +186,11 @@ def _usual_sizes(network: nn.Module) -> list[tuple[int, ...]]:
     return sizes + [(3, side, side) for side in (*sides, *IMAGE_SIDES)]
 
 
-@torch.compiler.disable
-def _outputs_function(network: nn.Module, images: Tensor) -> Callable[..., Outputs]:
+def _outputs_function(graph: ChannelGraph, images: Tensor) -> Callable[..., Outputs]:
     """A function of the network and images; raises UserError where the graph has no feature maps, or there is none."""
-    trace = trace_network(network, example=images).checked(network)
-    evaluating, taps = _function_of(trace.graph, network, images)
+    network = graph.network
+    trace = graph.trace().checked(network)
+    evaluating, features = _function_of(trace.graph, network, images)
     if trace.both_modes:
         return evaluating
     if trace.training is None:
@@ -176,7 +199,7 @@ def _outputs_function(network: nn.Module, images: Tensor) -> Callable[..., Outpu
         training, others = _function_of(trace.training, network, images, in_training=True)
     except UserError as error:
         return _by_mode(evaluating, _refusing(f"runs other operations in training ({error})"))
-    counts = [(len(each.stages), len(each.blocks)) for each in (taps, others)]
+    counts = [(len(each.stages), len(each.blocks)) for each in (features, others)]
     if counts[0] != counts[1]:
         return _by_mode(evaluating, _refusing(f"{trace.why_evaluation_only}, and gives other maps there"))
     return _by_mode(evaluating, training)
@@ -184,18 +207,20 @@ def _outputs_function(network: nn.Module, images: Tensor) -> Callable[..., Outpu
 
 def _function_of(
     traced: fx.Graph, network: nn.Module, images: Tensor, *, in_training: bool = False
-) -> tuple[GraphFunction, "Taps"]:
+) -> tuple[GraphFunction, "Features"]:
     """The graph of a forward pass as a function that gives `Outputs`, and where its maps are."""
-    taps = find_taps(traced, network, images, in_training=in_training)
+    features = find_features(traced, network, images, in_training=in_training)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(traced, copies)
-    stages, blocks = ([_as_map(graph, copies[node], taps.maps[node]) for node in nodes] for nodes in (taps.stages, taps.blocks))
-    embedding = copies[taps.embedding]
-    if taps.embedding in taps.maps:
-        embedding = graph.call_method("mean", (_as_map(graph, embedding, taps.maps[taps.embedding]), (2, 3)))
-    graph.output(Outputs(copies[taps.logits], tuple(stages), tuple(blocks), embedding))
-    return GraphFunction(graph), taps
+    stages, blocks = (
+        [_as_map(graph, copies[node], features.maps[node]) for node in nodes] for nodes in (features.stages, features.blocks)
+    )
+    embedding = copies[features.embedding]
+    if features.embedding in features.maps:
+        embedding = graph.call_method("mean", (_as_map(graph, embedding, features.maps[features.embedding]), (2, 3)))
+    graph.output(Outputs(copies[features.logits], tuple(stages), tuple(blocks), embedding))
+    return GraphFunction(graph), features
 
 
 def _by_mode(evaluating: Callable[..., Outputs], training: Callable[..., Outputs]) -> Callable[..., Outputs]:
@@ -220,14 +245,14 @@ def _as_map(graph: fx.Graph, node: fx.Node, kind: "Map") -> fx.Node:
     return node
 
 
-def maps_of_convolutions(network: nn.Module, names: Iterable[str], *, images: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+def maps_of_convolutions(graph: ChannelGraph, names: Iterable[str]) -> Callable[..., tuple[Tensor, ...]]:
     """A function of the network and images (B, 3, H, W) that gives the maps of the convolutions `names`, (B, F, H, W) each.
 
     A map is taken behind what alone reads the convolution: its batch norm, a sum with other maps, and the activation at the
-    end of both; where no activation follows, behind the batch norm. `images` is an example. Raises UserError where the
-    network's graph calls one of the convolutions never or more than once.
+    end of both; where no activation follows, behind the batch norm. Raises UserError where the graph calls one of the
+    convolutions never or more than once.
     """
-    trace = trace_network(network, example=images).checked(network)
+    network, trace = graph.network, graph.trace().checked(graph.network)
     calls: dict[str, list[fx.Node]] = {}
     for node in trace.graph.nodes:
         if node.op == "call_module":
@@ -237,14 +262,14 @@ def maps_of_convolutions(network: nn.Module, names: Iterable[str], *, images: Te
         if len(calls.get(name, ())) != 1:
             raise UserError(f"{name}: has no feature maps of its own, it is called {len(calls.get(name, ()))} times")
         ends.append(_end_of_convolution(calls[name][0], network))
-    graph = fx.Graph()
+    written = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(trace.graph, copies)
-    graph.output(tuple(copies[node] for node in ends))
-    for node in reversed(list(graph.nodes)):  # what comes behind the last map
+    written.graph_copy(trace.graph, copies)
+    written.output(tuple(copies[node] for node in ends))
+    for node in reversed(list(written.nodes)):  # what comes behind the last map
         if not node.users and node.op not in ("output", "placeholder"):
-            graph.erase_node(node)
-    return GraphFunction(graph)
+            written.erase_node(node)
+    return GraphFunction(written)
 
 
 def _end_of_convolution(node: fx.Node, network: nn.Module) -> fx.Node:
@@ -283,7 +308,7 @@ class Map:
 
 
 @dataclass(frozen=True)
-class Taps:
+class Features:
     """The nodes of a graph that `Outputs` names, and how those of `stages`, `blocks` and `embedding` that are maps hold them."""
 
     logits: fx.Node
@@ -293,7 +318,7 @@ class Taps:
     maps: dict[fx.Node, Map]
 
 
-def find_taps(graph: fx.Graph, network: nn.Module, images: Tensor, *, in_training: bool = False) -> Taps:
+def find_features(graph: fx.Graph, network: nn.Module, images: Tensor, *, in_training: bool = False) -> Features:
     """Where `graph`, that of `network`'s forward, has feature maps of images like `images` (B, 3, H, W).
 
     A graph `in_training` may give more than logits, behind them.
@@ -319,7 +344,7 @@ def find_taps(graph: fx.Graph, network: nn.Module, images: Tensor, *, in_trainin
         raise UserError(
             f"{name} has no feature maps: nothing between images and logits is a map (B, C, H, W) or a grid of tokens"
         )
-    return Taps(logits, stages, blocks, classifier.all_input_nodes[0], maps)
+    return Features(logits, stages, blocks, classifier.all_input_nodes[0], maps)
 
 
 class _Recorder(fx.Interpreter):

@@ -1,8 +1,9 @@
 """Gives every node of a graph its step, by the rule of its operation."""
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx, nn
 
@@ -13,6 +14,8 @@ from models.graph.concrete import attribute
 from models.graph.out_of_place import place_of
 from models.graph.tracing import is_mode
 
+REMEMBERED = 4  # steps of a node, of which a search for a budget comes back to the last few
+
 
 def output_channels(layer: nn.Module) -> int | None:
     """The number of output channels of a layer that can be narrowed, None for any other module."""
@@ -21,23 +24,91 @@ def output_channels(layer: nn.Module) -> int | None:
     return sizes[0] if sizes else None
 
 
-def plan_channels(graph: fx.Graph, model: nn.Module, *, live_outputs: LiveOutputs, carriers: frozenset[str]) -> Plan:
-    """Gives every node of `graph` its step.
+class Planner:
+    """Plans of one graph, for any networks of its architecture. Plans that agree on a part of the graph share its steps."""
 
-    `live_outputs(name, module, input)` says which output channels a layer has to compute; `input` is what it is given, None
-    where that is unknown. `carriers` are layers of which one zero channel is kept because something reads the shape of a
-    result that would not exist otherwise: see `missing_carriers`.
-    """
-    steps: dict[fx.Node, Step] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    shared = _shared_layers(graph, model, modules)
-    for node in graph.nodes:
-        call = Call(node, steps, model, modules, live_outputs, carriers, shared)
-        step = rule_of(call)(call) if not _has_hooks(call) else replace(opaque(call), why_whole="hooks run with it")
+    def __init__(self, graph: fx.Graph, model: nn.Module):
+        self._graph = graph
+        self._shared = _shared_layers(graph, model, dict(model.named_modules(remove_duplicate=False)))
+        self._remembered: dict[fx.Node, deque[_Remembered]] = {node: deque(maxlen=REMEMBERED) for node in graph.nodes}
+
+    def plan(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        *,
+        live_outputs: LiveOutputs,
+        carriers: frozenset[str] = frozenset(),
+    ) -> Plan:
+        """Gives every node its step; `modules` are those of `model`, by name.
+
+        `live_outputs(name, module, input)` says which output channels a layer has to compute, ascending; `input` is what it is
+        given, None where that is unknown. `carriers` are layers of which one zero channel is kept because something reads the
+        shape of a result that would not exist otherwise: see `missing_carriers`.
+        """
+        steps: dict[fx.Node, Step] = {}
+        for node in self._graph.nodes:
+            call = Call(node, _Looking(steps), model, modules, live_outputs, carriers, self._shared)
+            steps[node] = replace(opaque(call), why_whole="hooks run with it") if _has_hooks(call) else self._step(call, steps)
+        return Plan(self._graph, steps)
+
+    def _step(self, call: Call, steps: Mapping[fx.Node, Step]) -> Step:
+        remembered = self._remembered[call.node]
+        for known in remembered:
+            if known.holds_for(call, steps):
+                return known.step
+        call.asked.clear()
+        call.steps.found.clear()
+        step = rule_of(call)(call)
         if isinstance(step.out, Channels) and not step.out.members:  # a layer, whose own channels these are
-            step.out = replace(step.out, members=_own_members(node.target, call.module, step.out.full))
-        steps[node] = step
-    return Plan(graph, steps)
+            step.out = replace(step.out, members=_own_members(call.node.target, call.module, step.out.full))
+        step.out = next((known.step.out for known in remembered if known.step.out == step.out), step.out)
+        remembered.appendleft(_Remembered(tuple(call.steps.found.items()), tuple(call.asked), step))
+        return step
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """A step, and all that its rule looked at: what other nodes give, and which outputs the layer has to compute."""
+
+    found: tuple[tuple[fx.Node, Any], ...]
+    asked: tuple[tuple[Channels | None, int, tuple[int, ...]], ...]
+    step: Step
+
+    def holds_for(self, call: Call, steps: Mapping[fx.Node, Step]) -> bool:
+        """Equal results of a node are one object, see `Planner._step`."""
+        if any(_out_of(node, steps) is not out for node, out in self.found):
+            return False
+        return all(call.outputs_of_layer(given, full) == live for given, full, live in self.asked)
+
+
+_NO_STEP = object()
+
+
+def _out_of(node: fx.Node, steps: Mapping[fx.Node, Step]) -> Any:
+    return steps[node].out if node in steps else _NO_STEP
+
+
+class _Looking(Mapping[fx.Node, Step]):
+    """The steps so far; it notes what is found in which."""
+
+    def __init__(self, steps: Mapping[fx.Node, Step]):
+        self._steps = steps
+        self.found: dict[fx.Node, Any] = {}
+
+    def __getitem__(self, node: fx.Node) -> Step:
+        self.found[node] = _out_of(node, self._steps)
+        return self._steps[node]
+
+    def __contains__(self, node: object) -> bool:
+        self.found[node] = _out_of(node, self._steps)
+        return node in self._steps
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self._steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
 
 
 def _own_members(name: str, layer: nn.Module, full: int) -> Members:

@@ -5,32 +5,32 @@ Which norm belongs to a convolution, which depthwise one follows it, which layer
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from models.graph import Channels, Plan, members_of_layer, output_channels, plan_channels, trace_network
+from models.graph.channels import Channels, Plan, all_channels, members_of_layer
 from models.graph.out_of_place import place_in_code
-from models.narrow import NarrowNetwork
+from models.graph.plan import output_channels
+
+if TYPE_CHECKING:
+    from models.graph.channel_graph import ChannelGraph
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 WEIGHED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 CHANNEL_COUNTS = (("in_channels", "out_channels"), ("in_features", "out_features"))
 
 
-def conv_norm_pairs(model: nn.Module, *, example: Tensor | None = None) -> dict[str, str]:
-    """Names of convolutions, each with the name of the one batch norm that alone reads it; neither of them is used twice.
-
-    Pass the bare network, not one wrapped by `torch.compile` or DistributedDataParallel, whose names differ; `example` is
-    for networks whose Python asks for sizes, see `trace_network`. Raises UserError where torch.fx cannot trace it.
-    """
-    pairs = norm_pairs(model, example=example)
+def conv_norm_pairs(graph: "ChannelGraph") -> dict[str, str]:
+    """Names of convolutions, each with the name of the one batch norm that alone reads it; neither of them is used twice."""
+    pairs, model = graph.norm_pairs, graph.network
     return {name: norm for name, norm in pairs.items() if _are(model, name, nn.Conv2d) and _are(model, norm, BATCH_NORMS)}
 
 
-def norm_pairs(model: nn.Module, *, example: Tensor | None = None) -> dict[str, str]:
+def norm_pairs(graph: "ChannelGraph") -> dict[str, str]:
     """As `conv_norm_pairs`, and group norms of convolutions without groups, and batch norms of linear layers."""
-    graph = model.graph() if isinstance(model, NarrowNetwork) else trace_network(model, example=example).graph
-    calls = [node for node in graph.nodes if node.op == "call_module"]
+    model = graph.network
+    calls = [node for node in graph.trace().graph.nodes if node.op == "call_module"]
     times_called = Counter(node.target for node in calls)
 
     def is_single(node: fx.Node) -> bool:
@@ -56,18 +56,13 @@ def _are(model: nn.Module, name: str, kinds: type | tuple[type, ...]) -> bool:
     return isinstance(model.get_submodule(name), kinds)
 
 
-def depthwise_producers(model: nn.Module, *, example: Tensor | None = None) -> dict[str, str]:
-    """Names of depthwise convolutions, each with the name of the one convolution whose channels it reads, in their order.
-
-    `example` is for networks whose Python asks for sizes, see `trace_network`.
-    """
+def depthwise_producers(graph: "ChannelGraph") -> dict[str, str]:
+    """Names of depthwise convolutions, each with the name of the one convolution whose channels it reads, in their order."""
 
     def all_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
-        return range(output_channels(layer))
+        return all_channels(output_channels(layer))
 
-    graph = trace_network(model, example=example).graph
-    plan = plan_channels(graph, model, live_outputs=all_outputs, carriers=frozenset())
-    producers = {}
+    plan, model, producers = graph.plan(all_outputs), graph.network, {}
     for node, step in plan.steps.items():
         layer = model.get_submodule(node.target) if step.cut is not None else None
         if not isinstance(layer, nn.Conv2d) or not 1 < layer.groups == layer.in_channels == layer.out_channels:
@@ -79,14 +74,14 @@ def depthwise_producers(model: nn.Module, *, example: Tensor | None = None) -> d
     return {name: source for name, source in producers.items() if isinstance(model.get_submodule(source), nn.Conv2d)}
 
 
-def classifying_layers(model: nn.Module, *, example: Tensor | None = None) -> frozenset[str]:
+def classifying_layers(graph: "ChannelGraph") -> frozenset[str]:
     """Names of the convolutions and linear layers whose outputs become the network's results, with no other in between.
 
     A fixed layer that gives as many channels as it reads, such as the convolution that puts the mean of the colours back
     (EDSR's MeanShift), is one of them, and so is the last layer before it that learns.
     """
-    graph = trace_network(model, example=example).graph
-    pending, seen, found = [node for node in graph.nodes if node.op == "output"], set(), set()
+    model = graph.network
+    pending, seen, found = [node for node in graph.trace().graph.nodes if node.op == "output"], set(), set()
     while pending:
         node = pending.pop()
         name = _layer_of(node, model)
@@ -111,18 +106,16 @@ def _keeps_channels(layer: nn.Module) -> bool:
     return all(sizes) and not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def hidden_layers(model: nn.Module, *, example: Tensor | None = None) -> frozenset[str]:
+def hidden_layers(graph: "ChannelGraph") -> frozenset[str]:
     """Names of the linear layers of which any output may go: what reads it reads unit by unit, up to the next layers' columns.
 
     So are the hidden units of an MLP, between two linear layers with an activation; not what enters a residual sum, or is
-    normalised or laid out anew. A batch norm between them belongs to the first one. `example` is for networks whose Python asks
-    for sizes, see `trace_network`.
+    normalised or laid out anew. A batch norm between them belongs to the first one.
     """
-    graph = trace_network(model, example=example).graph
-    pairs = norm_pairs(model, example=example)
+    pairs, model = graph.norm_pairs, graph.network
     hidden = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     while hidden:
-        plan = _plan_with_half(graph, model, hidden)
+        plan = _plan_with_half(graph, hidden)
         cuts = plan.cuts()
         cut = {name for name in hidden & cuts.keys() if len(cuts[name].rows) < output_channels(model.get_submodule(name))}
         found = cut - _met_or_laid_out_anew(plan, pairs)
@@ -132,16 +125,16 @@ def hidden_layers(model: nn.Module, *, example: Tensor | None = None) -> frozens
     return frozenset(hidden)
 
 
-def _plan_with_half(graph: fx.Graph, model: nn.Module, halved: Collection[str]) -> Plan:
+def _plan_with_half(graph: "ChannelGraph", halved: Collection[str]) -> Plan:
     """The plan of the network whose layers `halved` have every second output; a norm has the channels that it is given."""
 
     def live_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
         if name in halved:
             return range(0, output_channels(layer), 2)
         is_norm = given is not None and not hasattr(layer, "out_channels") and not hasattr(layer, "out_features")
-        return given.stored if is_norm else range(output_channels(layer))
+        return given.stored if is_norm else all_channels(output_channels(layer))
 
-    return plan_channels(graph, model, live_outputs=live_outputs, carriers=frozenset())
+    return graph.plan(live_outputs)
 
 
 def _met_or_laid_out_anew(plan: Plan, pairs: Mapping[str, str]) -> set[str]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from models.graph.channel_graph import ChannelGraph
 from models.graph.concrete import attribute
 from models.graph.statistics import is_linear_map
-from models.graph.tracing import trace_network
 from models.narrow import NarrowNetwork
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]  # of a network: one, several in order, or by name
@@ -101,7 +101,7 @@ def walkable(network: nn.Module, batch: Inputs) -> Walkable:
     if isinstance(network, NarrowNetwork):
         graph, owner, given = network.graph(), network.bare(), (False,)
     else:
-        graph, owner, given = trace_network(network, example=_example(batch)).checked(network).graph, network, ()
+        graph, owner, given = ChannelGraph(network, batch).trace().checked(network).graph, network, ()
     calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(node.target for node in calls)
     owners = Counter(id(owner.get_submodule(name)._parameters.get("weight")) for name in times)
@@ -111,7 +111,3 @@ def walkable(network: nn.Module, batch: Inputs) -> Walkable:
         if times[node.target] == 1 and is_linear_map(layer) and owners[id(layer.weight)] == 1:
             nodes[node.target] = node
     return Walkable(graph, owner, nodes, given)
-
-
-def _example(batch: Inputs) -> Tensor | Sequence[Tensor]:
-    return list(batch.values()) if isinstance(batch, Mapping) else batch

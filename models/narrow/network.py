@@ -1,6 +1,6 @@
 """A network with only some of its channels: kept channels in, a physically smaller module out.
 
-`narrow(model, kept)` cuts filters, input channels, batch norm entries and linear columns of any network that torch.fx can
+`narrow_network` cuts filters, input channels, batch norm entries and linear columns of any network that torch.fx can
 trace, and puts steps between the layers where they store different channels. Each residual sum adds the side with fewer
 channels into its places in the other, so that both convolutions of a block shrink.
 
@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 
 from models.copies import copied
 from models.graph import (
-    Channels,
+    ChannelGraph,
+    Kept,
     LayerCut,
     Plan,
     Restored,
@@ -28,80 +29,33 @@ from models.graph import (
     Trace,
     counted_channels,
     is_mode,
-    missing_carriers,
-    output_channels,
-    plan_channels,
     restored_channels,
-    trace_network,
     whole_layers,
 )
 from models.graph.function import SCOPES, GraphFunction, scopes_of
 from models.graph.rules.shapes import sizes_of
 from models.narrow.relayout import AddInto, Relayout, Relayouts
 from models.narrow.reuse import reuse_memory
-from models.outputs import Outputs, has_outputs
-from utils.errors import UserError, shown
+from models.outputs import Outputs
+from utils.errors import UserError
 from utils.modes import deviating_modes
 
 
-def narrow(
-    model: nn.Module, kept: Mapping[str, Sequence[int]], *, wide_sums: bool = False, example: Tensor | None = None
-) -> "NarrowNetwork":
-    """The network that is left of `model` when each layer in `kept` has only the output channels listed for it.
+def narrow_network(graph: ChannelGraph, kept: Kept, *, wide_sums: bool = False) -> "NarrowNetwork":
+    """What `Selection.shrink` returns: the network of `graph` when each layer in `kept` has only the channels listed for it.
 
-    `kept` maps names of convolutions, batch norms and linear layers to ascending output channels, possibly none; a layer that
-    is not listed keeps all. The result carries the dense weights that are left, buffers, device, dtype and mode, shares no
-    tensor with `model`, and computes in training and evaluation what `model` computes with every other output of the listed
-    layers (a batch norm's, where one follows) at zero. Raises UserError for names or channels that the network does not
-    have, and where torch.fx cannot trace it.
-
-    `wide_sums` leaves the outputs of layers that meet other channels in a sum at full width, with zeros: more arithmetic,
-    but plain sums, for runtimes that add into places slowly (onnxruntime).
-
-    `example` is a batch for networks whose Python asks for the size of its input, see `trace_network`.
+    It carries the dense weights that are left, buffers, device, dtype and mode, shares no tensor with the dense network, and
+    computes in training and evaluation what that one computes with every other output of the listed layers (a batch norm's,
+    where one follows) at zero.
     """
-    kept = {name: _checked_channels(model, name, channels) for name, channels in kept.items()}
-    methods = ("forward", "outputs") if has_outputs(model, example) else ("forward",)
-    traces = {method: trace_network(model, method, example=example).checked(model) for method in methods}
+    traces = [graph.trace(method).checked(graph.network) for method in graph.methods]
+    plans = graph.plans_of(kept)
     if wide_sums:
-        summed = {name for plan in _plan_all(model, traces, kept).values() for name in _layers_of_uneven_sums(plan)}
+        summed = {name for plan in plans.values() for name in _layers_of_uneven_sums(plan)}
         kept = {name: channels for name, channels in kept.items() if name not in summed}
-    plans = _plan_all(model, traces, kept)
-    reasons = [trace.why_evaluation_only for trace in traces.values() if not trace.both_modes]
-    return NarrowNetwork(model, kept, plans, why_evaluation_only=reasons[0] if reasons else None)
-
-
-def _checked_channels(model: nn.Module, name: str, channels: Sequence[int]) -> tuple[int, ...]:
-    layers = dict(model.named_modules())
-    full = output_channels(layers[name]) if name in layers else None
-    if full is None:
-        raise UserError(
-            f"kept channels: {type(model).__name__} has no convolution, batch norm or linear layer named {shown(name)}"
-        )
-    whole_numbers = all(isinstance(channel, int) and 0 <= channel < full for channel in channels)
-    if not whole_numbers or list(channels) != sorted(set(channels)):
-        raise UserError(
-            f"kept channels of {name!r}: ascending numbers from 0 to {full - 1} expected, not {shown(list(channels))}"
-        )
-    return tuple(channels)
-
-
-def _plan_all(model: nn.Module, traces: Mapping[str, Trace], kept: Mapping[str, tuple[int, ...]]) -> dict[str, Plan]:
-    """One plan a method, with the same cuts: a layer that must exist for one method exists for all."""
-
-    def live_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
-        return kept[name] if name in kept else range(output_channels(layer))
-
-    carriers: frozenset[str] = frozenset()
-    while True:
-        plans = {
-            method: plan_channels(trace.graph, model, live_outputs=live_outputs, carriers=carriers)
-            for method, trace in traces.items()
-        }
-        missing = frozenset().union(*(missing_carriers(plan) for plan in plans.values()))
-        if missing <= carriers:
-            return plans
-        carriers |= missing
+        plans = graph.plans_of(kept)
+    reasons = [trace.why_evaluation_only for trace in traces if not trace.both_modes]
+    return NarrowNetwork(graph.network, kept, plans, why_evaluation_only=reasons[0] if reasons else None)
 
 
 def _layers_of_uneven_sums(plan: Plan) -> set[str]:
@@ -133,7 +87,7 @@ class _Origin:
 
 
 class NarrowNetwork(nn.Module):
-    """What `narrow` returns. `kept` is what it was made from.
+    """What `Selection.shrink` returns. `kept` is what it was made from.
 
     A module like any other: it can be copied, pickled, compiled and exported. All that it knows is in one attribute, and its
     graphs run on a plain module that has its layers, so that a layer of the dense network may have any name.
@@ -208,6 +162,11 @@ class NarrowNetwork(nn.Module):
     def graph(self, method: str = "forward") -> fx.Graph:
         """The operations of `forward` or `outputs`, for use with the layers of `bare()`; the first input is the mode."""
         return self.__parts.functions[method].graph()
+
+    def own_trace(self, method: str) -> Trace:
+        """What `ChannelGraph` takes in the place of tracing."""
+        reason = self.__parts.why_evaluation_only
+        return Trace(self.graph(method), both_modes=reason is None, why_evaluation_only=reason)
 
     def bare(self) -> nn.Module:
         """The same layers and `forward` under no names but their own, for torch.export, which looks for layers by attribute."""

@@ -5,12 +5,12 @@ import importlib.util
 import pytest
 import torch
 from int8_networks import simulated, small_resnet
+from selections import narrow
 from torch import nn
 
 from deploy.int8 import to_int8_onnx
 from deploy.onnx import PRODUCER, to_onnx
 from deploy.runtimes import SESSIONS
-from models.narrow import narrow
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -16,9 +16,9 @@ from deploy.budget import obtain_table
 from deploy.latency import LatencyTable, best_multiple, calibrate, measured_widths, read_table, rising
 from deploy.layers import LayerKind, kinds_of_layers, layer_runner
 from models import build_model
-from prune.allocation import FLOOR
+from models.graph import ChannelGraph
 from prune.choice import FilterChoice
-from prune.masks import keep_ratios, prunable_layers
+from prune.masks import keep_ratios
 from prune.settings import Budget
 from utils.errors import UserError
 
@@ -132,12 +132,13 @@ def test_the_slope_is_set_until_the_network_takes_what_it_may(share, law, monkey
     full = {name: (kind.key, kind.inputs, kind.outputs) for name, kind in kinds.items()}
     times = table(dense_seconds=1.0, layers=full, grids=grids)
     times.slope = 1.0 / times.sum_of_layers()
-    prunable = prunable_layers(network)
+    graph = ChannelGraph(network, images)
+    prunable = graph.prunable_layers()
     setting = {"criterion": "filter-a", "data": SimpleNamespace(example=images), "seed": 0, "coupled": True}
 
     def small():
-        ratios, budget = keep_ratios(prunable, [FLOOR]), Budget("latency", share)
-        choose = FilterChoice(network, prunable, ratios, **setting, budget=budget, seconds=times.seconds)
+        ratios, budget = keep_ratios(prunable, None), Budget("latency", share)
+        choose = FilterChoice(graph, prunable, ratios, **setting, budget=budget, seconds=times.seconds)
         return choose.outcome()
 
     def share_of(small):

@@ -5,13 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
+from selections import hard_pruning, prunable_layers
 
 from deploy.onnx import to_onnx
 from deploy.runtimes import RUNTIMES, median_seconds, onnxruntime_session, openvino_session
 from models import build_model
 from prune.compact import compact
-from prune.masks import choose_filters, keep_ratios, prunable_layers
-from prune.schedule import HardPruning
+from prune.masks import choose_filters, keep_ratios
 from utils.errors import UserError
 
 PACKAGES = {"torch": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
@@ -22,7 +22,7 @@ def small():
     torch.manual_seed(0)
     network = build_model("resnet20", num_classes=10).eval()
     layers = prunable_layers(network)
-    HardPruning(network, choose_filters(layers, keep_ratios(layers, [0.5]), criterion="filter-a"))
+    hard_pruning(network, choose_filters(layers, keep_ratios(layers, [0.5]), criterion="filter-a"))
     return compact(network, torch.randn(2, 3, 32, 32))
 
 

@@ -13,15 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from norms import fill_norms
+from selections import narrow, prunable_layers
 from torch import nn
 from torchvision.ops import StochasticDepth
 
 from deploy.expressions import quoted
 from deploy.source import Source, network_source
 from models import build_model
-from models.narrow import NarrowNetwork, narrow
-from prune.choice import FilterChoice
-from prune.masks import keep_ratios, prunable_layers
+from models.graph import ChannelGraph
+from models.narrow import NarrowNetwork
+from prune.choice import FilterChoice, small_network
+from prune.masks import keep_ratios
 from utils.errors import UserError
 from utils.images.spec import ImageSpec
 
@@ -35,9 +37,16 @@ def narrowed(model: nn.Module, *, side: int = 32, coupled: bool = False) -> Narr
     if coupled:
         data = types.SimpleNamespace(example=example)
         choice = FilterChoice(
-            model, layers, keep_ratios(layers, [0.5]), criterion="filter-a", data=data, seed=0, multiple=1, coupled=True
+            ChannelGraph(model, example),
+            layers,
+            keep_ratios(layers, [0.5]),
+            criterion="filter-a",
+            data=data,
+            seed=0,
+            multiple=1,
+            coupled=True,
         )
-        return choice.small_network(choice())
+        return small_network(choice())
     kept, random = {}, torch.Generator().manual_seed(0)
     for layer in layers:
         channels = torch.randperm(layer.filters, generator=random)[: max(1, int(0.6 * layer.filters))].sort()[0].tolist()

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from selections import narrow
 from torch import nn
 
 from distill import DISTILLERS, build_distiller
@@ -16,7 +17,6 @@ from distill.registry import default_alpha
 from models import build_model
 from models.batch_norm import UnevenBatchNorm2d
 from models.cifar_resnet import CifarResNet
-from models.narrow import narrow
 from models.outputs import Outputs
 from utils.errors import UserError
 

@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
+from selections import hard_pruning, prunable_layers
 from torch import nn
 
 from models import batch_norm
 from models.batch_norm import UnevenBatchNorm2d, quicken_batch_norms
 from models.cifar_resnet import CifarResNet
 from prune.compact import compact
-from prune.masks import prunable_layers
-from prune.schedule import HardPruning
 
 
 def images(*shape, dtype=torch.float64, seed=0):
@@ -88,7 +87,7 @@ def test_networks_with_it_are_traced_and_cut_as_with_any_batch_norm():
     network.append(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))
     quicken_batch_norms(network)
     assert [layer.norm_name for layer in prunable_layers(network)] == ["1", "4"]
-    HardPruning(network, {"0": torch.arange(6)})
+    hard_pruning(network, {"0": torch.arange(6)})
     small = compact(network, torch.randn(2, 3, 8, 8))
     assert small.get_submodule("0").out_channels == small.get_submodule("1").num_features == 6
 

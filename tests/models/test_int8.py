@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int8_networks import simulated, small_resnet
+from selections import narrow
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.int8 import Bounds, Int8Network
-from models.narrow import narrow
 from utils.errors import UserError
 
 

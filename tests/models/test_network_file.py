@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from selections import narrow
 
 from models import build_model
-from models.narrow import narrow
 from models.network_file import describe_network, load_network
 from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.errors import UserError

@@ -1,19 +1,18 @@
 """How much of each layer stays: by a proportion, or within a budget, counted as the built network counts."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from selections import channel_groups, hard_pruning, prunable_layers
 from torch import nn
 
 from models import build_model
-from models.narrow import narrow
+from models.graph import ChannelGraph
+from models.graph.groups import ChannelGroup
 from prune.allocation import FLOOR, Family, counts_within, kept_channels, rank, uniform_counts
 from prune.choice import FilterChoice
-from prune.groups import ChannelGroup, channel_groups
-from prune.masks import keep_ratios, prunable_layers
-from prune.schedule import HardPruning
+from prune.masks import keep_ratios
 from prune.settings import Budget, parse_budget
 from utils.errors import UserError
 from utils.profile import profile_network
@@ -102,7 +101,7 @@ def test_global_comes_close_to_every_budget_of_coupled_channels(share):
     torch.manual_seed(0)
     network, images = build_model("resnet20", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
     choice = chosen(network, images, budget=Budget("macs", share), allocation="global", coupled=True)
-    macs = choice.cost({name: channels.tolist() for name, channels in choice().items()})["macs"]
+    macs = choice().macs
     assert share - 0.02 <= macs / profile_network(network, images[:1])["macs"] <= share
 
 
@@ -136,10 +135,11 @@ def test_budgets_that_are_none(text):
 # ---- whole networks ----------------------------------------------------------------------------------------------------
 
 
-def chosen(network, images, *, exclude=(), keep_ratio=FLOOR, **options):
-    layers, data = prunable_layers(network), SimpleNamespace(example=images)
-    ratios = keep_ratios(layers, [keep_ratio], exclude=exclude)
-    return FilterChoice(network, layers, ratios, criterion="filter-a", data=data, seed=1, **options)
+def chosen(network, images, *, exclude=(), keep_ratio=None, **options):
+    graph, data = ChannelGraph(network, images), SimpleNamespace(example=images)
+    layers = graph.prunable_layers()
+    ratios = keep_ratios(layers, None if keep_ratio is None else [keep_ratio], exclude=exclude)
+    return FilterChoice(graph, layers, ratios, criterion="filter-a", data=data, seed=1, **options)
 
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
@@ -150,32 +150,28 @@ def test_a_budget_is_met_from_below_and_what_is_counted_is_what_is_built(coupled
     network, images = build_model("resnet20", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
     choice = chosen(network, images, budget=Budget(kind, 0.5), allocation=allocation, coupled=coupled)
     kept = choice()
-    schedule = HardPruning(copy.deepcopy(network), kept)
-    small = narrow(schedule.model, schedule.live_channels(schedule.kept))
+    small = kept.shrink()
     dense, built = (profile_network(each, images[:1]) for each in (network, small))
-    assert choice.cost({name: channels.tolist() for name, channels in kept.items()}) == {
-        "macs": built["macs"],
-        "params": built["parameters"],
-    }
+    assert (kept.macs, kept.parameters) == (built["macs"], built["parameters"])
     key = {"macs": "macs", "params": "parameters"}[kind]
     assert 0.48 <= built[key] / dense[key] <= 0.5
-    assert all(len(kept[layer.name]) >= FLOOR * layer.filters for layer in choice.layers)
+    assert all(len(kept.channels(layer.name)) >= FLOOR * layer.filters for layer in choice.layers)
     assert small.relayout_count == 0 or not coupled
 
 
 def test_excluded_layers_and_patterns_keep_all_and_what_is_coupled_with_them():
     network, images = build_model("resnet20", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
     kept = chosen(network, images, budget=Budget("macs", 0.7), coupled=True, exclude=["stage_3.*.conv_b"])()
-    assert len(kept["stage_3.0.conv_b"]) == 64 and len(kept["conv_1_3x3"]) == 16  # their first channels are the stem's
-    assert len(kept["stage_3.0.conv_a"]) < 64
+    assert not {"stage_3.0.conv_b", "conv_1_3x3"} & kept.kept.keys()  # their first channels are the stem's
+    assert len(kept.channels("stage_3.0.conv_a")) < 64
 
 
 def test_coupled_layers_retain_the_proportion_of_each_family():
     network = build_model("resnet20", num_classes=10).eval()
     kept = chosen(network, torch.randn(2, 3, 32, 32), coupled=True, keep_ratio=0.6)()
-    assert len(kept["conv_1_3x3"]) == len(kept["stage_1.2.conv_b"]) == 10
-    assert len(kept["stage_2.0.conv_a"]) == 19 and len(kept["stage_2.0.conv_b"]) == 20  # 10 of each 16
-    assert kept["stage_2.1.conv_b"].equal(kept["stage_2.0.conv_b"])
+    assert len(kept.kept["conv_1_3x3"]) == len(kept.kept["stage_1.2.conv_b"]) == 10
+    assert len(kept.kept["stage_2.0.conv_a"]) == 19 and len(kept.kept["stage_2.0.conv_b"]) == 20  # 10 of each 16
+    assert kept.kept["stage_2.1.conv_b"] == kept.kept["stage_2.0.conv_b"]
 
 
 def test_groups_with_the_lowest_mean_of_normalised_norms_go():
@@ -186,7 +182,7 @@ def test_groups_with_the_lowest_mean_of_normalised_norms_go():
     norms = {layer.name: layer.module.weight.detach().double().abs().sum((1, 2, 3)) for layer in layers}
     score = [sum(float(norms[name][i] / norms[name].mean()) for name, i in group.filters) for group in stream]
     highest = sorted(sorted(range(16), key=score.__getitem__)[6:])
-    assert chosen(network, example, coupled=True, keep_ratio=0.6)()["conv_1_3x3"].tolist() == highest
+    assert chosen(network, example, coupled=True, keep_ratio=0.6)().channels("conv_1_3x3") == tuple(highest)
 
 
 class Dense(nn.Module):
@@ -207,9 +203,9 @@ def test_entries_of_shared_batch_norms_are_zero_and_stay_so():
     torch.manual_seed(0)
     network = Dense()
     kept = chosen(network, torch.randn(2, 3, 4, 4), coupled=True, keep_ratio=0.5)()
-    assert kept["norm"].tolist() == [*kept["first"].tolist(), *(8 + channel for channel in kept["second"].tolist())]
-    schedule = HardPruning(network, kept)
-    gone = sorted(set(range(16)) - set(kept["norm"].tolist()))
+    assert kept.channels("norm") == (*kept.channels("first"), *(8 + channel for channel in kept.channels("second")))
+    schedule = hard_pruning(network, kept)
+    gone = sorted(set(range(16)) - set(kept.channels("norm")))
     assert len(gone) == 8 and network.norm.weight[gone].eq(0).all()
     nn.init.ones_(network.norm.weight)
     schedule.after_step()

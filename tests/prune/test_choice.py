@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from selections import hard_pruning, prunable_layers
 from torch import nn
 
 from models import build_model
-from prune.allocation import FLOOR
+from models.graph import ChannelGraph
 from prune.choice import FilterChoice
 from prune.criteria import CRITERIA
-from prune.masks import keep_ratios, prunable_layers, score_filters
-from prune.schedule import HardPruning
+from prune.masks import keep_ratios, score_filters
 from prune.settings import Budget
 from utils.errors import UserError
 from utils.profile import profile_network
@@ -35,10 +35,11 @@ class Depthwise(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def choice(network, rates=(FLOOR,), *, criterion="filter-l2", exclude=(), **options):
-    layers, data = prunable_layers(network), SimpleNamespace(example=IMAGES)
+def choice(network, rates=None, *, criterion="filter-l2", exclude=(), **options):
+    graph, data = ChannelGraph(network, IMAGES), SimpleNamespace(example=IMAGES)
+    layers = graph.prunable_layers()
     return FilterChoice(
-        network, layers, keep_ratios(layers, rates, exclude=exclude), criterion=criterion, data=data, seed=1, **options
+        graph, layers, keep_ratios(layers, rates, exclude=exclude), criterion=criterion, data=data, seed=1, **options
     )
 
 
@@ -46,13 +47,13 @@ def in_steps(choose, steps):
     kept = None
     for step in range(steps):
         kept = choose.at_step(step, steps, kept)()
-        HardPruning(choose.network, kept)
-    return {name: channels.tolist() for name, channels in kept.items()}
+        hard_pruning(choose.network, kept)
+    return {layer.name: list(kept.channels(layer.name)) for layer in choose.layers}
 
 
 @pytest.mark.parametrize(("rates", "exclude"), [((0.5,), ()), ((0.5,), ("dw",)), ((0.5, 0.9, 0.5), ())])
 def test_steps_end_where_one_shot_does(rates, exclude):
-    at_once = {name: kept.tolist() for name, kept in choice(Depthwise(), rates, exclude=exclude)().items()}
+    at_once = in_steps(choice(Depthwise(), rates, exclude=exclude), 1)
     assert in_steps(choice(Depthwise(), rates, exclude=exclude), 2) == at_once
     assert len(at_once["pw"]) == 8 and len(at_once["dw"]) == (16 if exclude else 8)
 
@@ -64,7 +65,7 @@ def test_a_layer_that_keeps_everything_needs_nothing_that_the_criterion_reads(op
     choose.check()
     for step in (choose, choose.at_step(1, 2, choose.at_step(0, 2, None)())):
         kept = step()
-        assert len(kept["pw"]) == len(kept["dw"]) == 16 and 1 <= len(kept["last"]) < 16
+        assert not {"pw", "dw"} & kept.kept.keys() and 1 <= len(kept.kept["last"]) < 16
 
 
 class Sliced(nn.Module):
@@ -102,12 +103,13 @@ def test_a_budget_is_met_by_a_network_that_was_pruned_before(coupled, share):
     torch.manual_seed(0)
     network = build_model("resnet20", num_classes=10)
     first = choice(network, budget=Budget("macs", 0.7), allocation="global", coupled=coupled)()
-    earlier = HardPruning(network, first).live_channels(first)  # as a checkpoint has them, with those of batch norms
+    hard_pruning(network, first)
+    earlier = first.to_json()  # as a checkpoint has them, with those of batch norms
     assert "stage_1.0.bn_a" in earlier
-    again = choice(network, budget=Budget("macs", share), earlier=earlier, coupled=coupled)
+    again = choice(network, budget=Budget("macs", share), earlier=first, coupled=coupled)
     chosen = again()
-    HardPruning(network, chosen)  # which takes no layer but those that it prunes
-    kept = {name: channels.tolist() for name, channels in chosen.items()}
+    hard_pruning(network, chosen)  # which takes no layer but those that it prunes
+    kept = chosen.kept
     assert all(set(kept[name]) <= set(earlier.get(name, kept[name])) for name in kept), "what is gone stays gone"
     assert share - 0.02 <= again.cost(kept)["macs"] / profile_network(network, IMAGES[:1])["macs"] <= share
 
@@ -116,8 +118,8 @@ def test_what_is_cheap_enough_already_stays_as_it_is():
     torch.manual_seed(0)
     network = build_model("resnet20", num_classes=10)
     first = choice(network, budget=Budget("macs", 0.5))()
-    again = choice(network, budget=Budget("macs", 0.6), earlier={name: kept.tolist() for name, kept in first.items()})()
-    assert all(again[name].equal(kept) for name, kept in first.items())
+    again = choice(network, budget=Budget("macs", 0.6), earlier=first)()
+    assert again == first
 
 
 @pytest.mark.parametrize("criterion", ["filter-gm", "filter-nggm", "filter-a", "filter-r"])

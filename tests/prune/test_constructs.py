@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from selections import physical_pruning, prunable_layers
 from torch import Tensor, nn
 
-from prune.masks import choose_filters, keep_ratios, prunable_layers
+from prune.masks import choose_filters, keep_ratios
 from prune.schedule import PhysicalPruning
 
 
@@ -263,7 +264,7 @@ def proved(model: nn.Module) -> PhysicalPruning:
     images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     layers = prunable_layers(model, example=images)
     kept = choose_filters(layers, keep_ratios(layers, [0.5]), criterion="filter-a")
-    schedule = PhysicalPruning(model, kept, example=images)
+    schedule = physical_pruning(model, kept, example=images)
     schedule.prove(images)
     return schedule
 

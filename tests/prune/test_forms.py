@@ -3,6 +3,7 @@
 import copy
 import types
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_networks import RandomNetwork, network_descriptions
+from selections import hard_pruning, physical_pruning, prunable_layers, selected
 from torch import Tensor, nn
 
 from models import build_model
+from models.graph import ChannelGraph
+from models.graph.layers import PrunableLayer
 from prune.forms import build_schedule, check_compact_form
-from prune.masks import PrunableLayer, choose_filters, keep_ratios, prunable_layers
+from prune.masks import choose_filters, keep_ratios
 from prune.schedule import HardPruning, PhysicalPruning, SoftPruning
 from utils.errors import UserError
 from utils.seed import random_state
@@ -79,8 +83,8 @@ def train(network: nn.Module, schedule: HardPruning | PhysicalPruning, *, steps:
 def trained_in_both_forms(model: nn.Module, kept: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
     """The masked network, and a dense one with the weights of the small one, after the same steps."""
     masked, origin = copy.deepcopy(model).double(), copy.deepcopy(model).double()
-    train(masked, HardPruning(masked, kept))
-    schedule = PhysicalPruning(origin, kept)
+    train(masked, hard_pruning(masked, kept))
+    schedule = physical_pruning(origin, kept)
     schedule.prove(images())
     small = train(schedule.trained_network(), schedule)
     rebuilt = copy.deepcopy(model).double()
@@ -129,13 +133,14 @@ def test_a_pruned_filter_gives_zero_behind_a_batch_norm_without_weights():
     model = randomized(Operations(affine=False)).eval()
     kept = kept_half(model)
     before = copy.deepcopy(model.state_dict())
-    soft = SoftPruning(model, lambda: kept, interval=1, last_epoch=3)
+    selection = selected(model, kept)
+    soft = SoftPruning(selection.graph, lambda: selection, interval=1, last_epoch=3)
     soft.after_step()
     with soft.shipped():
         maps = model.norm_a(model.conv_a(images()))
         assert maps.flatten(2).abs().sum((0, 2)).nonzero().flatten().tolist() == kept["conv_a"].tolist()
     assert torch.equal(model.norm_a.running_mean, before["norm_a.running_mean"])
-    HardPruning(model, kept)
+    hard_pruning(model, kept)
     assert torch.equal(
         model.norm_a(model.conv_a(images())).flatten(2).abs().sum((0, 2)).ne(0), maps.flatten(2).abs().sum((0, 2)).ne(0)
     )
@@ -147,7 +152,8 @@ def test_a_pruned_filter_gives_zero_behind_a_batch_norm_without_weights():
 def build(model: nn.Module, form: str) -> tuple[object, list[str]]:
     warnings: list[str] = []
     options = {"soft_interval": None, "last_epoch": 3, "images": images(), "warn": warnings.append}
-    return build_schedule(model, lambda: kept_half(model), form=form, **options), warnings
+    graph = ChannelGraph(model)
+    return build_schedule(graph, lambda: selected(model, kept_half(model)), form=form, **options), warnings
 
 
 class Cast(Operations):
@@ -189,7 +195,7 @@ def test_a_network_that_has_no_small_form_is_trained_masked_and_says_why():
 def test_what_differs_is_found(what, message):
     """A fault in the small network's layers, each of which another part of the proof must find."""
     model = randomized(Operations())
-    schedule = PhysicalPruning(model, kept_half(model))
+    schedule = physical_pruning(model, kept_half(model))
     schedule.prove(images())
     small = schedule.trained_network()
     with torch.no_grad():
@@ -209,7 +215,7 @@ def test_what_differs_is_found(what, message):
 
 def test_the_proof_leaves_no_trace():
     model = randomized(Operations(nn.Dropout(0.5)))
-    schedule = PhysicalPruning(model, kept_half(model))
+    schedule = physical_pruning(model, kept_half(model))
     networks = (model, schedule.trained_network())
     states, draws = [copy.deepcopy(network.state_dict()) for network in networks], random_state()
     modes = [[module.training for module in network.modules()] for network in networks]
@@ -241,7 +247,7 @@ def test_a_network_that_cannot_be_copied_is_trained_masked():
     schedule, warnings = build(model, "auto")
     assert isinstance(schedule, HardPruning) and "Linear cannot be copied" in warnings[0]
     with pytest.raises(UserError, match="--train-form compact: Operations cannot be copied"):
-        check_compact_form(model, kept_half(model), images())
+        check_compact_form(selected(model, kept_half(model)), images())
 
 
 @settings(max_examples=200, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -258,7 +264,7 @@ def test_random_networks_train_alike_in_both_forms(operations, seed, keep_ratio)
     if seed % 3 == 0:
         kept[layers[-1].name] = torch.tensor([], dtype=torch.int64)
     try:
-        PhysicalPruning(model, kept).prove(torch.randn(4, 3, 4, 4))
+        physical_pruning(model, kept).prove(torch.randn(4, 3, 4, 4))
     except UserError as error:  # the graph cannot say it, or torch itself has no gradients for it
         assert any(reason in str(error) for reason in ("overwrites memory", "the masked network fails in training"))
 
@@ -266,22 +272,23 @@ def test_random_networks_train_alike_in_both_forms(operations, seed, keep_ratio)
 def test_the_compact_form_is_checked_without_a_change():
     model = Operations()
     before = copy.deepcopy(model.state_dict())
-    check_compact_form(model, kept_half(model), images())
+    check_compact_form(selected(model, kept_half(model)), images())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(UserError, match="--train-form compact: TwoFaced"):
-        check_compact_form(TwoFaced(), kept_half(TwoFaced()), images())
+        check_compact_form(selected(TwoFaced(), kept_half(TwoFaced())), images())
 
 
 @pytest.mark.parametrize("is_faster", [True, False])
 def test_auto_trains_the_form_that_is_the_faster_one(is_faster):
     asked = []
     options = {"soft_interval": None, "last_epoch": 3, "images": images(), "warn": pytest.fail}
-    options["is_faster_small"] = lambda kept: asked.append(kept) or is_faster
+    options["is_faster_small"] = lambda selection: asked.append(selection) or is_faster
     for form, expected in {"auto": is_faster, "compact": True, "masked": False}.items():
         model = Operations()
-        schedule = build_schedule(model, lambda model=model: kept_half(model), form=form, **options)
+        choose = partial(selected, model, kept_half(model))
+        schedule = build_schedule(ChannelGraph(model), choose, form=form, **options)
         assert isinstance(schedule, PhysicalPruning if expected else HardPruning)
-    assert [kept.keys() for kept in asked] == [{"conv_a", "conv_b"}]
+    assert [{"conv_a", "conv_b"} <= selection.kept.keys() for selection in asked] == [True]
 
 
 def test_a_computed_weight_cannot_be_pruned():

@@ -3,11 +3,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from selections import prunable_layers
 from torch import nn
 
 from models import build_model
+from models.graph.layers import PrunableLayer
 from prune.gradients import importances, mean_gradients
-from prune.masks import PrunableLayer, prunable_layers
 from utils.errors import UserError
 
 

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selections import prunable_layers
 from torch import nn
 
 from models import build_model
+from models.graph import ChannelGraph
 from models.graph.features import maps_of_convolutions
 from prune.criteria import CRITERIA
 from prune.feature_maps import mean_of_maps
 from prune.map_scores import channel_independence, map_ranks
-from prune.masks import prunable_layers
 from utils.errors import UserError
 
 
@@ -96,7 +97,7 @@ def trained_resnet():
 def test_maps_are_those_behind_batch_norm_sum_and_relu():
     network, [(images, _)] = trained_resnet().eval(), images_of(3)
     names = ["conv_1_3x3", "stage_2.0.conv_a", "stage_2.0.conv_b", "stage_3.2.conv_b"]
-    stem, inner, first, last = maps_of_convolutions(network, names, images=images)(network, images)
+    stem, inner, first, last = maps_of_convolutions(ChannelGraph(network, images), names)(network, images)
     blocks = network.outputs(images).blocks
     torch.testing.assert_close(stem, F.relu(network.bn_1(network.conv_1_3x3(images))))
     block = network.stage_2[0]
@@ -110,7 +111,7 @@ def test_the_mean_is_over_images_and_nothing_is_left_of_the_pass(of_maps):
     network, batches = trained_resnet().train(), images_of(3, 1)
     layers = [layer for layer in prunable_layers(network) if layer.name.endswith("conv_b")]
     before, state = torch.get_rng_state(), {name: value.clone() for name, value in network.state_dict().items()}
-    means = mean_of_maps(network, batches, layers=layers, of_maps=of_maps, example=batches[0][0])
+    means = mean_of_maps(ChannelGraph(network, batches[0][0]), batches, layers=layers, of_maps=of_maps)
     assert network.training and torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     blocks = network.eval().outputs(torch.cat([images for images, _ in batches])).blocks
@@ -121,9 +122,9 @@ def test_the_mean_is_over_images_and_nothing_is_left_of_the_pass(of_maps):
 def test_processes_add_up():
     network, batches = trained_resnet(), images_of(2)
     layers = prunable_layers(network)[:2]
-    passed = {"layers": layers, "of_maps": channel_independence, "example": batches[0][0]}
-    alone = mean_of_maps(network, batches, **passed)
-    doubled = mean_of_maps(network, batches, all_reduce=lambda tensor: tensor.mul_(2), **passed)
+    passed = {"layers": layers, "of_maps": channel_independence}
+    alone = mean_of_maps(ChannelGraph(network), batches, **passed)
+    doubled = mean_of_maps(ChannelGraph(network), batches, all_reduce=lambda tensor: tensor.mul_(2), **passed)
     for name, scores in alone.items():
         torch.testing.assert_close(doubled[name], scores)
 
@@ -140,18 +141,18 @@ def test_what_has_no_maps_is_refused_by_name():
     network, [(images, _)] = Twice(), images_of(1)
     for name, times in (("conv", 2), ("unused", 0)):
         with pytest.raises(UserError, match=f"{name}: has no feature maps of its own, it is called {times} times"):
-            maps_of_convolutions(network, [name], images=images)
+            maps_of_convolutions(ChannelGraph(network, images), [name])
 
 
 def test_no_batch_and_maps_that_are_not_finite_are_refused():
     network, batches = trained_resnet(), images_of(2)
-    passed = {"layers": prunable_layers(network)[:1], "of_maps": map_ranks, "example": batches[0][0]}
+    passed = {"layers": prunable_layers(network)[:1], "of_maps": map_ranks}
     with pytest.raises(UserError, match="--samp-batches: not one training batch"):
-        mean_of_maps(network, [], **passed)
+        mean_of_maps(ChannelGraph(network), [], **passed)
     with torch.no_grad():
         network.bn_1.bias[2] = math.inf
     with pytest.raises(UserError, match="the feature maps of conv_1_3x3 are NaN or infinite"):
-        mean_of_maps(network, batches, **passed)
+        mean_of_maps(ChannelGraph(network), batches, **passed)
 
 
 @pytest.mark.parametrize("name", ["filter-hrank", "filter-chip"])

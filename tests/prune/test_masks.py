@@ -2,13 +2,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from selections import channel_groups, hard_pruning, physical_pruning, prunable_layers
 from torch import nn
 
 from models import MODELS, build_model
+from models.graph.groups import single_groups
+from models.graph.layers import PrunableLayer
 from prune.compact import compact
-from prune.groups import channel_groups, single_groups
-from prune.masks import PrunableLayer, check_criterion, choose_filters, keep_count, keep_ratios, prunable_layers
-from prune.schedule import HardPruning, PhysicalPruning
+from prune.masks import check_criterion, choose_filters, keep_count, keep_ratios
 from utils.errors import UserError
 
 
@@ -314,7 +315,7 @@ def test_the_order_in_which_layers_are_registered_does_not_matter():
 def test_what_follows_is_cut_and_the_small_network_is_the_same():
     network, images = Separable().eval(), torch.randn(2, 3, 5, 5)
     layers = prunable_layers(network)
-    HardPruning(network, choose_filters(layers, keep_ratios(layers, [0.5]), criterion="filter-a"))
+    hard_pruning(network, choose_filters(layers, keep_ratios(layers, [0.5]), criterion="filter-a"))
     small = compact(network, images)
     assert [small.get_submodule(name).groups for name in ("first", "second")] == [3, 3]
 
@@ -356,8 +357,8 @@ def test_hidden_units_and_groups_of_a_norm_are_gone_from_the_small_network(coupl
     kept = choose_filters(layers, keep_ratios(layers, [0.5]), criterion="filter-a")
     norms = layers[0].module.weight.detach().abs().flatten(1).sum(1).view(4, 2).sum(1)
     assert kept["conv"].view(2, 2)[:, 0].div(2, rounding_mode="floor").tolist() == norms.argsort()[2:].sort().values.tolist()
-    PhysicalPruning(model, kept).prove(images)
-    HardPruning(model, kept)
+    physical_pruning(model, kept).prove(images)
+    hard_pruning(model, kept)
     small = compact(model, images)
     assert (small.norm.num_groups, small.conv.out_channels) == (2, 4)
     assert (small.first.out_features, small.second.in_features) == (5, 5)

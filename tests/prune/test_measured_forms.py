@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from selections import selected
 from torch import nn
 
 from benchmarks import budgets, train_forms
-from prune.masks import PrunableLayer
+from models.graph.layers import PrunableLayer
 from prune.measured_forms import TABLE, Step, is_faster_small, multiple_of, record
 
 RESULTS = Path(train_forms.__file__).with_name("results")
@@ -62,8 +63,10 @@ def test_a_form_is_faster_if_it_was_on_every_machine(table):
     ("widths", "multiple"), [((8, 24, 5), 8), ((16, 16, 5), 8), ((7, 24, 5), 1), ((8, 24, 4), 1), ((16, 32, 5), 8)]
 )
 def test_layers_that_keep_all_filters_are_no_odd_widths(widths, multiple):
-    layers = [PrunableLayer(name, nn.Conv2d(3, filters, 1)) for name, filters in (("a", 16), ("b", 32), ("c", 5))]
-    assert multiple_of({layer.name: torch.arange(count) for layer, count in zip(layers, widths, strict=True)}, layers) == multiple
+    network = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 1), nn.Conv2d(32, 5, 1))
+    layers = [PrunableLayer(name, module) for name, module in network.named_children()]
+    kept = {layer.name: range(count) for layer, count in zip(layers, widths, strict=True)}
+    assert multiple_of(selected(network, kept), layers) == multiple
 
 
 def test_the_committed_table_is_what_was_measured():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from selections import selected
 from torch import nn
 
 from models import build_model
@@ -43,7 +44,8 @@ def test_both_forms_of_a_pruned_network_are_mended_alike(data):
     network = build_model("resnet20", num_classes=10).eval()
     convs = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
     kept = {name: torch.arange(0, len(network.get_submodule(name).weight), 2) for name in convs}
-    schedules = [kind(copy.deepcopy(network), kept, example=data.example) for kind in (HardPruning, PhysicalPruning)]
+    selections = [selected(copy.deepcopy(network), kept, data.example) for _ in range(2)]
+    schedules = [kind(own.graph, own) for kind, own in zip((HardPruning, PhysicalPruning), selections, strict=True)]
     batches = data.plain_batches(16)
     for schedule in schedules:
         mend_pruned(schedule, network, batches)

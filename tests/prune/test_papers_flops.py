@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models.cifar_resnet import CifarResNet
+from models.graph import ChannelGraph
 from prune.papers_flops import papers_flops_drop
 
 IMAGE = torch.randn(1, 3, 8, 8)
@@ -29,7 +30,7 @@ def test_papers_flops_drop_by_hand():
     dense, small = chain(4, 6), chain(3, 2)
     before = 64 * 3 * 4 * 9 + 16 * 4 * 6 * 9
     after = 64 * 3 * 4 * 9 * 3 / 4 + 16 * 4 * 6 * 9 * (3 / 4) * (2 / 6)
-    assert papers_flops_drop(dense, small, IMAGE) == pytest.approx(100 * (1 - after / before))
+    assert papers_flops_drop(ChannelGraph(dense, IMAGE), small) == pytest.approx(100 * (1 - after / before))
 
 
 def test_papers_flops_drop_is_the_published_one():
@@ -39,7 +40,7 @@ def test_papers_flops_drop_is_the_published_one():
     for module in small.modules():
         if isinstance(module, nn.Conv2d):
             module.out_channels *= 0.6
-    assert papers_flops_drop(dense, small, torch.randn(1, 3, 32, 32)) == pytest.approx(52.6, abs=0.1)
+    assert papers_flops_drop(ChannelGraph(dense, torch.randn(1, 3, 32, 32)), small) == pytest.approx(52.6, abs=0.1)
 
 
 def test_a_layer_that_is_gone_costs_nothing():
@@ -48,4 +49,4 @@ def test_a_layer_that_is_gone_costs_nothing():
     left = nn.Module()
     left.add_module("0", small[0])
     before = 64 * 3 * 4 * 9 + 16 * 4 * 6 * 9
-    assert papers_flops_drop(dense, left, IMAGE) == pytest.approx(100 * (1 - 64 * 3 * 4 * 9 / before))
+    assert papers_flops_drop(ChannelGraph(dense, IMAGE), left) == pytest.approx(100 * (1 - 64 * 3 * 4 * 9 / before))

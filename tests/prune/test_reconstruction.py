@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selections import hard_pruning, narrow
 from torch import Tensor, nn
 
 from models import build_model
-from models.narrow import narrow
 from prune.reconstruction import reconstruct
-from prune.schedule import HardPruning
 from tests.support.random_networks import RandomNetwork, network_descriptions, prune_at_random
 from utils.errors import UserError
 
@@ -95,8 +94,7 @@ def resnet(kept_share: float) -> tuple[nn.Module, dict[str, Tensor]]:
 def test_the_masked_network_becomes_what_the_small_one_does():
     network, kept = resnet(0.5)
     masked = copy.deepcopy(network)
-    live = HardPruning(masked, kept).live_channels(kept)
-    small, batches = narrow(masked, live), images(4, 3, 12, 12)
+    small, batches = hard_pruning(masked, kept).selection.shrink(), images(4, 3, 12, 12)
     fits, others = reconstruct(small, network, batches), reconstruct(masked, network, batches)
     dense = small.dense_state_dict()
     for fit, other in zip(fits, others, strict=True):
@@ -111,7 +109,7 @@ def test_the_masked_network_becomes_what_the_small_one_does():
 def test_pruned_filters_stay_at_zero():
     network, kept = resnet(0.5)
     masked = copy.deepcopy(network)
-    schedule = HardPruning(masked, kept)
+    schedule = hard_pruning(masked, kept)
     reconstruct(masked, network, images(4, 3, 12, 12))
     before = copy.deepcopy(masked.state_dict())
     schedule.hold()

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from models import build_model
+from models.graph import ChannelGraph
 from prune.choice import FilterChoice
-from prune.masks import keep_count, keep_ratios, prunable_layers
+from prune.masks import keep_count, keep_ratios
 from prune.sensitivity import PROPORTIONS, measure_sensitivity, read_rates
 from reporting.layer_sensitivity import draw_sensitivity
 from utils.errors import UserError
@@ -20,10 +21,11 @@ SETTING = {"network": "resnet20", "dataset": "digits", "prune_mode": "filter-a"}
 def choice(*, coupled=False, exclude=()):
     torch.manual_seed(0)
     network = build_model("resnet20", num_classes=10).eval()
-    layers = prunable_layers(network)
     data = SimpleNamespace(example=torch.randn(2, 3, 32, 32))
-    ratios = keep_ratios(layers, [0.1], exclude=exclude)
-    return FilterChoice(network, layers, ratios, criterion="filter-a", data=data, seed=0, coupled=coupled)
+    graph = ChannelGraph(network, data.example)
+    layers = graph.prunable_layers()
+    ratios = keep_ratios(layers, None, exclude=exclude)
+    return FilterChoice(graph, layers, ratios, criterion="filter-a", data=data, seed=0, coupled=coupled)
 
 
 def lost_filters(network):

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from selections import narrow
 from torch import nn
 
 from models import MODELS, build_model
-from models.narrow import narrow
 from quantize.archive import SECTIONS, differing_tensors, load_archive, read_archive, save_archive
 from quantize.codebook import bake_weights, layer_bits, share_weights
 from quantize.huffman import entropy_bits

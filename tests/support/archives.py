@@ -6,10 +6,10 @@ import re
 
 import torch
 from safetensors.numpy import load, save
+from selections import narrow
 from torch import nn
 
 from models.cifar_resnet import CifarResNet
-from models.narrow import narrow
 from quantize.codebook import bake_weights, layer_bits, share_weights
 from utils.images.spec import ImageSpec
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from selections import prunable_layers
 from torch import Tensor, nn
 
 import pruning
@@ -27,7 +28,7 @@ from models.outputs import Outputs
 from prune.feature_maps import mean_of_maps
 from prune.gradients import importances, mean_gradients
 from prune.map_scores import channel_independence
-from prune.masks import choose_filters, keep_ratios, prunable_layers
+from prune.masks import choose_filters, keep_ratios
 from utils import cli, profile
 from utils.checkpoints import save_checkpoint
 from utils.distributed import from_main, join, leave, sum_over_processes

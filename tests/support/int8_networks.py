@@ -2,10 +2,11 @@
 
 import torch
 from norms import fill_norms
+from selections import narrow
 
 from models import build_model
 from models.int8 import Int8Network
-from models.narrow import NarrowNetwork, narrow
+from models.narrow import NarrowNetwork
 
 
 def small_resnet(**kept: list[int]) -> NarrowNetwork:

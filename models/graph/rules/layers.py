@@ -7,7 +7,7 @@ from torch import nn
 
 from models.batch_norm import UnevenBatchNorm2d
 from models.graph.call import Call, numbered, opaque, rule, through, unshared
-from models.graph.channels import Channels, LayerCut, Members, Step, members_of_layer
+from models.graph.channels import Channels, LayerCut, Members, Step, all_channels, members_of_layer
 
 
 @rule(*numbered("Conv"))
@@ -16,7 +16,7 @@ def conv(call: Call) -> Step:
     layer, given = call.module, call.channels(call.source)
     rank = layer.weight.dim()
     if given is None:
-        given = Channels(layer.in_channels, tuple(range(layer.in_channels)), 1, rank)
+        given = Channels(layer.in_channels, all_channels(layer.in_channels), 1, rank)
     if given.flat or (given.axis, given.full) != (1, layer.in_channels):
         return opaque(call)
     live = call.outputs_of_layer(given, layer.out_channels)
@@ -56,8 +56,8 @@ def _cut_groups(conv: nn.Module, live: Sequence[int], stored: Sequence[int]) -> 
     and input channels to the largest of them.
     """
     if conv.groups == 1:
-        inputs = tuple(sorted(stored)) or (0,)
-        return LayerCut(tuple(sorted(live)), (inputs,)), inputs
+        inputs = tuple(stored) or (0,)
+        return LayerCut(tuple(live), (inputs,)), inputs
     filters, reads = conv.out_channels // conv.groups, conv.in_channels // conv.groups
     used = sorted({row // filters for row in live})
     rows = _evened(live, used, filters)
@@ -91,13 +91,15 @@ def linear(call: Call) -> Step:
     if not rows:
         return call.step(Channels(layer.out_features, (), axis, rank, vanished=call.vanishing(given)))
     if given is None:
-        inputs, wants = range(layer.in_features), opaque(call).wants
+        inputs, wants = all_channels(layer.in_features), opaque(call).wants
     else:
         want = given if given.stored else given.storing([0])
         pixels = layer.in_features // given.full  # 1 unless the input is flat
-        inputs = [channel * pixels + pixel for channel in want.stored for pixel in range(pixels)]
+        inputs = want.stored
+        if pixels > 1:
+            inputs = tuple(channel * pixels + pixel for channel in want.stored for pixel in range(pixels))
         wants = {call.source: want}
-    cut = LayerCut(rows, (tuple(inputs),))
+    cut = LayerCut(rows, (inputs,))
     return call.step(Channels(layer.out_features, rows, axis, rank), wants=wants, cut=cut)
 
 

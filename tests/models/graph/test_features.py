@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks_of_others import FILE
+from selections import narrow
 from torch import nn
 
 from distill.objective import FrozenTeacher
 from models import build_model
-from models.graph import trace_network
-from models.graph.features import find_taps, with_outputs
-from models.narrow import narrow
+from models.graph.features import find_features, with_outputs
+from models.graph.tracing import trace_network
 from models.outputs import Outputs
 from prune.compact import compact
 from utils.errors import UserError
@@ -194,7 +194,7 @@ def test_a_sum_of_three_is_one_block():
 
     network = Three()
     graph = trace_network(network).graph
-    assert [node.target for node in find_taps(graph, network, images()).blocks] == [F.relu]
+    assert [node.target for node in find_features(graph, network, images()).blocks] == [F.relu]
 
 
 class TwoFaced(nn.Module):

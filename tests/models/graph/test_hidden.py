@@ -7,11 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from selections import narrow
 from torch import Tensor, nn
 
-from models.graph import trace_network
 from models.graph.features import with_outputs
-from models.narrow import narrow
+from models.graph.tracing import trace_network
 from utils.errors import UserError
 from utils.seed import seed_everything
 

@@ -5,10 +5,10 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from selections import narrow
 from torch import Tensor, nn
 
-from models.graph.roles import conv_norm_pairs
-from models.narrow import narrow
+from models.graph import ChannelGraph
 from utils.errors import UserError
 
 KEPT = [0, 3, 4, 6, 7]  # of 8
@@ -191,7 +191,7 @@ def test_what_the_graph_cannot_say_is_refused(name):
     model = Chain(operation)
     with pytest.raises(UserError, match=message):
         narrow(model, {"conv": KEPT})
-    assert conv_norm_pairs(model) == {}  # the masked network can be pruned all the same
+    assert ChannelGraph(model).conv_norm_pairs == {}  # the masked network can be pruned all the same
 
 
 def pieces_that_do_not_overlap(x: Tensor) -> Tensor:

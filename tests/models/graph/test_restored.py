@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from selections import narrow
 from torch import nn
 
 from models.graph import Restored
-from models.narrow import narrow
 
 KEPT = [0, 2, 3]
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from selections import hard_pruning, prunable_layers
 from torch import Tensor, nn
 
-from models.graph.roles import classifying_layers
+from models.graph import ChannelGraph
 from prune.compact import compact
-from prune.masks import choose_filters, keep_ratios, prunable_layers
-from prune.schedule import HardPruning
+from prune.masks import choose_filters, keep_ratios
 
 
 class MeanShift(nn.Conv2d):
@@ -50,23 +50,23 @@ def convolutional_head(kind: type[nn.Conv2d]) -> nn.Module:
 
 def pruned(network: nn.Module, *, keep: float) -> nn.Module:
     layers = prunable_layers(network)
-    HardPruning(network, choose_filters(layers, keep_ratios(layers, [keep]), criterion="filter-a"))
+    hard_pruning(network, choose_filters(layers, keep_ratios(layers, [keep]), criterion="filter-a"))
     return network.eval()
 
 
 def test_the_last_learned_layer_is_found_behind_a_fixed_one():
-    assert classifying_layers(SuperResolution()) == {"tail", "add"}
-    assert classifying_layers(SuperResolution(learns=True)) == {"add"}
+    assert ChannelGraph(SuperResolution()).classifying_layers == {"tail", "add"}
+    assert ChannelGraph(SuperResolution(learns=True)).classifying_layers == {"add"}
 
 
 def test_a_fixed_classifier_is_where_the_search_ends():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10).requires_grad_(False))
-    assert classifying_layers(network) == {"3"}
+    assert ChannelGraph(network).classifying_layers == {"3"}
 
 
 def test_a_wholly_frozen_network_is_as_when_it_learned():
     network = convolutional_head(nn.Conv2d)
-    assert classifying_layers(network.requires_grad_(False)) == {"3"}
+    assert ChannelGraph(network.requires_grad_(False)).classifying_layers == {"3"}
 
 
 def test_no_colour_of_an_image_is_lost():
@@ -81,7 +81,7 @@ def test_no_colour_of_an_image_is_lost():
 def test_no_class_is_lost_to_a_convolution_with_a_forward_of_its_own(kind):
     torch.manual_seed(0)
     network = convolutional_head(kind)
-    assert classifying_layers(network) == {"3"}
+    assert ChannelGraph(network).classifying_layers == {"3"}
     assert [layer.name for layer in prunable_layers(network)] == ["0"]
     logits = compact(pruned(network, keep=0.5), torch.randn(2, 3, 8, 8))(torch.randn(2, 3, 8, 8))
     assert (logits != 0).all()

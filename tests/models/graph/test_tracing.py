@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from selections import narrow
 from torch import Tensor, nn
 
-from models.graph import trace_network
-from models.narrow import narrow
+from models.graph.tracing import trace_network
 from prune.compact import compact
 from utils.errors import UserError
 

@@ -4,10 +4,10 @@ import io
 
 import pytest
 import torch
+from selections import narrow
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from models.narrow import narrow
 from prune.compact import compact
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from norms import fill_norms
+from selections import narrow
 from torch import Tensor, nn
 
 from models import build_model
 from models.cifar_resnet import CifarResNet
-from models.narrow import narrow
 from utils.errors import UserError
 
 

@@ -7,11 +7,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from selections import narrow
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from models.cifar_resnet import CifarResNet
-from models.narrow import narrow
 from utils.errors import UserError
 
 KEPT = {"conv": [0, 3, 4], "norm": [0, 3, 4]}

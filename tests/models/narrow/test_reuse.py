@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from selections import narrow
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.cifar_resnet import CifarResNet
-from models.narrow import narrow
 
 CHANNELS = 4
 

@@ -8,14 +8,11 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_networks import RandomNetwork, network_descriptions
+from selections import channel_groups, hard_pruning, prunable_layers
 from torch import nn
 
 from models import build_model
 from models.graph import output_channels
-from models.narrow import narrow
-from prune.groups import channel_groups
-from prune.masks import prunable_layers
-from prune.schedule import HardPruning
 from utils.errors import UserError
 
 
@@ -121,8 +118,8 @@ def without(network, removed):
     layers, kept = dict(network.named_modules()), {}
     for name, channel in (member for group in removed for member in (*group.filters, *group.norms)):
         kept.setdefault(name, set(range(output_channels(layers[name])))).discard(channel)
-    schedule = HardPruning(network, {name: torch.tensor(sorted(channels)) for name, channels in kept.items()})
-    return narrow(network, schedule.live_channels(schedule.kept), example=torch.randn(2, 3, 32, 32))
+    kept = {name: sorted(channels) for name, channels in kept.items()}
+    return hard_pruning(network, kept, example=torch.randn(2, 3, 32, 32)).selection.shrink()
 
 
 NETWORKS = ["resnet20", "resnet18", "torchvision/mobilenet_v2", "torchvision/densenet121", "torchvision/mobilenet_v3_small"]

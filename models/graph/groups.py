@@ -9,12 +9,16 @@ and a parameter with a number for each channel gives those of them. The groups a
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from models.graph import Channels, Plan, output_channels, plan_channels, trace_network
-from prune.masks import PrunableLayer
+from models.graph.channels import Channels, Plan, all_channels, members_of_layer
+from models.graph.layers import PrunableLayer
+from models.graph.plan import output_channels
+
+if TYPE_CHECKING:
+    from models.graph.channel_graph import ChannelGraph
 
 Member = tuple[str, int]  # a layer's name and one of its output channels
 
@@ -35,21 +39,17 @@ class ChannelGroup:
         return tuple(dict.fromkeys(name for name, _ in self.filters))
 
 
-def channel_groups(
-    model: nn.Module, layers: Sequence[PrunableLayer], *, example: Tensor | None = None
-) -> list[list[ChannelGroup]]:
-    """The groups of `model` that can go, those of the same convolutions in one list, in the network's order.
+def channel_groups(graph: "ChannelGraph", layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
+    """The groups of the network that can go, those of the same convolutions in one list, in the network's order.
 
     Left out is what cannot go without a step that restores it: channels that an operation reads at full width, those that
     meet a channel of anything but `layers`, and the filters of a convolution in groups that reads a tensor of which nothing is
-    known, such as a slice. Hidden units of linear layers meet none: each is a group. `example` is for networks whose Python
-    asks for sizes, see `trace_network`.
+    known, such as a slice. Hidden units of linear layers meet none: each is a group.
     """
-    trace = trace_network(model, example=example)
     convs = [layer for layer in layers if not layer.is_linear]
-    groups, before = _groups(_plan(trace.graph, model, removed=frozenset()), model, convs), None
+    groups, before = _groups(_plan_without(graph, frozenset()), convs), None
     while groups != before:
-        blocked = _members_laid_out_anew(_plan(trace.graph, model, removed=_every_second(groups)))
+        blocked = _members_laid_out_anew(_plan_without(graph, _every_second(groups)))
         before, groups = groups, [alike for alike in groups if all(blocked.isdisjoint(group.filters) for group in alike)]
     order = {layer.name: place for place, layer in enumerate(layers)}
     groups += single_groups([layer for layer in layers if layer.is_linear])
@@ -79,18 +79,19 @@ def single_groups(layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
     return families
 
 
-def _plan(graph: torch.fx.Graph, model: nn.Module, *, removed: frozenset[Member]) -> Plan:
+def _plan_without(graph: "ChannelGraph", removed: frozenset[Member]) -> Plan:
     """The plan of the network without the `removed` filters; a batch norm has the channels that it is given."""
 
     def live_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
         if given is not None and not hasattr(layer, "out_channels") and not hasattr(layer, "out_features"):
             return given.stored
-        return [channel for channel in range(output_channels(layer)) if (name, channel) not in removed]
+        channels = all_channels(output_channels(layer))
+        return [channel for channel in channels if (name, channel) not in removed] if removed else channels
 
-    return plan_channels(graph, model, live_outputs=live_outputs, carriers=frozenset())
+    return graph.plan(live_outputs)
 
 
-def _groups(plan: Plan, model: nn.Module, layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
+def _groups(plan: Plan, layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
     union = _Union()
     for step in plan.steps.values():
         for members in _members(step.out):
@@ -98,7 +99,7 @@ def _groups(plan: Plan, model: nn.Module, layers: Sequence[PrunableLayer]) -> li
         for one, other in step.meets:
             for first, second in zip(one, other, strict=True):
                 union.join(first, second)
-    filters = {(layer.name, channel) for layer in layers for channel in range(layer.filters)}
+    filters = {member for layer in layers for member in members_of_layer(layer.name, layer.filters)}
     norms = _entries_of_norms(plan, union, owned={layer.norm_name for layer in layers})
     order = {layer.name: place for place, layer in enumerate(layers)}
     whole = [sorted(members, key=lambda member: (order[member[0]], member[1])) for members in union.sets() if members <= filters]
@@ -117,9 +118,11 @@ def _entries_of_norms(plan: Plan, union: "_Union", *, owned: set[str | None]) ->
     entries: dict[Member, list[Member]] = {}
     for step in plan.steps.values():
         is_norm = step.cut is not None and step.cut.columns is None and step.node.target not in owned
-        for channel, member in enumerate(step.out.members if is_norm else ()):
-            if member is not None:
-                entries.setdefault(union.root(member), []).append((step.node.target, channel))
+        if is_norm:
+            own = members_of_layer(step.node.target, step.out.full)
+            for entry, member in zip(own, step.out.members, strict=True):
+                if member is not None:
+                    entries.setdefault(union.root(member), []).append(entry)
     return entries
 
 
