@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from deploy.flags import add_latency_flags, is_of_time, latency_settings
 from distill.flags import add_distillation_flags, check_distillation, distillation_settings
 from models import NAMES, check_model
-from prune.flags import AUTO, add_pruning_flags, network_settings, pruning_settings, rates_file, say_what_trains
+from prune.flags import AUTO, add_pruning_flags, network_settings, prunes, pruning_settings, rates_file, say_what_trains
 from prune.settings import SOFT_CRITERIA, NetworkSettings, PruningSettings, check_sensitivity_file
 from utils import cli
 from utils.errors import UserError
@@ -40,7 +40,9 @@ def get_args_parser() -> cli.Parser:
     add_latency_flags(parser)
     add_distillation_flags(parser)
     cli.add_data_flags(parser)
-    cli.add_training_flags(parser, lr=0.01, n_epochs=200, schedule=(60, 120, 160), lr_drops=(0.2, 0.2, 0.2))
+    cli.add_training_flags(
+        parser, lr=0.01, n_epochs=200, schedule=(60, 120, 160), lr_drops=(0.2, 0.2, 0.2), may_skip_training=True
+    )
     cli.add_averaging_flags(parser)
     cli.add_run_flags(parser, log_name="pruning.txt")
     say_which_networks_count(parser)
@@ -139,6 +141,8 @@ def check_flags(args: argparse.Namespace) -> None:
         check_copy(args)
     elif args.s_model is None and args.s_path is None and args.t_model is None:
         raise UserError("--s-model: name the network to prune, or give --s-path, or --s-copy-t with --t-path")
+    if args.n_epochs == 0 and (args.soft_prune or not prunes(args)):
+        raise UserError("--n-epochs 0: only where filters are pruned for good, nothing else changes the network without training")
     if args.soft_prune and args.prune_mode not in SOFT_CRITERIA:
         raise UserError(f"--soft-prune: not with --prune-mode {args.prune_mode}, choose from {', '.join(SOFT_CRITERIA)}")
     if args.channel_multiple == AUTO and not is_of_time(args):
@@ -147,7 +151,7 @@ def check_flags(args: argparse.Namespace) -> None:
         check_sensitivity_file(Path(args.sensitivity))
     if rates_file(args) is not None and len(args.prune_rates) > 1:
         raise UserError(f"--prune-rates {rates_file(args)}: a file stands alone, without proportions beside it")
-    if args.prune_steps > args.n_epochs:
+    if args.prune_steps > max(args.n_epochs, 1):
         raise UserError(f"--prune-steps {args.prune_steps}: one an epoch, but --n-epochs {args.n_epochs} are fewer")
     if args.prune_steps > 1 and args.train_form == "compact" and args.ema is not None:
         raise UserError(f"--ema {args.ema:g}: not with --train-form compact and --prune-steps, whose steps have a network each")

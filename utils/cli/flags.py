@@ -65,7 +65,17 @@ def add_data_flags(parser: Parser) -> None:
     parser.set_defaults(may_download=True)  # False where it is a recorded --data-dir that would be written to
 
 
-def add_training_flags(parser: Parser, *, lr: float, n_epochs: int, schedule: Sequence[int], lr_drops: Sequence[float]) -> None:
+def add_training_flags(
+    parser: Parser,
+    *,
+    lr: float,
+    n_epochs: int,
+    schedule: Sequence[int],
+    lr_drops: Sequence[float],
+    may_skip_training: bool = False,
+) -> None:
+    """The flags of a training; where it may be skipped, it may have 0 epochs."""
+    epochs = {"type": non_negative_int, "help": "epochs of training, 0 for none"} if may_skip_training else {"type": positive_int}
     group = parser.add_argument_group("training")
     group.add_argument("--lr", type=positive_float, default=lr, help="learning rate of epoch 0")
     group.add_argument("--schedule", type=non_negative_int, nargs="*", metavar="EPOCH",
@@ -81,7 +91,7 @@ def add_training_flags(parser: Parser, *, lr: float, n_epochs: int, schedule: Se
     group.add_argument(
         "--warmup-epochs", type=non_negative_int, default=0, metavar="N", help="first epochs, over which the rate rises linearly"
     )
-    group.add_argument("--n-epochs", type=positive_int, default=n_epochs, help="epochs of training")
+    group.add_argument("--n-epochs", default=n_epochs, **{"help": "epochs of training", **epochs})
     group.add_argument("--momentum", type=momentum_value, default=0.9, help="momentum of SGD, Nesterov's")
     group.add_argument("--no-nesterov", action="store_true", help="plain momentum, as in most published codes")
     group.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help="weight decay of SGD")
@@ -149,7 +159,7 @@ def add_run_flags(parser: Parser, *, log_name: str) -> None:
 
 def _complete_schedule(args: argparse.Namespace, *, schedule: Sequence[int], lr_drops: Sequence[float]) -> None:
     """Gives --schedule and --lr-drops their defaults. Raises UserError for rates that cannot be those of a training."""
-    if args.warmup_epochs >= args.n_epochs:
+    if args.warmup_epochs >= max(args.n_epochs, 1):
         raise UserError(f"--warmup-epochs {args.warmup_epochs}: must be fewer than the {args.n_epochs} of --n-epochs")
     if args.lr_schedule != "steps":
         args.schedule, args.lr_drops = [], []

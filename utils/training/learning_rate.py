@@ -44,7 +44,7 @@ class LearningRate:
 
     def remarks(self) -> list[str]:
         """What its user may not have meant: epochs of the schedule that lie behind the last one, all of them."""
-        late = [epoch for epoch in self.schedule if epoch >= self.n_epochs]
+        late = [epoch for epoch in self.schedule if epoch >= self.n_epochs > 0]
         if not late:
             return []
         epochs, lies = " ".join(map(str, late)), "lies" if len(late) == 1 else "lie"

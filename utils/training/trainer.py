@@ -88,14 +88,28 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the end and gives `{"last": ..., "best": ...}`, each with epoch, loss, top1, top5, and `training_flops`.
 
-        Raises Interrupted once the state is saved after a signal, NonFiniteLoss if training diverges.
+        A plan of no epoch scores and saves the network as it is. Raises Interrupted once the state is saved after a signal,
+        NonFiniteLoss if training diverges.
         """
         with StopSignals() as signals:
+            if not self.plan.n_epochs:
+                return self._ship_untrained()
             while self.epoch < self.plan.n_epochs:
                 self._train_epoch(signals)
                 self._finish_epoch()
         flops = self.earlier["flops"] + self._flops(self.plan.n_epochs - self.earlier["epochs"])
         return {"last": self.last, "best": self.best, "training_flops": flops}
+
+    def _ship_untrained(self) -> dict[str, Any]:
+        """What `fit` gives of a training without a step; a later one that goes on from here begins at epoch 0."""
+        with self._shipped() as kept:
+            test, hits = evaluate_each(self.network, self.data, amp=self.plan.amp)
+            metrics = {"epoch": -1, **{name: test[name] for name in ("loss", "top1", "top5")}}
+            checkpoint = {**self._checkpoint(kept), "metrics": metrics}
+        self.run.save(BEST, checkpoint)
+        self.run.save_json(HITS, {"epoch": -1, **hits.document()})
+        self._save_last(checkpoint)
+        return {"last": metrics, "best": metrics, "training_flops": 0}
 
     def _flops(self, epochs: int) -> int:
         """Of the steps of so many epochs of the network that is trained now."""
