@@ -9,6 +9,7 @@ import torch
 from selections import prunable_layers
 
 from deploy import budget, latency
+from models.graph import channel_graph
 from models.network_file import load_network
 from prune.criteria import CRITERIA, Criterion
 from prune.masks import keep_count
@@ -348,3 +349,14 @@ def test_without_rates_no_filter_is_pruned_and_another_architecture_may_teach(tr
     assert "CUDA_HOME" not in ended.errors
     planned = run_script("pruning", *networks, *size, "--dry-run")
     assert planned.output.startswith("no filter is pruned")
+
+
+def test_a_run_traces_its_network_once_for_each_method(prune, monkeypatch):
+    traced = []
+    trace = channel_graph.trace_network
+    monkeypatch.setattr(
+        channel_graph, "trace_network", lambda network, method, **given: traced.append(method) or trace(network, method, **given)
+    )
+    folder = prune("--budget", "macs=0.5", "--couple-channels", "--prune-mode", "filter-a", rates=())
+    assert (folder / "model_compact.pt").exists()
+    assert sorted(traced) == ["forward", "outputs"]
