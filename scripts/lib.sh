@@ -7,9 +7,7 @@
 start_script() {
   SCRIPT=$(basename "$0")
   set_defaults
-  read_methods
   take_arguments "$@"
-  mapfile -t SHARED < <(shared_arguments)
   [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS: must be a whole number of 1 or more"
   check_gpus
   check_recipe
@@ -18,6 +16,8 @@ start_script() {
     [[ ${!name} =~ ^([1-9][0-9]*)?$ ]] || fail "$name=${!name}: must be a whole number of 1 or more"
   done
   [[ $DRY =~ ^[01]$ ]] || fail "DRY=$DRY: must be 1, to print the commands only, or 0"
+  read_methods
+  mapfile -t SHARED < <(shared_arguments)
   FOLDERS=() COMMANDS=() NEEDED=() FAILED=() COMPARISONS=() SLOTS=() LISTED=0 PRINTED=0 STUDY="" UNCOLLECTED=0
   trap 'stop 130' INT
   trap 'stop 143' TERM
@@ -41,13 +41,14 @@ set_defaults() {
 # read_methods: what the registries say of each criterion and each loss (scripts/methods.py).
 read_methods() {
   local lines kind name values
+  CRITERIA=() LOSSES=()
   declare -gA CRITERION_FLAGS=() CRITERION_INPUTS=() LOSS_FLAGS=() LOSS_BETA=() LOSS_BESIDE_KD=()
   lines=$("$PYTHON" -m scripts.methods) || fail "PYTHON=$PYTHON: cannot read the methods of this repository"
   while read -r kind name values; do
     case $kind in
-      criterion_flags) CRITERION_FLAGS[$name]=" $values " ;;
+      criterion_flags) CRITERIA+=("$name") CRITERION_FLAGS[$name]=" $values " ;;
       criterion_inputs) CRITERION_INPUTS[$name]=" $values " ;;
-      loss_flags) LOSS_FLAGS[$name]=" $values " ;;
+      loss_flags) LOSSES+=("$name") LOSS_FLAGS[$name]=" $values " ;;
       loss_beta) LOSS_BETA[$name]=$values ;;
       loss_beside_kd) LOSS_BESIDE_KD[$name]=1 ;;
       shared_flags) SHARED_FLAGS=" $name $values " ;;

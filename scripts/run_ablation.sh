@@ -14,11 +14,11 @@ find_teachers
 run_all
 for dataset in $DATASETS; do
   for seed in $SEEDS; do
-    for criterion in r a l2 gm nggm taylor bn hrank chip; do
-      add_pruning "$criterion-hap" "$dataset" "$seed" "filter-$criterion" hap "${PASSED[@]}"
+    for criterion in "${CRITERIA[@]}"; do
+      add_pruning "${criterion#filter-}-hap" "$dataset" "$seed" "$criterion" hap "${PASSED[@]}"
     done
     add_pruning nggm "$dataset" "$seed" filter-nggm none "${PASSED[@]}"
-    for loss in kd at sp afd dkd dist reviewkd; do
+    for loss in "${LOSSES[@]}"; do # with HAP it stands above already, and is listed once
       add_pruning "nggm-$loss" "$dataset" "$seed" filter-nggm "$loss" "${PASSED[@]}"
     done
   done

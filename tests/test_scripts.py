@@ -19,6 +19,7 @@ from benchmarks import summary as step_table
 from benchmarks.common import write_results
 from distill import DISTILLERS
 from prune.criteria import CRITERIA
+from scripts import methods
 from utils import cli
 from utils.errors import UserError
 
@@ -32,7 +33,7 @@ ENTRY_SCRIPTS = ("initial_train", "pruning", "quantize_encode")
 # ended; each waits until $TOGETHER runs have started.
 FAKE_PYTHON = (
     f"""#!/usr/bin/env bash
-if [[ $* == "-m scripts.methods" ]]; then exec {sys.executable} "$@"; fi
+if [[ $* == "-m scripts.methods" ]]; then cd {ROOT} && exec {sys.executable} "$@"; fi
 """
     + """\
 echo "$(date +%s.%N) start $*${CUDA_VISIBLE_DEVICES:+ on GPU $CUDA_VISIBLE_DEVICES}" >>"$NOTES"
@@ -107,7 +108,7 @@ def test_every_script_is_valid_bash(path):
     [
         ("run_vanilla", {"initial_train.py": 12}),
         ("run_pruning", {"initial_train.py": 3, "pruning.py": 9 * 3 * 4}),
-        ("run_ablation", {"initial_train.py": 1, "pruning.py": 17 * 4}),
+        ("run_ablation", {"initial_train.py": 1, "pruning.py": (len(CRITERIA) + len(DISTILLERS)) * 4}),
         ("run_sensitivity", {"initial_train.py": 1, "pruning.py": 19 * 4}),
         ("run_quantization_encode", {"initial_train.py": 3, "pruning.py": 12, "quantize_encode.py": 48}),
         ("run_benchmark", {"initial_train.py": 2 * 3, "pruning.py": 40 * 3}),
@@ -193,9 +194,9 @@ def test_the_benchmark_compares_at_one_cost_and_one_schedule():
     }
     assert Counter(args.budget for args in methods) == {"macs=0.45": 27, "macs=0.2": 9, "latency=0.7": 2}
     criteria = {args.prune_mode for args in methods if args.distill == ["none"] and args.budget == "macs=0.45"}
-    assert criteria == set(CRITERIA)
+    assert criteria < set(CRITERIA)
     losses = {args.distill[0] for args in methods if args.prune_mode == "filter-nggm" and not args.couple_channels}
-    assert losses == {"none", *DISTILLERS}
+    assert losses < {"none", *DISTILLERS}
     scratch, whole = controls
     longer = next(args for entry, args in commands if entry == "initial_train.py")
     assert (scratch.budget, scratch.s_path, scratch.t_path) == ("macs=0.45", None, None) and longer.load_path == whole.t_path
@@ -256,8 +257,7 @@ def test_flags_that_reach_a_teacher_are_those_that_all_entry_scripts_have():
     parsers = [importlib.import_module(name).get_args_parser() for name in ENTRY_SCRIPTS]
     common = set.intersection(*({flag for action in parser._actions for flag in action.option_strings} for parser in parsers))
     taken = set(re.findall(r"--[a-z-]+", re.search(r"while \(\(\$#\)\); do(.*?)\*\)\n", lib(), re.DOTALL)[1])) | {"-h"}
-    shared = set(re.search(r'SHARED_FLAGS="(.*?)"', lib(), re.DOTALL)[1].replace("\\\n", "").split())
-    assert shared == common - taken
+    assert set(map(cli.flag_of, methods.shared_flags())) == common - taken
 
 
 def lib():
@@ -287,7 +287,55 @@ def test_options_of_losses_reach_the_runs_with_these_losses():
     taken = {args.distill[0]: (args.kd_t, args.kd_standardize, args.dkd_beta, args.dist_gamma) for args in rows}
     by_kd = dict.fromkeys(("kd", "at", "sp", "afd", "hap"), (3, True, 8, 2))
     others = {"dkd": (3, True, 4, 2), "dist": (3, False, 8, 1.5), "reviewkd": (4, False, 8, 2), "none": (4, False, 8, 2)}
-    assert taken == by_kd | others
+    expected = by_kd | others
+    assert {name: taken[name] for name in expected} == expected
+
+
+ASK = """
+PYTHON=$0 SCRIPT=ask
+source scripts/lib.sh
+read_methods
+applicable "$@"
+printf '%s\\n' "${APPLICABLE[@]}"
+"""
+
+
+def test_a_new_criterion_and_a_new_loss_keep_their_flags(tmp_path):
+    """The scripts know nothing of a method but what the registries say."""
+    registries = tmp_path / "registries"
+    lines = "criterion_flags filter-new --samp-batches", "criterion_flags filter-old --gamma", "loss_flags new --new-t"
+    registries.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    registries.chmod(0o755)
+
+    def left_of(*words):
+        given = ["--samp-batches", "5", "--gamma", "0.3", "--new-t", "2", "--lr", "1"]
+        command = ["bash", "-c", ASK, str(registries), *words, *given]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+    assert left_of("filter-new", "none") == ["--samp-batches", "5", "--lr", "1"]
+    assert left_of("filter-old", "new") == ["--gamma", "0.3", "--new-t", "2", "--lr", "1"]
+
+
+def test_the_registries_say_what_the_flags_say():
+    """Of every flag that some criterion or loss reads: listed for a method exactly if it has an effect beside it."""
+    said = {tuple(line.split()[:2]): line.split()[2:] for line in methods.lines()}
+    for name in CRITERIA:
+        for flag, value in (("--samp-batches", "2"), ("--gamma", "0.3"), ("--gm-distance", "euclidean")):
+            assert (flag in said["criterion_flags", name]) == has_effect(
+                "--prune-mode", name, "--prune-rates", "0.5", flag, value
+            )
+    for name in DISTILLERS:
+        for flag, value in (("--betas", "2"), ("--kd-t", "3"), ("--hap-ts", "2"), ("--rise-epochs", "3"), ("--alpha", "0.5")):
+            assert (flag in said["loss_flags", name]) == has_effect("--distill", name, "--t-path", "a", flag, value)
+
+
+def has_effect(*words):
+    try:
+        cli.parse_flags(importlib.import_module("pruning").get_args_parser(), ["--s-model", "resnet20", *words])
+    except UserError as error:
+        assert "no effect" in str(error)
+        return False
+    return True
 
 
 def test_a_rate_that_falls_from_step_to_step_replaces_the_drops():
@@ -350,7 +398,7 @@ def test_given_networks_replace_their_training():
     ],
 )
 def test_bad_arguments_end_in_one_line(arguments, variables, message, tmp_path):
-    result = call("run_pruning", *arguments, PYTHON="false", SAVE_DIR=str(tmp_path), **variables)
+    result = call("run_pruning", *arguments, PYTHON=sys.executable, SAVE_DIR=str(tmp_path), **variables)
     assert result.returncode == 2
     assert message in result.stderr and result.stderr.count("\n") == 1
     assert not any(tmp_path.iterdir())

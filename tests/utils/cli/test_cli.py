@@ -1,12 +1,13 @@
 """Flags of the entry scripts: what is accepted, what a resumed run takes over, how a script ends."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
 from utils import cli
-from utils.errors import Interrupted, NonFiniteLoss, UserError
+from utils.errors import Interrupted, NonFiniteLoss, ParameterError, UserError
 
 
 @pytest.fixture
@@ -156,3 +157,58 @@ class TestExecute:
 
         with pytest.raises(RuntimeError, match="a bug"):
             cli.execute(fail)
+
+
+class TestParameters:
+    """Functions name parameters; the command line puts the flag that gave one in its place."""
+
+    @pytest.mark.parametrize(
+        ("error", "line"),
+        [
+            (ParameterError("lr", 0.5, "is too high"), "--lr 0.5: is too high"),
+            (ParameterError("keep_ratio", 1.5, "must be at most 1"), "--names 1.5: must be at most 1"),  # by another name
+            (ParameterError("names", ["x", "y"], "are no layers"), "--names x y: are no layers"),
+            (ParameterError("amp", None, "needs another GPU"), "--amp: needs another GPU"),
+            (ParameterError("rounds", 3, "are too few"), "rounds 3: are too few"),  # which no flag gives
+            (UserError("--lr 0.5 and others"), "--lr 0.5 and others"),
+        ],
+    )
+    def test_an_error_of_a_function_names_the_flag(self, error, line, parser):
+        parser.parameters["keep_ratio"] = "names"
+        with pytest.raises(UserError) as raised, parser.naming_flags():
+            raise error
+        assert str(raised.value) == line
+
+    def test_a_script_ends_with_the_flag(self, parser, capsys):
+        def main(args: argparse.Namespace) -> None:
+            raise ParameterError("lr", args.lr, "is too high")
+
+        with pytest.raises(SystemExit) as ended:
+            cli.run_script(lambda: parser, main, ["--lr", "7"])
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.endswith(": error: --lr 7: is too high\n")
+
+
+class TestSettings:
+    def test_have_the_values_of_their_flags(self, parser):
+        words = "--lr 0.3 --n-epochs 9 --schedule 2 --lr-drops 0.1 --amp --dataset cifar10 --batch-size 32 --seed 5"
+        settings = cli.session_settings("train.py", cli.parse_flags(parser, words.split()))
+        assert (settings.training.lr, settings.training.schedule, settings.run.amp) == (0.3, [2], True)
+        assert (settings.data.dataset, settings.data.batch_size, settings.run.seed) == ("cifar10", 32, 5)
+        assert settings.flags["lr"] == 0.3 and settings.defaults["lr"] == 0.01
+
+    def test_a_field_that_is_no_flag_keeps_its_default(self, parser):
+        assert cli.session_settings("train.py", cli.parse_flags(parser, [])).training.ema is None  # without averaging flags
+
+
+class TestChecks:
+    def test_are_made_once_all_flags_are_known(self, parser):
+        def check(name: str) -> None:
+            raise UserError(f"unknown network {name}")
+
+        parser.checks["model"] = check
+        with pytest.raises(UserError, match="--lr-drops: 1 factors"):
+            cli.parse_flags(parser, ["--model", "no", "--lr-drops", "2"])
+        with pytest.raises(UserError, match=r"^--model: unknown network no$"):
+            cli.parse_flags(parser, ["--model", "no"])
+        assert cli.parse_flags(parser, []).model is None
