@@ -4,15 +4,18 @@ import contextlib
 import importlib
 import io
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis.database import DirectoryBasedExampleDatabase
 from PIL import Image
 
 from utils import cli, profile
@@ -20,7 +23,46 @@ from utils import cli, profile
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+EXAMPLES = REPOSITORY / ".hypothesis" / "examples"
 TEACHER_FLAGS = "--model resnet20 --n-epochs 2 --limit-batches 2 --batch-size 32 --lr 0.05 --schedule --lr-drops --device cpu"
+
+FEW = hypothesis.settings(
+    max_examples=20,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+MANY = {"max_examples": 2000, "derandomize": False, "database": DirectoryBasedExampleDatabase(EXAMPLES), "print_blob": True}
+hypothesis.settings.register_profile("few", FEW)
+hypothesis.settings.register_profile("thorough", FEW, **MANY)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="thousands of random examples, and the tests marked as thorough")
+    parser.addoption("--seed", type=int, help="with --thorough, the seed of its examples (default: another one each time)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test is imported, which may ask for more or fewer examples than the profile has."""
+    hypothesis.settings.load_profile("thorough" if config.option.thorough else "few")
+    if config.option.thorough and config.option.seed is None:
+        config.option.seed = secrets.randbits(32)  # which the processes of xdist get as well
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return f"thorough: --seed {config.option.seed}, failing examples stay in {EXAMPLES}" if config.option.thorough else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.thorough:
+        for item in items:
+            if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+                hypothesis.seed(config.option.seed)(getattr(item.obj, "__func__", item.obj))
+        return
+    left_out = [item for item in items if item.get_closest_marker("thorough")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 class Ended(NamedTuple):

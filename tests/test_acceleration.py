@@ -133,7 +133,7 @@ def test_compiled_training_stays_close(teacher, form):
     assert compiled == pytest.approx(eager, rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("switch", ["--amp", "--compile"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("pruning_flags", [*HARD, *SOFT], ids=" ".join)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from norms import fill_norms
 from selections import narrow, prunable_layers
@@ -289,7 +289,6 @@ def test_class_names_are_what_they_are(count, small):
     assert max(map(len, source.text.splitlines())) <= 120
 
 
-@settings(max_examples=10, deadline=None)
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=30))
 def test_any_class_names_are_what_they_are(names):
     assert ast.literal_eval("[" + ", ".join(map(quoted, names)) + "]") == names

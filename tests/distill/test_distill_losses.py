@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -70,7 +70,6 @@ def test_attention_map_pools_the_squares():
     torch.testing.assert_close(pooled, torch.tensor([[1.0, 2.0]]) / math.sqrt(5))
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.tuples(*[st.integers(1, 4)] * 4), st.booleans())
 def test_gradient_of_the_channel_energy(shape, channels_last):
     (feature_map,) = random_maps([shape])
@@ -103,7 +102,6 @@ def test_sp_against_numpy():
     assert sp_loss(student, teacher).item() == pytest.approx(expected)
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
 def test_hap_equals_the_mean_over_all_pairs(student_blocks, teacher_blocks, batch, seed):
     sizes = [(batch, 1 + i % 3, 4 - i % 2, 4) for i in range(student_blocks)]
@@ -192,7 +190,6 @@ def test_standardized_logits_worked_by_hand():
     torch.testing.assert_close(standardized(torch.tensor([[0.0, 2.0, 4.0]])), torch.tensor([[-1.0, 0.0, 1.0]]))
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.floats(0.1, 10), st.floats(-5, 5))
 def test_standardized_logits_know_neither_scale_nor_shift(scale, shift):
     (logits,) = random_maps([(3, 7)])
@@ -208,7 +205,6 @@ def test_dkd_of_one_image_worked_by_hand():
     assert loss.item() == pytest.approx(pair + 8 * rest, rel=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.integers(2, 9), st.integers(1, 5), st.floats(0.5, 8), st.integers(0, 99))
 def test_dkd_whose_other_classes_weigh_what_the_teacher_leaves_them_is_kd(classes, batch, temperature, seed):
     student, teacher = random_maps([(batch, classes)] * 2, seed)
@@ -412,7 +408,6 @@ def test_crd_scores_have_the_mean_of_noise_at_first_and_rows_move_half_way():
     assert bank.rows[3].tolist() == [1.0, 0.0]
 
 
-@settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=20).filter(lambda labels: len(set(labels)) > 1), st.integers(0, 99))
 def test_negatives_are_all_images_of_other_classes(labels, seed):
     labels = torch.tensor(labels)

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from int8_networks import simulated, small_resnet
 from selections import narrow
@@ -30,7 +30,6 @@ def test_activations_are_rounded_to_256_values_between_their_bounds():
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20), st.floats(-50, 0, width=32), st.floats(0, 50, width=32))
-@settings(deadline=None)
 def test_zero_stays_zero_and_nothing_moves_by_more_than_half_a_step(values, low, high):
     bounds = Bounds().eval()
     bounds.low.fill_(low)

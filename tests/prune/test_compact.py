@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from random_networks import RandomNetwork, network_descriptions, prune_at_random
 from torch import Tensor, nn
@@ -252,7 +252,6 @@ def test_kept_channels_that_the_layer_has_not_got(channels):
 # ---- random networks ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=500, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     operations=network_descriptions(),
     hidden=st.integers(1, 4),

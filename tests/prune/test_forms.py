@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from random_networks import RandomNetwork, network_descriptions
 from selections import hard_pruning, physical_pruning, prunable_layers, selected
@@ -250,7 +250,6 @@ def test_a_network_that_cannot_be_copied_is_trained_masked():
         check_compact_form(selected(model, kept_half(model)), images())
 
 
-@settings(max_examples=200, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     operations=network_descriptions(),
     seed=st.integers(0, 1000),

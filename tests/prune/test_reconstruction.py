@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from selections import hard_pruning, narrow
 from torch import Tensor, nn
@@ -126,7 +126,6 @@ def test_the_same_images_give_the_same_bits():
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@settings(max_examples=25, deadline=None)
 @given(network_descriptions(), st.integers(2, 5), st.integers(0, 99))
 def test_no_layer_of_any_network_gets_a_larger_error(operations, hidden, seed):
     torch.manual_seed(seed)

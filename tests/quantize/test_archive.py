@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from archives import IMAGES, KEPT, TEST_MODELS, network_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -83,7 +83,6 @@ def test_loading_leaves_the_random_stream_alone(tmp_path):
     assert torch.equal(torch.rand(2), expected)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),

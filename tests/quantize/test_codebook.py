@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import nn
@@ -62,7 +62,6 @@ def test_a_cluster_that_loses_its_weights_begins_anew_far_from_the_others():
     assert sorted(set(index.tolist())) == [1, 2, 3, 4]
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.lists(st.floats(-100, 100, width=32), max_size=60), st.integers(1, 4))
 def test_every_entry_is_the_mean_of_its_values_and_zeros_stay_zero(values, bits):
     values = np.array(values, np.float32)

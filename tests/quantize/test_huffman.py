@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize import huffman
@@ -54,7 +54,6 @@ def test_encoder_writes_canonical_codewords():
     assert payload == bytes([0b0000_11_11, 0b10_000000])
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 300), max_size=200), st.sampled_from([np.uint16, np.int64]))
 def test_round_trip(symbols, dtype):
     symbols = np.array(symbols, dtype)
@@ -63,7 +62,6 @@ def test_round_trip(symbols, dtype):
     assert len(payload) == -(-heap_cost(np.bincount(symbols)) // 8) or len(set(symbols.tolist())) == 1
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=60).filter(lambda counts: np.count_nonzero(counts) > 1))
 def test_lengths_are_optimal_and_complete(frequencies):
     lengths = code_lengths(np.array(frequencies))
@@ -71,7 +69,6 @@ def test_lengths_are_optimal_and_complete(frequencies):
     assert int(lengths.astype(int) @ frequencies) == heap_cost(frequencies)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 100), min_size=5, max_size=7))
 def test_limited_lengths_are_the_best_there_are(frequencies):
     """Every choice of lengths from 1 to 3 whose Kraft sum does not exceed 1, tried out."""

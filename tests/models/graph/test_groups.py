@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from random_networks import RandomNetwork, network_descriptions
 from selections import channel_groups, hard_pruning, prunable_layers
@@ -153,7 +153,6 @@ def test_all_that_is_laid_out_anew_is_what_the_network_shuffles_itself(name, own
     assert small.relayout_count == own and small.kept
 
 
-@settings(max_examples=30, deadline=None)
 @given(network_descriptions(), st.integers(0, 2**16))
 def test_groups_of_random_networks_go_without_a_change(operations, seed):
     torch.manual_seed(seed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.errors import UserError
@@ -84,7 +84,6 @@ def test_names_for_another_number_of_classes():
         read_image_spec(SPEC.as_fields(), num_classes=10)
 
 
-@settings(deadline=None)
 @given(name=st.sampled_from(FIELDS), value=ANYTHING)
 def test_whatever_a_file_says_is_taken_as_it_should_be_or_refused(name, value):
     try:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.errors import NonFiniteLoss
@@ -31,7 +31,6 @@ def test_label_rank_by_hand(logits, label, rank):
     assert int(label_rank(torch.tensor([logits]), torch.tensor([label]))) == rank
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(2, 9))
 def test_label_rank_is_the_place_in_a_stable_sort(seed, images, classes):
     random = np.random.default_rng(seed)
