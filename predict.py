@@ -5,22 +5,24 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.settings import ONNX_SUFFIX
 from models import check_model
+from reporting.tables import spreadsheet_text
 from utils import cli
 from utils.errors import UserError, printable
 from utils.files import check_output, is_archive, write_atomic
-from utils.images.settings import IMAGE_SUFFIXES
+from utils.streams import print_error
 
 if TYPE_CHECKING:
     from deploy.predictor import Predictor
 
 SCRIPT = "predict.py"
-SHOWN_PATH = 200  # characters
+SHOWN_PATH, SHOWN_BROKEN = 200, 10  # characters, files
 
 
 def get_args_parser() -> cli.Parser:
@@ -46,11 +48,12 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("IMAGE: name images, or folders of images")
     if args.output is not None:
         check_output(Path(args.output), force=args.force)
-    paths = image_paths(args.paths)
+    paths, left_out = image_paths(args.paths)
 
     from tqdm import tqdm
 
     from deploy.predictor import predictions
+    from utils.images.folders import describe_left_out
 
     predictor = load_predictor(args.load_path, model=args.model, device=args.device)
     top = min(args.top, len(predictor.images.class_names))
@@ -66,29 +69,39 @@ def main(args: argparse.Namespace) -> None:
     if args.output is not None:
         write_atomic(args.output, as_csv(rows, top).encode(errors="surrogateescape"))
         print(f"{len(rows)} images -> {args.output}")
+    if left_out:
+        print_error(f"left out, no images: {describe_left_out(left_out)}")
     if unreadable:
-        raise UserError(f"{len(unreadable)} of {len(paths)} images could not be read: {unreadable[0]}")
+        named = "; ".join(unreadable[:SHOWN_BROKEN]) + ("; ..." if len(unreadable) > SHOWN_BROKEN else "")
+        raise UserError(f"{len(unreadable)} of {len(paths)} images could not be read: {named}")
 
 
 def is_onnx(path: str | None) -> bool:
     return path is not None and path.lower().endswith(ONNX_SUFFIX)
 
 
-def image_paths(given: Sequence[str]) -> list[str]:
-    """The images among files and below folders, in order. Raises UserError for a path that is neither, or holds none."""
-    found: list[str] = []
+def image_paths(given: Sequence[str]) -> tuple[list[str], Counter[str]]:
+    """The images among files and below folders, in order, and how many files of which ending in the folders are none.
+
+    Raises UserError for a path that is neither, or holds none.
+    """
+    from utils.images.folders import describe_left_out, find_images
+
+    found, left_out = [], Counter()
     for name in given:
         path = Path(name)
         if path.is_dir():
-            below = sorted(str(own) for own in path.rglob("*") if own.suffix.lower() in IMAGE_SUFFIXES and own.is_file())
-            if not below:
-                raise UserError(f"IMAGE {printable(name, SHOWN_PATH)}: the folder holds no image ({', '.join(IMAGE_SUFFIXES)})")
-            found += below
+            below = find_images(path)
+            if not below.paths:
+                others = f", but {describe_left_out(below.left_out)}" if below.left_out else ""
+                raise UserError(f"IMAGE {printable(name, SHOWN_PATH)}: the folder holds no image{others}")
+            found += below.paths
+            left_out += below.left_out
         elif path.is_file():
             found.append(name)
         else:
             raise UserError(f"IMAGE {printable(name, SHOWN_PATH)}: there is no such file or folder")
-    return found
+    return found, left_out
 
 
 def load_predictor(path: str, *, model: str | None, device: str) -> Predictor:
@@ -124,7 +137,7 @@ def as_csv(rows: Sequence[Sequence[str]], top: int) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", *(name for place in range(1, top + 1) for name in (f"class_{place}", f"probability_{place}"))])
-    writer.writerows(rows)
+    writer.writerows([spreadsheet_text(cell) for cell in row] for row in rows)
     return text.getvalue()
 
 

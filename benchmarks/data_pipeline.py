@@ -23,7 +23,8 @@ from models import build_model
 from utils import cli
 from utils.device import choose_device, to_device
 from utils.images.batches import ImageData
-from utils.images.datasets import IMAGENET_MEAN, IMAGENET_STD, Dataset, ImageFiles, SmallImages
+from utils.images.dataset import Dataset, ImageFiles, SmallImages
+from utils.images.datasets import IMAGENET_MEAN, IMAGENET_STD
 from utils.timing import interleaved_seconds, median_ratio
 from utils.world import World
 

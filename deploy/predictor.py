@@ -10,8 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.images.batches import Normaliser, test_transform
-from utils.images.datasets import read_image
+from utils.images.batches import Normaliser
+from utils.images.decoding import read_image
+from utils.images.preparation import test_transform
 from utils.images.spec import ImageSpec
 
 
@@ -33,9 +34,9 @@ def predictions(
 
     def read(path: str) -> Tensor | UserError:
         try:
-            return transform(read_image(path))
+            return transform(read_image(path, grey_bits=predictor.images.grey_bits))
         except UserError as error:
-            return UserError(str(error).removeprefix("--data-dir: "))
+            return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), unit="image", disable=None, leave=False) as bar:
         for begin in range(0, len(paths), batch_size):

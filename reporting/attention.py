@@ -26,7 +26,8 @@ from reporting.settings import check_flags
 from utils.errors import UserError, naming
 from utils.files import read_json
 from utils.images.batches import ImageData
-from utils.images.datasets import DATASETS, Dataset, load_dataset
+from utils.images.dataset import Dataset, Wanted
+from utils.images.datasets import DATASETS, load_dataset
 from utils.python_file import names_function
 from utils.runs.folder import BEST, CONFIG
 
@@ -97,10 +98,12 @@ def load_pair(folder: Path, *, data_dir: Path | None = None, t_model: str | None
     dataset = load_dataset(
         flags["dataset"],
         data_dir=data_dir or flags["data_dir"],
-        download=False,
-        normalisation=images.normalisation if images is not None else None,
-        image_size=images.image_size if images is not None else None,
-        test_only=True,
+        wanted=Wanted(
+            download=False,
+            network=images,
+            normalisation=images.normalisation if images is not None else None,
+            test_only=True,
+        ),
     )
     for file in (student, teacher):
         if file.num_classes != len(dataset.classes):

@@ -11,6 +11,7 @@ from PIL import Image
 from models.network_file import load_network
 from quantize.archive import save_archive
 from utils.checkpoints import load_checkpoint, save_checkpoint
+from utils.images.dataset import Wanted
 from utils.images.datasets import load_dataset
 
 
@@ -44,7 +45,7 @@ def files(trained_run, tmp_path_factory, run_script):
 
 def expected_classes(checkpoint):
     file = load_network(checkpoint, flag="--load-path")
-    digits = load_dataset("digits", normalisation=file.images.normalisation)
+    digits = load_dataset("digits", wanted=Wanted(normalisation=file.images.normalisation))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in file.images.normalisation)
     with torch.no_grad():
         shares = file.network((digits.test.images[:5] / 255 - mean) / std).softmax(1)

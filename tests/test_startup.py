@@ -14,7 +14,7 @@ from quantize.settings import QUAN_MODES
 from reporting.naming import PICTURE_NAMES, README_PICTURES
 from reporting.pictures import PICTURES
 from utils.images.datasets import DATASETS
-from utils.images.settings import DATASET_NAMES, IMAGE_SUFFIXES
+from utils.images.settings import DATASET_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("initial_train.py", "pruning.py", "quantize_encode.py", "export.py", "predict.py", "report.py")
@@ -51,9 +51,3 @@ def test_the_names_that_flags_offer_are_those_that_there_are():
     assert tuple(LAYER_KINDS) == QUAN_MODES
     assert tuple(name for name, *_ in PICTURES) == PICTURE_NAMES
     assert set(README_PICTURES) < set(PICTURE_NAMES)
-
-
-def test_images_are_what_torchvision_calls_images():
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    assert IMAGE_SUFFIXES == IMG_EXTENSIONS

@@ -34,7 +34,7 @@ from utils.checkpoints import save_checkpoint
 from utils.distributed import from_main, join, leave, sum_over_processes
 from utils.errors import Interrupted
 from utils.images.batches import Batch, ImageData
-from utils.images.datasets import Dataset, SmallImages
+from utils.images.dataset import Dataset, SmallImages
 from utils.runs.folder import LAST
 from utils.seed import generator
 from utils.training import engine

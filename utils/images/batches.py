@@ -16,21 +16,15 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from utils.errors import UserError
-from utils.images.datasets import (
-    SMALL_SIDE_PIXELS,
-    SPLIT_SEED,
-    STREAMED_SIDE_PIXELS,
-    Dataset,
-    ImageFiles,
-    SmallImages,
-    read_image,
-)
+from utils.images.class_folders import SPLIT_SEED
+from utils.images.dataset import Dataset, ImageFiles, SmallImages
+from utils.images.decoding import read_image
+from utils.images.preparation import test_transform
 from utils.images.spec import ImageSpec
 from utils.seed import derived_seed, generator
 from utils.world import World
 
 CROP_PADDING_PIXELS = 4  # He et al., CVPR 2016, section 4.2
-RESIZED_SIDE_PIXELS = 256
 GRACE_SECONDS = 10
 EXAMPLES = 8
 
@@ -73,7 +67,7 @@ class ImageData:
     ):
         if crop_padding is not None and dataset.streamed:
             raise UserError(f"--crop-padding {crop_padding}: is for small images; those of {dataset.name} are resized")
-        self.dataset, self.device, self.world, self.remarks = dataset, device, world or World(), tuple(remarks)
+        self.dataset, self.device, self.world, self.remarks = dataset, device, world or World(), (*remarks, *dataset.remarks)
         self.batch_size, self.seed, self.workers, self.limit_batches = batch_size, seed, workers, limit_batches
         self.crop_padding = crop_padding
         train_length, test_length = len(dataset.train.labels), len(dataset.test.labels)
@@ -82,7 +76,10 @@ class ImageData:
         self.test_steps = -(-test_length // batch_size)
         if limit_batches is not None:
             self.train_steps, self.test_steps = min(self.train_steps, limit_batches), min(self.test_steps, limit_batches)
-        self._test_order = _fixed_order(dataset.test.labels, min(test_length, self.test_steps * batch_size))
+        shown = min(test_length, self.test_steps * batch_size)
+        if shown < test_length:
+            self.remarks += (f"top1 is that of {shown} of {test_length} test images, as --limit-batches {limit_batches} says",)
+        self._test_order = _fixed_order(dataset.test.labels, shown)
         if dataset.streamed:
             self._train = _StreamedSplit(dataset.train, dataset, device=device, augment=True, workers=workers)
             self._test = _StreamedSplit(dataset.test, dataset, device=device, augment=False, workers=workers)
@@ -241,7 +238,7 @@ class _StreamedSplit:
         self.device, self.normalise = device, Normaliser(dataset, device)
         self.plan = _Plan()
         self.loader = DataLoader(
-            _Files(split, _transform(augment, flip=dataset.flip)),
+            _Files(split, _transform(dataset, augment=augment), dataset.grey_bits),
             batch_sampler=self.plan,
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -282,12 +279,15 @@ class _Plan:
 class _Files(torch.utils.data.Dataset):
     """Decoded and transformed images, each from a random stream of its own."""
 
-    def __init__(self, split: ImageFiles, transform: v2.Transform):
-        self.split, self.transform = split, transform
+    def __init__(self, split: ImageFiles, transform: v2.Transform, grey_bits: int):
+        self.split, self.transform, self.grey_bits = split, transform, grey_bits
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         row, seed = item
-        image = read_image(self.split.paths[row])
+        try:
+            image = read_image(self.split.paths[row], grey_bits=self.grey_bits)
+        except UserError as error:
+            raise UserError(f"--data-dir: {error}") from error
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.transform(image), self.split.labels[row]
@@ -303,19 +303,8 @@ def _outlive_stop_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
-def _transform(augment: bool, *, flip: bool) -> v2.Transform:
+def _transform(dataset: Dataset, *, augment: bool) -> v2.Transform:
     if not augment:
-        return test_transform((STREAMED_SIDE_PIXELS,) * 2)
-    steps = [v2.RandomResizedCrop(STREAMED_SIDE_PIXELS), *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()]
-    return v2.Compose(steps)
-
-
-def test_transform(size: tuple[int, int]) -> v2.Transform:
-    """What makes an image (PIL, RGB) one of `size` (height, width) for a network that was tested on such: (3, H, W) uint8.
-
-    Large images are scaled and the middle is cropped out, as in testing; small ones are scaled where they have another size.
-    """
-    if max(size) > SMALL_SIDE_PIXELS:
-        shorter = round(min(size) * RESIZED_SIDE_PIXELS / STREAMED_SIDE_PIXELS)
-        return v2.Compose([v2.Resize(shorter), v2.CenterCrop(size), v2.PILToTensor()])
-    return v2.Compose([v2.Resize(size), v2.PILToTensor()])
+        return test_transform(dataset.image_size)
+    flip = [v2.RandomHorizontalFlip()] if dataset.flip else []
+    return v2.Compose([v2.RandomResizedCrop(dataset.image_size), *flip, v2.PILToTensor()])

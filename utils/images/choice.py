@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from utils.errors import UserError, printable
-from utils.images.datasets import Dataset, Normalisation
+from utils.images.dataset import Dataset, Normalisation
 from utils.images.spec import ImageSpec
 
 ROUNDING = 5e-5  # what people type has four digits

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from utils.errors import ParameterError, UserError, naming
 from utils.images.batches import ImageData
 from utils.images.choice import Origins, agreed_normalisation, check_class_names, flagged_normalisation, image_remarks
-from utils.images.datasets import Dataset, load_dataset
+from utils.images.dataset import Dataset, Wanted
+from utils.images.datasets import load_dataset
 from utils.images.settings import DataSettings
 from utils.images.spec import read_image_spec
 from utils.modes import without_trace
@@ -60,16 +61,18 @@ def load_images(
 
 def _read(settings: DataSettings, *, known: Origins, world: World, test_only: bool, may_write: bool) -> Dataset:
     """The set itself; of many processes the main one reads first, for it may have to download."""
-    sizes = [spec.image_size for spec in known.values() if spec is not None]
+    specs = [spec for spec in known.values() if spec is not None]
     if dist.is_initialized() and not world.is_main:
         dist.barrier()
     dataset = load_dataset(
         settings.dataset,
         data_dir=settings.data_dir,
-        download=world.is_main and settings.may_download and may_write,
-        normalisation=agreed_normalisation(known, flagged_normalisation(settings.mean, settings.std)),
-        image_size=sizes[0] if sizes else None,
-        test_only=test_only,
+        wanted=Wanted(
+            download=world.is_main and settings.may_download and may_write,
+            network=specs[0] if specs else None,
+            normalisation=agreed_normalisation(known, flagged_normalisation(settings.mean, settings.std)),
+            test_only=test_only,
+        ),
     )
     if dist.is_initialized() and world.is_main:
         dist.barrier()

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 DATASET_NAMES = ("digits", "cifar10", "cifar100", "cinic10", "imagenet", "folder")  # `utils.images.datasets` reads them
 
 

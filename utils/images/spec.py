@@ -11,6 +11,9 @@ from typing import Any
 from utils.errors import UserError, printable, shown
 
 FIELDS = ("class_names", "image_size", "mean", "std")
+GREY_BITS_FIELD = "grey_bits"  # in the files of sets with grey images of more than 8 bits
+GREY_BITS = (8, 10, 12, 14, 16)
+WIDEST_GREY_BITS = GREY_BITS[-1]
 CHANNELS = 3
 MAX_SIDE_PIXELS = 4096
 MAX_NAME_CHARACTERS = 1024  # a folder's name has at most 255 bytes, each of them at most four characters when it is escaped
@@ -21,17 +24,20 @@ MIN_STD = 1e-6
 class ImageSpec:
     """Names of the classes in the order of the logits, height and width in pixels, and the normalisation.
 
-    `mean` and `std` are of the three channels, red, green and blue, of images scaled to [0, 1].
+    `mean` and `std` are of the three channels, red, green and blue, of images scaled to [0, 1]. In grey images of 16 and 32
+    bits white is 2 ** `grey_bits` - 1.
     """
 
     class_names: tuple[str, ...]
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    grey_bits: int = WIDEST_GREY_BITS
 
-    def as_fields(self) -> dict[str, list[Any]]:
-        """The members as plain lists, as a checkpoint, an archive and an export hold them."""
-        return {name: list(getattr(self, name)) for name in FIELDS}
+    def as_fields(self) -> dict[str, Any]:
+        """The members as plain values, as a checkpoint, an archive and an export hold them; without the usual `grey_bits`."""
+        fields = {name: list(getattr(self, name)) for name in FIELDS}
+        return fields if self.grey_bits == WIDEST_GREY_BITS else {**fields, GREY_BITS_FIELD: self.grey_bits}
 
     def __str__(self) -> str:
         height, width = self.image_size
@@ -58,10 +64,13 @@ def read_image_spec(fields: Mapping[str, Any], *, num_classes: int) -> ImageSpec
             raise UserError(f"it has {present[0]} but no {name}, expected {', '.join(FIELDS)} together")
         if not _CHECKS[name](fields[name]):
             raise UserError(f"its {name} is {shown(fields[name], 100)}, expected {_EXPECTED[name]}")
+    grey_bits = fields.get(GREY_BITS_FIELD, WIDEST_GREY_BITS)
+    if type(grey_bits) is not int or grey_bits not in GREY_BITS:
+        raise UserError(f"its {GREY_BITS_FIELD} is {shown(grey_bits, 100)}, expected one of {', '.join(map(str, GREY_BITS))}")
     if len(fields["class_names"]) != num_classes:
         raise UserError(f"it names {len(fields['class_names'])} classes, but has {num_classes}")
     means, deviations = (tuple(map(float, fields[name])) for name in ("mean", "std"))
-    return ImageSpec(tuple(fields["class_names"]), tuple(fields["image_size"]), means, deviations)
+    return ImageSpec(tuple(fields["class_names"]), tuple(fields["image_size"]), means, deviations, grey_bits)
 
 
 def is_mean(value: float) -> bool:

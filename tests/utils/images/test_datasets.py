@@ -19,7 +19,10 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.images.batches import ImageData
-from utils.images.datasets import DATASETS, ImageFiles, SmallImages, load_dataset, read_image
+from utils.images.dataset import ImageFiles, SmallImages, Wanted
+from utils.images.datasets import DATASETS, load_dataset
+from utils.images.decoding import read_image
+from utils.images.spec import ImageSpec
 
 SPLITS = ("train/cat", "train/dog", "test/cat", "test/dog")
 
@@ -127,11 +130,26 @@ class TestRefused:
             shutil.rmtree(small_images / "train" / label)
         self.check(small_images, str(small_images / "train"), "no class folders")
 
-    @pytest.mark.parametrize("split", ["train", "test"])
-    def test_empty_class(self, split, small_images):
-        for path in (small_images / split / "dog").iterdir():
+    def test_empty_class(self, small_images):
+        for path in (small_images / "train" / "dog").iterdir():
             path.unlink()
-        self.check(small_images, str(small_images / split / "dog"), "holds no image")
+        self.check(small_images, str(small_images / "train" / "dog"), "holds no image")
+
+    def test_no_test_images(self, small_images):
+        for path in (small_images / "test").rglob("*.png"):
+            path.unlink()
+        self.check(small_images, "test holds no image")
+
+    def test_spellings_that_look_the_same(self, small_images):
+        (small_images / "train" / "dog").rename(small_images / "train" / "cafe\u0301")
+        (small_images / "test" / "dog").rename(small_images / "test" / "caf\u00e9")
+        self.check(small_images, r"'cafe\u0301' and 'caf\xe9', which look the same")
+
+    def test_all_broken_images_are_named_at_once(self, small_images):
+        places = [small_images / place / "1.png" for place in SPLITS]
+        for path in places:
+            path.write_bytes(b"")
+        self.check(small_images, "2 images cannot be read", *map(str, places[:2]), "--skip-broken")
 
     def test_classes_that_differ(self, small_images):
         (small_images / "test" / "dog").rename(small_images / "test" / "wolf")
@@ -200,7 +218,7 @@ class TestCifar:
         load_dataset("cifar10", data_dir=archive.parent)
         (archive.parent / "cifar-10-batches-py" / "test_batch").write_bytes(b"damaged")
         with pytest.raises(UserError) as raised:
-            load_dataset("cifar10", data_dir=archive.parent, download=False)
+            load_dataset("cifar10", data_dir=archive.parent, wanted=Wanted(download=False))
         for part in ("--dataset cifar10", str(archive), str(archive.parent / "cifar-10-batches-py"), "--data-dir"):
             assert part in str(raised.value)
 
@@ -298,14 +316,14 @@ class TestForANetwork:
 
     def test_its_normalisation(self, small_images, mixed_size_images):
         for name, folder in (("folder", small_images), ("folder", mixed_size_images), ("imagenet", small_images)):
-            dataset = load_dataset(name, data_dir=folder, normalisation=self.VALUES)
+            dataset = load_dataset(name, data_dir=folder, wanted=Wanted(normalisation=self.VALUES))
             assert (dataset.mean, dataset.std) == self.VALUES == dataset.images.normalisation
-        assert load_dataset("digits", normalisation=self.VALUES).std == self.VALUES[1]
+        assert load_dataset("digits", wanted=Wanted(normalisation=self.VALUES)).std == self.VALUES[1]
 
     def test_only_test_images(self, small_images):
         whole = load_dataset("folder", data_dir=small_images)
         shutil.rmtree(small_images / "train")
-        dataset = load_dataset("folder", data_dir=small_images, normalisation=self.VALUES, test_only=True)
+        dataset = load_dataset("folder", data_dir=small_images, wanted=Wanted(normalisation=self.VALUES, test_only=True))
         assert torch.equal(dataset.test.images, whole.test.images)
         assert len(dataset.train.labels) == 0 and dataset.images.class_names == ("cat", "dog")
         data = ImageData(dataset, batch_size=4, seed=1, device=torch.device("cpu"))
@@ -313,26 +331,28 @@ class TestForANetwork:
 
     def test_only_large_test_images(self, tmp_path, mixed_size_images):
         shutil.copytree(mixed_size_images / "test", tmp_path / "test")
-        dataset = load_dataset("folder", data_dir=tmp_path, normalisation=self.VALUES, test_only=True)
+        dataset = load_dataset("folder", data_dir=tmp_path, wanted=Wanted(normalisation=self.VALUES, test_only=True))
         data = ImageData(dataset, batch_size=4, seed=1, device=torch.device("cpu"))
         assert data.example.shape == (6, 3, 224, 224)
 
     def test_what_is_asked_where_nothing_says_the_normalisation(self, small_images):
         shutil.rmtree(small_images / "train")
         with pytest.raises(UserError, match="no folder train beside test: give --mean and --std"):
-            load_dataset("folder", data_dir=small_images, test_only=True)
+            load_dataset("folder", data_dir=small_images, wanted=Wanted(test_only=True))
         with pytest.raises(UserError, match="no folder train beside test: training needs it"):
-            load_dataset("folder", data_dir=small_images, normalisation=self.VALUES)
+            load_dataset("folder", data_dir=small_images, wanted=Wanted(normalisation=self.VALUES))
 
     def test_its_image_size_says_whether_it_saw_crops(self, small_images):
-        assert load_dataset("folder", data_dir=small_images, image_size=(12, 12)).images.image_size == (12, 12)
-        assert load_dataset("folder", data_dir=small_images, image_size=(224, 224)).images.image_size == (224, 224)
+        for side in (12, 224):
+            wanted = Wanted(network=ImageSpec(("cat", "dog"), (side, side), *self.VALUES))
+            assert load_dataset("folder", data_dir=small_images, wanted=wanted).images.image_size == (side, side)
 
     def test_sizes_of_training_images_do_not_matter_to_the_test(self, small_images, image_writer):
         image_writer(small_images / "train" / "cat" / "large", sizes=(90,))
         assert load_dataset("folder", data_dir=small_images).streamed
-        options = {"normalisation": self.VALUES, "image_size": (12, 12), "test_only": True}
-        assert load_dataset("folder", data_dir=small_images, **options).images.image_size == (12, 12)
+        network = ImageSpec(("cat", "dog"), (12, 12), *self.VALUES)
+        wanted = Wanted(network=network, normalisation=self.VALUES, test_only=True)
+        assert load_dataset("folder", data_dir=small_images, wanted=wanted).images.image_size == (12, 12)
 
     def test_a_class_that_is_called_by_no_text(self, small_images):
         for split in ("train", "test"):
@@ -345,7 +365,7 @@ def test_reading_many_files_shows_a_bar(tmp_path, image_writer, monkeypatch, siz
     for part in SPLITS:
         image_writer(tmp_path / part, sizes=sizes)
     screen, shown = io.StringIO(), {"disable": False, "delay": 0, "mininterval": 0, "miniters": 1}
-    monkeypatch.setattr("utils.images.datasets.tqdm", lambda **options: tqdm(**options | shown, file=screen))
+    monkeypatch.setattr("utils.images.image_folders.tqdm", lambda **options: tqdm(**options | shown, file=screen))
     load_dataset("folder", data_dir=tmp_path)
-    expected = ("reading images: 100%", "2/2") if sizes == [32] else ("checking images: 100%", "16/16")
+    expected = ("reading images: 100%", "2/2") if sizes == [32] else ("checking images: 100%", "8/8")
     assert all(text in screen.getvalue() for text in expected)

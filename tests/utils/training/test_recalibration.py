@@ -10,7 +10,7 @@ from models.batch_norm import quicken_batch_norms
 from utils.checkpoints import load_checkpoint
 from utils.errors import UserError
 from utils.images.batches import ImageData
-from utils.images.datasets import Dataset, SmallImages
+from utils.images.dataset import Dataset, SmallImages
 from utils.runs.folder import BEST, LAST
 from utils.runs.metrics_file import read_metrics
 from utils.runs.run import Run

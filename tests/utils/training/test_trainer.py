@@ -14,7 +14,7 @@ from torch import nn
 from utils.checkpoints import load_checkpoint
 from utils.errors import NonFiniteLoss, UserError
 from utils.images.batches import ImageData
-from utils.images.datasets import Dataset, SmallImages
+from utils.images.dataset import Dataset, SmallImages
 from utils.runs.folder import BEST, LAST
 from utils.runs.metrics_file import read_metrics
 from utils.runs.run import Run
