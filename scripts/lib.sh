@@ -5,23 +5,40 @@
 
 # start_script ARGUMENT...: reads the environment, and the arguments to pass on into PASSED and SHARED
 start_script() {
-  SCRIPT=$(basename "$0")
+  SCRIPT=$(basename "$0") ARGUMENTS=("$@")
+  set -f # a * in a variable is no list of files
   set_defaults
   take_arguments "$@"
-  [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS: must be a whole number of 1 or more"
+  [[ $JOBS =~ ^[1-9][0-9]{0,2}$ ]] || fail "JOBS=$JOBS: must be a whole number from 1 to 999"
   check_gpus
   check_recipe
   local name
+  for name in $SEEDS; do
+    [[ $name =~ ^[0-9]{1,18}$ ]] || fail "SEEDS=$SEEDS: ${name@Q} is no whole number"
+  done
+  [[ -n ${DATASETS// /} && -n ${SEEDS// /} ]] || fail "DATASETS=$DATASETS SEEDS=$SEEDS: must name one or more each"
   for name in TEACHER_EPOCHS STUDENT_EPOCHS STUDENT_BATCHES; do
     [[ ${!name} =~ ^([1-9][0-9]*)?$ ]] || fail "$name=${!name}: must be a whole number of 1 or more"
   done
   [[ $DRY =~ ^[01]$ ]] || fail "DRY=$DRY: must be 1, to print the commands only, or 0"
   read_methods
-  mapfile -t SHARED < <(shared_arguments)
-  FOLDERS=() COMMANDS=() NEEDED=() FAILED=() COMPARISONS=() SLOTS=() LISTED=0 PRINTED=0 STUDY="" UNCOLLECTED=0
+  for name in $DATASETS; do
+    [[ " $KNOWN_DATASETS " == *" $name "* ]] || fail "DATASETS=$DATASETS: ${name@Q} is none of $KNOWN_DATASETS"
+  done
+  mapfile -d '' -t SHARED < <(shared_arguments)
+  FOLDERS=() COMMANDS=() NEEDED=() FAILED=() COMPARISONS=() SLOTS=() LISTED=0 PRINTED=0 STUDY="" UNCOLLECTED=0 CHECKED=$DRY
   trap 'stop 130' INT
   trap 'stop 143' TERM
   trap 'stop 129' HUP
+}
+
+# check_commands: reads the flags of all commands before the first one runs, as a mistyped one would be found after a teacher's
+# training otherwise.
+check_commands() {
+  local commands problem
+  commands=$(GPUS='' DRY=1 bash "scripts/$SCRIPT" "${ARGUMENTS[@]}") || exit $?
+  problem=$("$PYTHON" -m scripts.check_commands 2>&1 <<<"$commands") || fail "$problem"
+  CHECKED=1
 }
 
 set_defaults() {
@@ -52,6 +69,7 @@ read_methods() {
       loss_beta) LOSS_BETA[$name]=$values ;;
       loss_beside_kd) LOSS_BESIDE_KD[$name]=1 ;;
       shared_flags) SHARED_FLAGS=" $name $values " ;;
+      datasets) KNOWN_DATASETS="$name $values" ;;
     esac
   done <<<"$lines"
 }
@@ -80,6 +98,9 @@ fail() {
 take_arguments() {
   PASSED=()
   while (($#)); do
+    if [[ $1 =~ ^[A-Z_]+=  && ${PASSED[*]: -1} != --* ]]; then
+      fail "$1: a variable, it must stand before the name of the script: $1 scripts/$SCRIPT"
+    fi
     if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
     case $1 in
       -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
@@ -103,14 +124,14 @@ take_arguments() {
   done
 }
 
-# The passed arguments that every entry script understands, with their values, one a line.
+# The passed arguments that every entry script understands, with their values, a zero byte behind each.
 shared_arguments() {
   local argument shared=0
   for argument in "${PASSED[@]}"; do
     if [[ $argument == --* ]]; then
       if [[ $SHARED_FLAGS == *" $argument "* ]]; then shared=1; else shared=0; fi
     fi
-    if ((shared)); then echo "$argument"; fi
+    if ((shared)); then printf '%s\0' "$argument"; fi
   done
 }
 
@@ -121,20 +142,24 @@ recipe() {
 }
 
 # A teacher's begins with an epoch of warm-up. Where an argument says that the learning rate falls from step to step, it does so
-# from the highest of the rates, without drops.
+# from the highest of the rates, without drops. ImageNet's is that of He et al. (CVPR 2016), its networks begin at the highest
+# rate, and pruned ones at a tenth of it (He et al., CVPR 2019, section 4.1).
 published_recipe() {
-  local dataset=$1 role=$2 epochs=200 batch_size=128 schedule=(60 120 160) lr_drops=(0.2 0.2 0.2)
+  local dataset=$1 role=$2 epochs=200 batch_size=128 schedule=(60 120 160) lr_drops=(0.2 0.2 0.2) highest=0.1 more=()
   if [[ $dataset == cinic10 ]]; then epochs=140 batch_size=96 schedule=(100 120) lr_drops=(0.1 0.1); fi
-  if [[ $role == teacher ]]; then
-    schedule=(1 "${schedule[@]}") lr_drops=(10 "${lr_drops[@]}") epochs=${TEACHER_EPOCHS:-$epochs}
-  else
-    epochs=${STUDENT_EPOCHS:-$epochs}
-  fi
-  RECIPE_FLAGS=(--n-epochs "$epochs" --batch-size "$batch_size")
-  if [[ ! " ${PASSED[*]} " =~ \ --lr-schedule\ (linear|cosine)\  ]]; then
-    RECIPE_FLAGS+=(--lr 0.01 --schedule "${schedule[@]}" --lr-drops "${lr_drops[@]}")
+  local lr=0.01
+  if [[ $dataset == imagenet ]]; then
+    epochs=100 batch_size=256 schedule=(30 60 90) lr_drops=(0.1 0.1 0.1) more=(--weight-decay 1e-4)
+    if [[ $role == teacher ]]; then lr=$highest; fi
   elif [[ $role == teacher ]]; then
-    RECIPE_FLAGS+=(--lr 0.1)
+    schedule=(1 "${schedule[@]}") lr_drops=(10 "${lr_drops[@]}")
+  fi
+  if [[ $role == teacher ]]; then epochs=${TEACHER_EPOCHS:-$epochs}; else epochs=${STUDENT_EPOCHS:-$epochs}; fi
+  RECIPE_FLAGS=(--n-epochs "$epochs" --batch-size "$batch_size" "${more[@]}")
+  if [[ ! " ${PASSED[*]} " =~ \ --lr-schedule\ (linear|cosine)\  ]]; then
+    RECIPE_FLAGS+=(--lr "$lr" --schedule "${schedule[@]}" --lr-drops "${lr_drops[@]}")
+  elif [[ $role == teacher ]]; then
+    RECIPE_FLAGS+=(--lr "$highest")
   else
     RECIPE_FLAGS+=(--lr 0.01)
   fi
@@ -264,6 +289,7 @@ applicable() {
 # run_all: runs what add_run has listed since the last run_all and is not complete, JOBS at a time; DRY=1 prints it instead.
 run_all() {
   local i status pids=() missing=()
+  if ((!CHECKED)); then check_commands; fi
   for ((i = LISTED; i < ${#FOLDERS[@]}; i++)); do
     if [[ -f ${FOLDERS[i]}/summary.json ]]; then continue; fi
     if [[ $DRY == 1 ]]; then
@@ -316,6 +342,7 @@ launch() {
   if ((gpus)); then command="env CUDA_VISIBLE_DEVICES=${GPU_NUMBERS[SLOT % gpus]} $command --device cuda"; fi
   set -m
   if ((JOBS > 1)); then
+    name=${name//\\/\\\\} name=${name//'|'/'\|'} name=${name//'&'/'\&'} # as sed takes them for themselves
     (eval "exec $command" > >(exec sed -u "s|^|$name: |") 2>&1) &
   else
     (eval "exec $command") &

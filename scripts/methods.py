@@ -6,12 +6,14 @@ loss_flags NAME FLAG...        the flags that a loss reads, and KD beside it, of
 loss_beta NAME BETA            the usual weight of a loss that has one (distill/registry.py)
 loss_beside_kd NAME            a loss beside which KD is trained by as well, or KD itself
 shared_flags FLAG...           the flags that all three training scripts have, but for those that a script sets itself
+datasets NAME...               the sets of images
 """
 
 from distill.registry import DISTILLERS, default_alpha, flags_read
 from prune.criteria import CRITERIA
 from prune.flags import criterion_flags
 from utils import cli
+from utils.images.settings import DATASET_NAMES
 
 SET_BY_SCRIPTS = frozenset(("dataset", "seed", "save_dir", "run_name", "resume", "auto_resume", "dry_run", "evaluate"))
 
@@ -28,7 +30,7 @@ def lines() -> list[str]:
             found.append(_line("loss_beta", name, f"{entry.beta:g}"))
         if default_alpha([name]) > 0:
             found.append(_line("loss_beside_kd", name))
-    return [*found, _line("shared_flags", *map(cli.flag_of, shared_flags()))]
+    return [*found, _line("shared_flags", *map(cli.flag_of, shared_flags())), _line("datasets", *DATASET_NAMES)]
 
 
 def shared_flags() -> list[str]:

@@ -36,6 +36,7 @@ FAKE_PYTHON = (
 if [[ $* == "-m scripts.methods" ]]; then cd {ROOT} && exec {sys.executable} "$@"; fi
 """
     + """\
+if [[ ${2-} == scripts.check_commands ]]; then exit 0; fi
 echo "$(date +%s.%N) start $*${CUDA_VISIBLE_DEVICES:+ on GPU $CUDA_VISIBLE_DEVICES}" >>"$NOTES"
 entry=$1 folder=
 while (($#)); do
@@ -174,6 +175,14 @@ def test_cinic10_has_its_own_recipe():
     assert {(args.n_epochs, args.batch_size, *args.schedule, *args.lr_drops) for args in rows} == {(140, 96, 100, 120, 0.1, 0.1)}
     distilled = {args.distill[0]: (*args.betas, args.alpha, args.kd_t) for args in rows if args.distill != ["none"]}
     assert distilled == {"at": (50, 0.6, 16), "sp": (2000, 0.6, 16), "afd": (200, 0.6, 16), "hap": (700, 0.6, 16)}
+
+
+def test_imagenet_has_its_own_recipe():
+    """He et al., CVPR 2016: 0.1, divided by ten after 30, 60 and 90 epochs, batches of 256, weight decay 1e-4."""
+    (_, teacher), *pruned = listed("run_pruning", DATASETS="imagenet", SEEDS="1", MODEL="resnet18")
+    for args, lr in ((teacher, 0.1), (pruned[0][1], 0.01)):
+        assert (args.n_epochs, args.batch_size, args.weight_decay, args.lr) == (100, 256, 1e-4, lr)
+        assert (args.schedule, args.lr_drops) == ([30, 60, 90], [0.1, 0.1, 0.1])
 
 
 def test_the_ablation_covers_every_criterion_and_every_loss():
@@ -531,6 +540,41 @@ def test_other_flags_are_other_runs(workplace):
     for epochs in ("1", "2"):
         assert call("run_vanilla", "--n-epochs", epochs, DATASETS="digits", SEEDS="1 2", **workplace).returncode == 0
     assert Counter(arguments.split()[0] for arguments in calls(workplace)) == {"initial_train.py": 4, "report.py": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (["--n-epcohs", "3"], {}, "pruning.py: unrecognized arguments: --n-epcohs 3"),
+        (["--kd-t", "none"], {}, "--kd-t: 'none' is not a number"),
+        (["DRY=1"], {}, "DRY=1: a variable, it must stand before the name of the script: DRY=1 scripts/run_pruning.sh"),
+        ([], {"DATASETS": "*"}, "DATASETS=*: '*' is none of digits cifar10"),
+        ([], {"DATASETS": " "}, "must name one or more each"),
+        ([], {"SEEDS": "1 x"}, "SEEDS=1 x: 'x' is no whole number"),
+        ([], {"JOBS": "99999999999999999999"}, "JOBS=99999999999999999999: must be a whole number from 1 to 999"),
+    ],
+)
+def test_nothing_begins_before_all_flags_are_known_to_be_right(arguments, variables, message, tmp_path):
+    variables = {"DATASETS": "digits", "SEEDS": "1", "SAVE_DIR": str(tmp_path), **variables}
+    result = call("run_pruning", *arguments, PYTHON=sys.executable, **variables)
+    assert result.returncode == 2 and result.stdout == ""
+    assert message in result.stderr and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_with_a_line_break_is_one_value(tmp_path):
+    result = call("run_vanilla", "--log-name", "a\nb", DATASETS="digits", SEEDS="1", DRY="1", PYTHON="python3")
+    command = result.stdout.split("\n\n")[0]
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True).stdout.split("\0")
+    assert words[words.index("--log-name") + 1] == "a\nb"
+
+
+@pytest.mark.parametrize("name", ["a|b", "a&b", "a\\b"])
+def test_lines_of_runs_begin_with_their_names_whatever_signs_these_have(name, workplace, tmp_path):
+    prints = FAKE_PYTHON.replace("entry=$1", "echo a line; entry=$1")
+    (tmp_path / "fake_python").write_text(prints)
+    result = call("run_vanilla", JOBS="2", **{**workplace, "DATASETS": "digits", "SEEDS": "1", "MODEL": name})
+    assert f"vanilla-digits-{name}-seed1-" in result.stdout and ": a line" in result.stdout
 
 
 def test_without_its_teacher_nothing_is_pruned(workplace):
