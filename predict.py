@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from deploy.settings import ONNX_SUFFIX
 from models import check_model
-from reporting.tables import spreadsheet_text
 from utils import cli
-from utils.errors import UserError, printable
+from utils.errors import UserError, printable, spreadsheet_text
 from utils.files import check_output, is_archive, write_atomic
 from utils.streams import print_error
 

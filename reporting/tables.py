@@ -8,6 +8,7 @@ from typing import NamedTuple
 from reporting.gather import Group, Statistic, by_subject
 from reporting.measures import LATENCY_BATCH
 from reporting.naming import model_label
+from utils.errors import spreadsheet_text
 
 
 class Column(NamedTuple):
@@ -137,11 +138,6 @@ def markdown_text(text: str) -> str:
 
 
 MARKDOWN_ESCAPES = str.maketrans({**{sign: f"\\{sign}" for sign in "\\`*_|~"}, "&": "&amp;", "<": "&lt;", ">": "&gt;"})
-
-
-def spreadsheet_text(text: str) -> str:
-    """Text as a spreadsheet shows it: what it would take for a formula begins with an apostrophe."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def comma_separated(groups: Sequence[Group]) -> str:

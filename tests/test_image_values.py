@@ -115,7 +115,7 @@ class TestScore:
             image_writer(tmp_path / "new" / "test" / name, sizes=(24, 24))
         places["sized"] = tmp_path / "new"
         ended = run("initial_train", "--evaluate --load-path {teacher}", data="sized")
-        assert "is for images of 16x16, those of --dataset folder are 24x24" in ended.output
+        assert "images of 24x24 are brought to 16x16, what the network was trained on" in ended.output
 
 
 REFUSED = [
@@ -187,7 +187,10 @@ def test_a_resumed_run_keeps_its_values(places, run, run_script, tmp_path):
     assert run("initial_train", "--model resnet20 --save-dir {new} --run-name run", data="changing").status == 0
     shutil.rmtree(tmp_path / "set" / "train")
     shutil.copytree(places["dark"] / "train", tmp_path / "set" / "train")
-    ended = run_script("initial_train", "--resume", str(tmp_path / "run"), "--n-epochs", "2")
+    again = ("--resume", str(tmp_path / "run"), "--n-epochs", "2")
+    refused = run_script("initial_train", *again)
+    assert refused.status == 2 and "holds other images (12 train and 12 test) than" in refused.errors
+    ended = run_script("initial_train", *again, "--accept-data")
     assert ended.status == 0, ended.errors
     expected = load_network(places["teacher"], flag="").images
     assert load_network(tmp_path / "run" / "model_last.pt", flag="").images == expected
@@ -236,4 +239,4 @@ def test_a_network_of_large_images_is_tested_on_large_ones(places, run, tmp_path
     )
     save_checkpoint(tmp_path / "large.pt", {**description, "image_size": [224, 224]})
     ended = run("initial_train", "--evaluate --load-path {new}/large.pt --limit-batches 1", data="own")
-    assert ended.status == 0 and "WARNING" not in ended.output
+    assert ended.status == 0 and ended.output.startswith("WARNING: top1 of 4 of 12 test images")

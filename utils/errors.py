@@ -59,6 +59,11 @@ def shown(value: Any, limit: int = MAX_SHOWN) -> str:
     return printable(_SHORT.repr(value), limit)
 
 
+def spreadsheet_text(text: str) -> str:
+    """Text as a spreadsheet shows it: what it would take for a formula begins with an apostrophe."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 class _Short(reprlib.Repr):
     """Also of whole numbers that have more digits than Python is willing to write."""
 

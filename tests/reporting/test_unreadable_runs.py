@@ -10,7 +10,8 @@ from saved_runs import write_pruned, write_unpruned
 from reporting.gather import gather
 from reporting.pictures import draw_pictures
 from reporting.publish import write_report
-from reporting.tables import markdown_text, spreadsheet_text
+from reporting.tables import markdown_text
+from utils.errors import spreadsheet_text
 
 HOSTILE = "=1+1 | `code` $\\frac{1}{0$ <script>alert(1)</script> [x](http://a) ![y](b) **b**\n\n# h \x1b[2J \ud800 \u202e 猫 \\"
 DEEP = "[" * 1000 + "]" * 1000

@@ -15,6 +15,7 @@ from utils.cli.values import (
     LARGEST_FLOAT,
     channel_mean,
     channel_std,
+    checked,
     decay_value,
     momentum_value,
     non_negative_float,
@@ -24,10 +25,11 @@ from utils.cli.values import (
     positive_int,
     process_count,
     seed_value,
+    share_value,
     smoothing_value,
 )
 from utils.errors import UserError
-from utils.images.settings import DATASET_NAMES, DataSettings
+from utils.images.settings import DATASET_NAMES, FOLDER_DATASETS, DataSettings, parsed_size
 from utils.images.spec import CHANNELS
 from utils.runs.settings import RunSettings
 from utils.training.learning_rate import LR_SCHEDULES
@@ -61,6 +63,14 @@ def add_data_flags(parser: Parser) -> None:
     group.add_argument(
         "--workers", type=process_count, default=min(8, os.cpu_count() or 1), help="processes that decode streamed images"
     )
+    group.add_argument("--image-size", type=checked(parsed_size), metavar="N|HxW",
+                       help="bring all images to this height and width (default: that of all images if it is one of at most 64, "
+                       "else 224; where a network is only tested, its own)")  # fmt: skip
+    group.add_argument("--test-share", type=share_value, metavar="SHARE",
+                       help="so much of each class is for testing, in a folder of class folders without a split")  # fmt: skip
+    group.add_argument("--skip-broken", action="store_true", help="go on without images that cannot be read")
+    parser.counts_only("test_share", "skip_broken", where=lambda args: args.dataset in FOLDER_DATASETS,
+                       only=f"with --dataset {'|'.join(sorted(FOLDER_DATASETS))}")  # fmt: skip
     group.add_argument("--limit-batches", type=positive_int, help="at most so many batches an epoch, in training and in testing")
     parser.set_defaults(may_download=True)  # False where it is a recorded --data-dir that would be written to
 
@@ -100,6 +110,7 @@ def add_training_flags(
     )
     group.add_argument("--crop-padding", type=padding_width, metavar="PIXELS",
                        help="small images are cropped out of a frame of so many zeros (default: 4)")  # fmt: skip
+    group.add_argument("--no-flip", action="store_true", help="do not mirror images: left and right mean something in this set")
     parser.completions.append(partial(_complete_schedule, schedule=tuple(schedule), lr_drops=tuple(lr_drops)))
     counts_in_training(parser, *names_of(group))
     by_itself = "with --lr-schedule steps, the others fall from step to step by themselves"
@@ -136,6 +147,10 @@ def add_run_flags(parser: Parser, *, log_name: str) -> None:
     group.add_argument("--compile", action="store_true", help="torch.compile the training step")
     group.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes (CUDA)")
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; needs no other flag")
+    group.add_argument(
+        "--accept-data", action="store_true", help="with --resume, go on with other images than the run began with"
+    )
+    parser.counts_only("accept_data", where=lambda args: args.resume is not None, only="with --resume")
     group.add_argument(
         "--auto-resume", action="store_true", help="begin the run of --run-name, go on with it, or leave it alone if complete"
     )

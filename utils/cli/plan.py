@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from utils.images.batches import ImageData
+from utils.images.dataset import sized
 from utils.profile import profile_network
 from utils.runs.settings import RunSettings
 from utils.training.trainer import TrainingPlan
@@ -52,6 +53,7 @@ def _training(plan: TrainingPlan, data: ImageData) -> list[str]:
     images = f"{len(data.dataset.train.labels)} training and {len(data.dataset.test.labels)} test images"
     lines = [
         f"data: {data.dataset.name}, {len(data.dataset.classes)} classes, {images}",
+        f"image size: {sized(data.dataset.image_size)}, {data.dataset.size_reason}",
         f"training: {plan.n_epochs} epochs of {data.train_steps} steps of {data.batch_size} images on {data.device}, "
         f"{plan.n_epochs * data.train_steps} steps in all",
         f"learning rate: {plan.learning_rate.describe()}",

@@ -11,7 +11,9 @@ from typing import Any
 from utils.errors import UserError, shown
 
 # save_dir and run_name are recorded as well, but a resumed run writes into its folder wherever that lies by now
-UNTAKEN_FLAGS = frozenset(("help", "resume", "auto_resume", "dry_run", "evaluate", "inspect", "decode", "output", "force"))
+UNTAKEN_FLAGS = frozenset(
+    ("help", "resume", "auto_resume", "accept_data", "dry_run", "evaluate", "inspect", "decode", "output", "force")
+)
 
 
 def recorded_words(parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -> list[str]:
@@ -31,7 +33,8 @@ def recorded_words(parser: argparse.ArgumentParser, flags: Mapping[str, Any]) ->
             _check_items(value, flag)
             words += [flag, *map(str, value)] if value != parser.get_default(name) else []
         elif isinstance(value, str | int | float):
-            words.append(flag if value is True else f"{flag}={value}")
+            is_default = value == parser.get_default(name)  # which need not be among what can be typed
+            words += [] if is_default else [flag if value is True else f"{flag}={value}"]
         else:
             raise UserError(f"{flag}: {shown(value)} is no value of a flag")
     return words

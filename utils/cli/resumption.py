@@ -13,10 +13,10 @@ from utils.cli.recorded import recorded_words
 from utils.errors import UserError, printable
 from utils.python_file import names_function
 from utils.runs.folder import CONFIG, SUMMARY, is_unfinished, read_config
-from utils.runs.settings import PLACEMENT_FLAGS
+from utils.runs.settings import MOVABLE_FLAGS, PLACEMENT_FLAGS
 from utils.world import world_from_environment
 
-NO_SETTINGS = frozenset(("resume", "auto_resume", "dry_run", "defaults", "may_download"))
+NO_SETTINGS = frozenset(("resume", "auto_resume", "accept_data", "dry_run", "defaults", "may_download"))
 
 
 def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,10 +59,15 @@ def _resumed_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> arg
     for name in given.keys() - PLACEMENT_FLAGS:
         value, before = given[name], getattr(saved, name)
         may_rise = name == "n_epochs" and saved.lr_schedule == "steps"  # the others fall to 0 at the end that was named
-        if value != before and not (may_rise and value > before):
+        is_moved = name in MOVABLE_FLAGS and before is not None
+        if value != before and not is_moved and not (may_rise and value > before):
             rule = "may only be raised" if may_rise else "leave it out, a resumed run keeps its flags"
             raise UserError(f"{typed(name, value)}: contradicts {_shown(before)} of {folder}; {rule}")
-    return argparse.Namespace(**{**vars(saved), **given, "may_download": "data_dir" in given})
+    args = argparse.Namespace(**{**vars(saved), **given, "may_download": "data_dir" in given})
+    if (Path(folder) / SUMMARY).exists() and args.n_epochs == saved.n_epochs and not args.dry_run and not args.evaluate:
+        print(f"{folder}: complete, nothing was changed; --n-epochs with more than {saved.n_epochs} goes on with it")
+        raise SystemExit(0)
+    return args
 
 
 def _begun_flags(parser: Parser, args: argparse.Namespace, given: Mapping[str, Any]) -> argparse.Namespace:
@@ -85,7 +90,9 @@ def _begun_flags(parser: Parser, args: argparse.Namespace, given: Mapping[str, A
     for flags in (asked, found):
         _complete(parser, flags)
     for name, value in vars(asked).items():
-        if name not in PLACEMENT_FLAGS | {"auto_resume", "may_download", "n_epochs", *_WHERE} and value != vars(found)[name]:
+        may_differ = PLACEMENT_FLAGS | {"auto_resume", "may_download", "n_epochs", *_WHERE}
+        is_moved = name in MOVABLE_FLAGS and value is not None and vars(found)[name] is not None
+        if name not in may_differ and not is_moved and value != vars(found)[name]:
             flag = flag_of(name)
             raise UserError(f"--run-name {args.run_name}: {folder} has {flag} {_shown(vars(found)[name])}, not {_shown(value)}")
     if (folder / SUMMARY).exists() and resumed.n_epochs == saved.n_epochs:

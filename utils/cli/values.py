@@ -41,6 +41,7 @@ positive_float = number(float, f"a number above 0, of {SMALLEST_FLOAT:g} or more
 non_negative_float = number(float, "a number of 0 or more", lambda value: value >= 0)
 momentum_value = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 decay_value = number(float, "a decay above 0 and below 1", lambda value: 0 < value < 1)
+share_value = number(float, "a share above 0 and below 1", lambda value: 0 < value < 1)
 smoothing_value = number(float, "a share from 0 to below 1", lambda value: 0 <= value < 1)
 padding_width = number(int, "a whole number from 0 to 32", lambda value: 0 <= value <= 32)
 proportion = number(float, "a proportion from 0 to 1", lambda value: 0 <= value <= 1)

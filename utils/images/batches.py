@@ -78,7 +78,7 @@ class ImageData:
             self.train_steps, self.test_steps = min(self.train_steps, limit_batches), min(self.test_steps, limit_batches)
         shown = min(test_length, self.test_steps * batch_size)
         if shown < test_length:
-            self.remarks += (f"top1 is that of {shown} of {test_length} test images, as --limit-batches {limit_batches} says",)
+            self.remarks += (f"top1 of {shown} of {test_length} test images, as --limit-batches {limit_batches} says",)
         self._test_order = _fixed_order(dataset.test.labels, shown)
         if dataset.streamed:
             self._train = _StreamedSplit(dataset.train, dataset, device=device, augment=True, workers=workers)

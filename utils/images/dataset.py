@@ -34,6 +34,7 @@ class Dataset:
     The training split is empty where only the test images were asked for. `size` is height and width of what a network is
     given, and `size_reason` why; None for that of images in memory. `remarks` are for the user to read before the images are
     made use of. `test_files` are those that were drawn for testing, and `broken` those that were left out, by their paths.
+    `fingerprint`, a digest of the files' names and sizes, tells sets of files apart; empty for the published sets.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Dataset:
     remarks: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     @property
     def streamed(self) -> bool:

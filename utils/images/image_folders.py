@@ -1,6 +1,7 @@
 """Folders of image files as a dataset: which files belong to it, which are broken, and whether it fits into memory."""
 
 import contextlib
+import hashlib
 import os
 import unicodedata
 from collections import Counter
@@ -59,7 +60,16 @@ def read_image_folders(name: str, data_dir: Path, wanted: Wanted, *, small: bool
         remarks=(*remarks, *dataset.remarks),
         test_files=tuple(os.path.relpath(path, data_dir) for path in drawn),
         broken=tuple(os.path.relpath(path, data_dir) for path in broken),
+        fingerprint="" if wanted.test_only else fingerprint(data_dir, (*train.paths, *test.paths)),
     )
+
+
+def fingerprint(data_dir: Path, paths: Sequence[str]) -> str:
+    """SHA-256 over the files' names below `data_dir`, in their order, and their sizes."""
+    state = hashlib.sha256()
+    for path in paths:
+        state.update(os.fsencode(f"{os.path.relpath(path, data_dir)}\0{os.stat(path).st_size}\n"))
+    return state.hexdigest()
 
 
 def _beginning(names: Sequence[str]) -> str:

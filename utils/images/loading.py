@@ -12,7 +12,7 @@ from utils.images.batches import ImageData
 from utils.images.choice import Origins, agreed_normalisation, check_class_names, flagged_normalisation, image_remarks
 from utils.images.dataset import Dataset, Wanted
 from utils.images.datasets import load_dataset
-from utils.images.settings import DataSettings
+from utils.images.settings import DataSettings, parsed_size
 from utils.images.spec import read_image_spec
 from utils.modes import without_trace
 from utils.training.objective import logits_of
@@ -71,7 +71,11 @@ def _read(settings: DataSettings, *, known: Origins, world: World, test_only: bo
             download=world.is_main and settings.may_download and may_write,
             network=specs[0] if specs else None,
             normalisation=agreed_normalisation(known, flagged_normalisation(settings.mean, settings.std)),
+            asked_size=parsed_size(settings.image_size) if settings.image_size is not None else None,
             test_only=test_only,
+            flip=not settings.no_flip,
+            test_share=settings.test_share,
+            skip_broken=settings.skip_broken,
         ),
     )
     if dist.is_initialized() and world.is_main:

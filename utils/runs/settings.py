@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 # where a run is computed, not what is computed: may differ when it is resumed
-PLACEMENT_FLAGS = frozenset(("resume", "dry_run", "data_dir", "device", "dev_idx", "workers"))
+PLACEMENT_FLAGS = frozenset(("resume", "dry_run", "data_dir", "accept_data", "device", "dev_idx", "workers"))
+
+# files that may lie elsewhere when it is resumed: what they hold is proved by a digest
+MOVABLE_FLAGS = frozenset(("t_path", "s_path", "load_path"))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from utils.checkpoints import load_checkpoint
 from utils.errors import UserError, printable, shown
 from utils.runs.folder import BEST, CONFIG, LAST, PREVIOUS
-from utils.runs.settings import PLACEMENT_FLAGS
+from utils.runs.settings import MOVABLE_FLAGS, PLACEMENT_FLAGS
 
 
 def read_state(folder: str | os.PathLike) -> tuple[dict[str, Any] | None, str | None]:
@@ -105,7 +105,8 @@ def check_state(
         saved = config.get(flag)
         if saved is None or saved is False:
             saved = defaults.get(flag)
-        if saved != flags[flag]:
+        is_moved = flag in MOVABLE_FLAGS and saved is not None and flags[flag] is not None
+        if saved != flags[flag] and not is_moved:
             other = f"its {name} is of a run with {flag} {printable(str(saved))}"
             raise UserError(f"--resume {folder}: {other}, {CONFIG} says {flags[flag]}")
 

@@ -19,6 +19,7 @@ from utils.files import read_json
 from utils.images.batches import ImageData
 from utils.images.choice import Origins
 from utils.images.loading import load_images, of_state
+from utils.runs.environment import describe_environment
 from utils.runs.folder import CONFIG, check_entries, check_save_dir, check_text_log
 from utils.runs.lease import Lease
 from utils.runs.run import Run
@@ -174,8 +175,44 @@ class Session:
             "networks": dict(digests),
             "device": device_name(self.device),
             "processes": self.world.size,
+            "images": self._images(),
         }
         return Run.create(run.save_dir, name=run.run_name, log_name=run.log_name, config=config, world=self.world)
+
+    def _images(self) -> dict[str, Any]:
+        """Which images the run works on, so that others are noticed when it goes on."""
+        dataset = self.data.dataset
+        counts = {"train": len(dataset.train.labels), "test": len(dataset.test.labels)}
+        files = {"files": dataset.fingerprint} if dataset.fingerprint else {}
+        lists = {"test_files": list(dataset.test_files), "left_out_broken": list(dataset.broken)}
+        return {**counts, **files, **{name: paths for name, paths in lists.items() if paths}}
+
+    def _check_images(self, recorded: Mapping[str, Any]) -> None:
+        """Raises ParameterError where the run began with other images; runs of older versions do not say with which."""
+        found = self._images()
+        if not recorded or all(recorded.get(name) == value for name, value in found.items()):
+            return
+        if not self.settings.data.accept_data:
+            counts = " and ".join(f"{recorded.get(name)} {name}" for name in ("train", "test"))
+            now = " and ".join(f"{found[name]} {name}" for name in ("train", "test"))
+            raise ParameterError(
+                "data_dir",
+                self.settings.data.data_dir,
+                f"holds other images ({now}) than {self.settings.run.resume} began with ({counts}): names or sizes of files "
+                "differ; put those back, or give --accept-data to go on with these",
+            )
+
+    def _check_networks(self, digests: Mapping[str, str], config: Mapping[str, Any]) -> None:
+        """Raises UserError for a network that is not the one which the run began with, wherever its file lies by now."""
+        folder, flags, recorded = self.settings.run.resume, self.settings.flags, config.get("networks") or {}
+        for flag, found in digests.items():
+            name = flag.removeprefix("--").replace("-", "_")
+            if recorded.get(flag, found) != found:
+                raise UserError(
+                    f"{flag} {flags[name]}: holds other weights than when {folder} began; put that file back to resume it"
+                )
+            if flag not in recorded and flags[name] != config["flags"].get(name):  # runs of older versions say nothing
+                raise UserError(f"{flag} {flags[name]}: {folder} does not say which weights it began with; put the file back")
 
     def _reopen(self, digests: Mapping[str, str]) -> Run:
         folder, flags = self.settings.run.resume, dict(self.settings.flags)
@@ -183,17 +220,17 @@ class Session:
         processes = config.get("processes", 1)
         if processes != self.world.size:
             raise ParameterError("resume", folder, f"a run of {processes} processes, started with {self.world.size} now")
-        recorded = config.get("networks") or {}  # runs of older versions say nothing
-        for flag, found in digests.items():
-            if recorded.get(flag, found) != found:
-                path = flags[flag.removeprefix("--").replace("-", "_")]
-                raise UserError(f"{flag} {path}: holds other weights than when {folder} began; put that file back to resume it")
+        self._check_networks(digests, config)
+        self._check_images(config.get("images") or {})
         if self.state is not None:
             check_state(self.state, flags, defaults=self.settings.defaults, folder=folder)
             check_best(folder, self.state, flags, defaults=self.settings.defaults)
         epochs = self.state["resume"]["epoch"] if self.state else 0
         run = Run.reopen(folder, log_name=self.settings.run.log_name, world=self.world, epochs=epochs, lease=self._lease)
-        run.save_json(CONFIG, {**config, "flags": flags})  # a raised --n-epochs holds for the next resumption too
+        resumption = {"epoch": epochs, "device": device_name(self.device), **describe_environment()}
+        resumptions = [*(config.get("resumptions") or []), resumption]
+        # a raised --n-epochs, moved files and accepted images hold for the next resumption too
+        run.save_json(CONFIG, {**config, "flags": flags, "images": self._images(), "resumptions": resumptions})
         return run
 
     def train(

@@ -42,6 +42,7 @@ class TestSchedule:
         assert args.defaults == cli.flags_of(cli.parse_flags(parser, [])) | {
             "resume": None,
             "auto_resume": False,
+            "accept_data": False,
             "dry_run": False,
             "may_download": True,
         }
