@@ -22,7 +22,7 @@ from quantize.container import pack_sections, read_description, unpack_sections
 from quantize.table import ArchiveReport, LayerSize
 from utils.errors import UserError, printable, shown
 from utils.files import write_atomic
-from utils.images.spec import FIELDS, ImageSpec, read_image_spec
+from utils.images.spec import FIELDS, GREY_BITS_FIELD, ImageSpec, read_image_spec
 from utils.seed import preserved_random_state
 from utils.untrusted import read_whole
 
@@ -236,7 +236,7 @@ def _check_description(description: Mapping[str, Any], sections: Mapping[str, by
             f"damaged, it holds the sections {printable(', '.join(sorted(sections)))}, expected {', '.join(SECTIONS)}"
         )
     images = FIELDS if description["format"] > PLAIN_FORMAT else ()
-    if set(description) != {"format", "model", "num_classes", "dtypes", "sha256", *images}:
+    if set(description) - {GREY_BITS_FIELD} != {"format", "model", "num_classes", "dtypes", "sha256", *images}:
         raise UserError(f"damaged, its description names {printable(', '.join(description))}")
     if not isinstance(description["model"], str):
         raise UserError(f"damaged, its network is {shown(description['model'], SHOWN_VALUE)}, expected a name")

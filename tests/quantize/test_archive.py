@@ -1,6 +1,7 @@
 """Archives: what goes in comes out in every bit, small, with sizes that add up."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_round_trip_of_dense_and_narrow_networks(tmp_path, kept):
     assert not decoded.training and all(parameter.requires_grad for parameter in decoded.parameters())
 
 
-@pytest.mark.parametrize("images", [None, IMAGES])
+@pytest.mark.parametrize("images", [None, IMAGES, replace(IMAGES, grey_bits=12)])
 def test_what_is_known_of_the_images_comes_back(images, tmp_path):
     network = network_of("tiny")
     report = save_archive(tmp_path / "model.huff", network, model="tiny", num_classes=4, images=images)
