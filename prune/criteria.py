@@ -211,7 +211,7 @@ def taylor_of_weights(weight: Tensor, *, importance: Tensor) -> Tensor:
     return importance
 
 
-@criterion("filter-bn", title="Network Slimming")
+@criterion("filter-bn", title="BN scale")
 def batch_norm_weight(weight: Tensor, *, bn_weight: Tensor) -> Tensor:
     """Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017: `|weight of batch norm|`."""
     return bn_weight.abs()

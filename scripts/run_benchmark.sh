@@ -3,7 +3,10 @@
 # It ends in a report that says which rows are not told apart; $SAVE_DIR/benchmark.jsonl.gz has all runs that have ended. On
 # CIFAR-10 as a folder of images, and shorter than usual:
 #   DATA_DIR=cifar10-jpeg STUDENT_EPOCHS=2 STUDENT_BATCHES=98 scripts/run_benchmark.sh --dataset folder
-# Variables: PARTS, of criteria losses controls allocation hard leading; HARD, the budget of the part hard; LATENCY, that of time;
+# The standard pairs of teacher and student on CIFAR-100, by every loss at its published settings, as a GPU would run them; the dry
+# run says how many PFLOPs each takes, and all together:
+#   DRY=1 PARTS=pairs scripts/run_benchmark.sh --dataset cifar100
+# Variables: PARTS, of criteria losses controls allocation hard leading pairs; PAIRS, teacher:student of RepDistiller; HARD, the budget of the part hard; LATENCY, that of time;
 # and as in every script DATASETS SEEDS MODEL KEEP RECIPE TEACHER_EPOCHS STUDENT_EPOCHS STUDENT_BATCHES T_PATH DATA_DIR SAVE_DIR
 # REPORT_DIR PYTHON; JOBS=n runs n at a time, GPUS lists where, DRY=1 only prints the commands.
 set -euo pipefail
@@ -12,7 +15,13 @@ source scripts/lib.sh
 DEFAULT_DATASETS="cifar10"
 SEEDS=${SEEDS:-1 2 3} MODEL=${MODEL:-resnet20} KEEP=${KEEP:-macs=0.45} RECIPE=${RECIPE:-short} STUDENT_EPOCHS=${STUDENT_EPOCHS:-2}
 PARTS=${PARTS:-criteria losses controls allocation hard} HARD=${HARD:-macs=0.2} LATENCY=${LATENCY:-latency=0.7}
+PAIRS=${PAIRS:-resnet56:resnet20 resnet110:resnet32 resnet32x4:resnet8x4 wrn_40_2:wrn_16_2 resnet32x4:ShuffleV2}
+PAIR_LOSSES="kd fitnet at sp rkd pkt crd afd hap dkd dist reviewkd wttm nkd ctkd kd-standardized dkd-standardized"
 start_script "$@"
+if [[ $DRY == 1 && " $PARTS " == *" pairs "* && -z ${COUNTED-} ]]; then
+  COUNTED=1 scripts/run_benchmark.sh "$@" | "$PYTHON" -m scripts.list_pflops
+  exit
+fi
 STUDY=$SAVE_DIR/benchmark.jsonl.gz
 
 # check_budget VARIABLE KIND EXAMPLE
@@ -41,7 +50,7 @@ criteria() {
 
 losses() {
   local loss criterion
-  for loss in none kd at sp afd hap dkd dist reviewkd; do
+  for loss in none kd at sp afd hap dkd dist reviewkd fitnet rkd pkt crd wttm nkd ctkd; do
     add_row nggm "$loss"
   done
   add_pruning nggm-kd-standardized "$dataset" "$seed" filter-nggm kd --kd-standardize --kd-t 2 --alpha 9 "${PASSED[@]}"
@@ -115,16 +124,50 @@ leading() {
   done
 }
 
-declare -A TEACHERS=() TABLES=()
+# pairs: a student alone and by every loss, from teachers that are trained alike.
+pairs() {
+  local pair student loss recipe slow=()
+  [[ $dataset == cifar100 ]] || fail "PARTS=pairs: is for --dataset cifar100, whose settings are published, not $dataset"
+  for pair in $PAIRS; do
+    teacher=$SAVE_DIR/${VANILLA["${pair%:*} $seed"]}/model_last.pt student=${pair#*:}
+    slow=()
+    if [[ $student =~ ^(Shuffle|MobileNet) ]]; then slow=(--lr 0.01); fi # as the official code has it for these
+    MODEL=repdistiller/$student add_run initial_train.py alone "$dataset" "$seed" '' --model "repdistiller/$student" \
+      --recipe cifar100 "${slow[@]}" "${SHARED[@]}"
+    for loss in $PAIR_LOSSES; do
+      recipe=cifar100-$loss
+      if [[ $loss =~ ^(dkd|dkd-standardized|reviewkd)$ ]]; then recipe+=-${pair/:/-}; fi
+      MODEL=repdistiller/$student add_run pruning.py "$loss-by-${pair%:*}" "$dataset" "$seed" "$teacher" \
+        --t-model "repdistiller/${pair%:*}" --t-path "$teacher" --s-model "repdistiller/$student" --recipe "$recipe" \
+        "${slow[@]}" "${PASSED[@]}"
+    done
+  done
+}
+
+# find_pair_teachers: VANILLA holds the folder of each teacher's training, by its name and seed.
+find_pair_teachers() {
+  local pair seed
+  for pair in $PAIRS; do
+    [[ $pair =~ ^[A-Za-z0-9_]+:[A-Za-z0-9_]+$ ]] || fail "PAIRS=$PAIRS: must be teacher:student, such as resnet56:resnet20"
+    for seed in $SEEDS; do
+      MODEL=repdistiller/${pair%:*} add_run initial_train.py alone cifar100 "$seed" '' --model "repdistiller/${pair%:*}" \
+        --recipe cifar100 "${SHARED[@]}"
+      VANILLA["${pair%:*} $seed"]=$(basename "$FOLDER")
+    done
+  done
+}
+
+declare -A VANILLA=() TEACHERS=() TABLES=()
 for part in $PARTS; do
-  [[ $part =~ ^(criteria|losses|controls|allocation|hard|leading)$ ]] || fail "PARTS=$PARTS: there is no part $part"
+  [[ $part =~ ^(criteria|losses|controls|allocation|hard|leading|pairs)$ ]] || fail "PARTS=$PARTS: there is no part $part"
 done
-find_teachers_by_seed
+if [[ " $PARTS " == *" pairs "* ]]; then find_pair_teachers; fi
+if [[ $PARTS != pairs ]]; then find_teachers_by_seed; fi
 run_all
 for part in $PARTS; do
   for seed in $SEEDS; do
     for dataset in $DATASETS; do
-      TEACHERS[$dataset]=${TEACHERS["$dataset $seed"]}
+      TEACHERS[$dataset]=${TEACHERS["$dataset $seed"]-}
       teacher=${TEACHERS[$dataset]}
       $part
     done
@@ -132,7 +175,7 @@ for part in $PARTS; do
   run_all
 done
 if [[ " $PARTS " == *" criteria "* ]]; then
-  others="Random, $KEEP|L2, $KEEP|FPGM, $KEEP|NGGM, $KEEP|Taylor, $KEEP|Network Slimming, $KEEP|HRank, $KEEP|CHIP, $KEEP|SFP, $KEEP*"
+  others="Random, $KEEP|L2, $KEEP|FPGM, $KEEP|NGGM, $KEEP|Taylor, $KEEP|BN scale, $KEEP|HRank, $KEEP|CHIP, $KEEP|SFP, $KEEP*"
   COMPARISONS+=("PFEC, $KEEP|$others")
 fi
 if [[ " $PARTS " == *" losses "* ]]; then

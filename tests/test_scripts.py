@@ -33,7 +33,7 @@ ENTRY_SCRIPTS = ("initial_train", "pruning", "quantize_encode")
 # ended; each waits until $TOGETHER runs have started.
 FAKE_PYTHON = (
     f"""#!/usr/bin/env bash
-if [[ $* == "-m scripts.methods" ]]; then cd {ROOT} && exec {sys.executable} "$@"; fi
+if [[ $* == "-m scripts.methods" || $* == "-m scripts.list_pflops" ]]; then cd {ROOT} && exec {sys.executable} "$@"; fi
 """
     + """\
 if [[ ${2-} == scripts.check_commands ]]; then exit 0; fi
@@ -70,7 +70,18 @@ echo '{}' >"$folder/summary.json"
 def environment(**variables):
     """This process's environment without what the scripts would follow."""
     own = {"DRY", "JOBS", "SEEDS", "DATASETS", "MODEL", "KEEP", "T_PATH", "LOAD_PATH", "BITS", "QUAN_MODE"}
-    own |= {"MINUTES", "RECIPE", "TEACHER_EPOCHS", "STUDENT_EPOCHS", "STUDENT_BATCHES", "PARTS", "HARD", "LATENCY"}
+    own |= {
+        "MINUTES",
+        "RECIPE",
+        "TEACHER_EPOCHS",
+        "STUDENT_EPOCHS",
+        "STUDENT_BATCHES",
+        "PARTS",
+        "PAIRS",
+        "COUNTED",
+        "HARD",
+        "LATENCY",
+    }
     own |= {"SAVE_DIR", "DATA_DIR", "REPORT_DIR", "PYTHON", "GPUS", "CUDA_VISIBLE_DEVICES"}
     return {**{name: value for name, value in os.environ.items() if name not in own}, **variables}
 
@@ -112,7 +123,7 @@ def test_every_script_is_valid_bash(path):
         ("run_ablation", {"initial_train.py": 1, "pruning.py": (len(CRITERIA) + len(DISTILLERS)) * 4}),
         ("run_sensitivity", {"initial_train.py": 1, "pruning.py": 19 * 4}),
         ("run_quantization_encode", {"initial_train.py": 3, "pruning.py": 12, "quantize_encode.py": 48}),
-        ("run_benchmark", {"initial_train.py": 2 * 3, "pruning.py": 40 * 3}),
+        ("run_benchmark", {"initial_train.py": 2 * 3, "pruning.py": 47 * 3}),
     ],
 )
 def test_each_command_parses_and_names_a_run_of_its_own(script, counts):
@@ -120,6 +131,22 @@ def test_each_command_parses_and_names_a_run_of_its_own(script, counts):
     assert Counter(entry_script for entry_script, _ in commands) == counts
     assert len({args.run_name for _, args in commands}) == len(commands)
     assert {args.seed for entry, args in commands if entry != "initial_train.py"} <= {8152, 1011, 6162, 2177, 1, 2, 3}
+
+
+def test_the_standard_pairs_are_trained_by_every_loss_and_say_what_they_take():
+    setting = {"PARTS": "pairs", "PAIRS": "resnet56:resnet20", "SEEDS": "1", "DRY": "1", "PYTHON": sys.executable}
+    result = call("run_benchmark", "--dataset", "cifar100", **setting)
+    lines = [line for stage in result.stdout.split("\n\n")[:-1] for line in stage.splitlines()]
+    commands = [read_command(line.partition(" # ")[0].replace(sys.executable, "python3")) for line in lines]
+    trained = {(args.s_model, *args.distill) for entry, args in commands if entry == "pruning.py"}
+    assert trained == {("repdistiller/resnet20", loss) for loss in DISTILLERS}
+    alone = {args.model for entry, args in commands if entry == "initial_train.py"}
+    assert alone == {"repdistiller/resnet56", "repdistiller/resnet20"}
+    pflops = [float(re.search(r"# ([0-9.]+) PFLOPs$", line)[1]) for line in lines]
+    counted, total = re.fullmatch(r"(\d+) runs, ([0-9,]+) PFLOPs in all\n", result.stderr).groups()
+    assert int(counted) == len(commands) and int(total.replace(",", "")) == pytest.approx(sum(pflops), abs=3)
+    # 2 x 41.9 MFLOPs a forward pass of ResNet-20, three of them for each of 50,000 images in 240 epochs
+    assert pflops[[args.run_name.startswith("alone-cifar100-repdistiller-resnet20") for _, args in commands].index(True)] == 2.9
 
 
 def test_networks_of_others_make_plain_names_of_runs(tmp_path):

@@ -23,7 +23,7 @@ QUANTIZED = {"script": "quantize_encode.py", "quan_mode": "conv-quan", "quan_bit
         ({**PRUNED, "prune_mode": "filter-nggm", "distill": ["hap"]}, "NGGM + HAP + KD, 0.6"),
         ({**PRUNED, "prune_mode": "filter-nggm", "distill": ["hap"], "alpha": 0.0}, "NGGM + HAP, 0.6"),
         ({**PRUNED, "prune_mode": "filter-taylor"}, "Taylor, 0.6"),
-        ({**PRUNED, "prune_mode": "filter-bn"}, "Network Slimming, 0.6"),
+        ({**PRUNED, "prune_mode": "filter-bn"}, "BN scale, 0.6"),
         ({**PRUNED, "prune_mode": "filter-r", "distill": ["kd"]}, "Random + KD, 0.6"),
         ({**PRUNED, "prune_mode": "filter-new", "distill": ["at", "sp"]}, "filter-new + AT + SP + KD, 0.6"),
         ({**PRUNED, "prune_rates": [0.5, 0.8, 1.0]}, "PFEC, 0.5 to 1 by layer"),
