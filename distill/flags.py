@@ -19,7 +19,7 @@ def add_distillation_flags(parser: cli.Parser) -> None:
     group.add_argument("--betas", type=cli.non_negative_float, nargs="+", help=f"weights of the other losses (default: {betas})")
     rising = ", ".join(name for name, entry in DISTILLERS.items() if entry.rise)
     group.add_argument("--rise-epochs", type=cli.non_negative_float, metavar="N",
-                       help=f"epochs over which the weights of {rising} rise (default: a twelfth of --n-epochs)")  # fmt: skip
+                       help=f"epochs over which the weights of {rising} rise (default: --n-epochs / 12, at least 1)")  # fmt: skip
     for keyword, option in distiller_options().items():
         kind = cli.option_kind(option.default, may_be_zero=option.is_weight or option.default == 0)
         group.add_argument(f"--{keyword.replace('_', '-')}", **kind, help=option.help)

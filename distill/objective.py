@@ -23,6 +23,8 @@ from utils.seed import derived_seed, preserved_random_state
 from utils.training.objective import Objective, cross_entropy_formula, logits_of
 from utils.training.session import Session
 
+SHORTEST_RISE = 1.0  # epochs: a pruned network that starts at nearly full weight of DKD may end at chance
+
 
 class FrozenTeacher:
     """A private copy of a network in eval mode that builds no graph: `teacher(images) -> Outputs`.
@@ -198,7 +200,7 @@ def build_objective(
         kd=built["kd"] if alpha > 0 else None,
         alpha=alpha,
         rise_epochs={
-            name: DISTILLERS[name].rise * n_epochs if rise_epochs is None else rise_epochs
+            name: max(DISTILLERS[name].rise * n_epochs, SHORTEST_RISE) if rise_epochs is None else rise_epochs
             for name in weighted
             if DISTILLERS[name].rise
         },

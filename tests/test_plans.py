@@ -105,7 +105,7 @@ class TestDryRun:
     def test_of_plain_distillation_tells_the_loss(self, teacher, tmp_path, run_script):
         words = ["--t-path", teacher, "--s-copy-t", "--distill", "dkd", "--dkd-beta", "2", "--label-smoothing", "0.1"]
         plan = self.plan(run_script, "pruning", tmp_path, *words)
-        assert "loss: CE (labels smoothed by 0.1) + (1, rising over 0.0833 epochs) DKD (T 4, alpha 1, beta 2)\n" in plan
+        assert "loss: CE (labels smoothed by 0.1) + (1, rising over 1 epochs) DKD (T 4, alpha 1, beta 2)\n" in plan
         assert "averaged" not in plan
 
     def test_of_a_pruning_tells_its_loss_and_what_is_averaged(self, teacher, tmp_path, run_script):

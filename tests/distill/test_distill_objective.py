@@ -96,12 +96,12 @@ def test_a_weight_rises_over_its_epochs_and_is_part_of_the_state():
 def test_a_weight_rises_in_a_run_of_two_epochs_as_well():
     build = partial(build_objective, small_network(0), small_network(1), ["dkd"], images=IMAGES, alpha=0.0, n_epochs=2)
     objective = build()
-    assert objective.formula() == "CE + (1, rising over 0.167 epochs) DKD (T 4, alpha 1, beta 8)"
+    assert objective.formula() == "CE + (1, rising over 1 epochs) DKD (T 4, alpha 1, beta 8)"
     shares = []
     for step in range(12):
         objective.begin_step(0, step, steps=12)
         shares.append(objective.rises["dkd"].share.item())
-    assert shares == pytest.approx([0.5] + 11 * [1.0])
+    assert shares == pytest.approx([(step + 1) / 12 for step in range(12)])
     assert build(rise_epochs=0).formula() == "CE + 1 DKD (T 4, alpha 1, beta 8)"
     slow = build(rise_epochs=20)
     slow.begin_step(0, 11, steps=12)
