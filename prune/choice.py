@@ -18,7 +18,7 @@ from prune.allocation import Family, check_payable, counts_within, kept_channels
 from prune.compact import compact_selection
 from prune.criteria import CRITERIA
 from prune.feature_maps import mean_of_maps
-from prune.gradients import importances, mean_gradients
+from prune.gradients import Loss, importances, mean_gradients
 from prune.masks import Ratios, check_criterion, choose_filters, score_filters
 from prune.settings import Budget
 from utils.distributed import sum_over_processes
@@ -40,7 +40,8 @@ class FilterChoice:
     (`models.graph.groups`). A `budget` says what the network that is left may cost, and decides on the layers whose ratio is
     None; `allocation` says how it is spent, and `seconds` gives the time of a network by its widths for a budget of time.
     `earlier` is what an earlier pruning has left: what it removed stays removed. If the choice is
-    `nested`, or there is a budget, that counts among what this one removes, and what is left is scored by itself.
+    `nested`, or there is a budget, that counts among what this one removes, and what is left is scored by itself. Gradients are
+    those of `loss(results, targets)`, None for the cross-entropy.
     """
 
     graph: ChannelGraph
@@ -58,6 +59,7 @@ class FilterChoice:
     earlier: Selection | None = None
     seconds: Callable[[Widths], float] | None = None
     nested: bool = False
+    loss: Loss | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -255,9 +257,10 @@ class FilterChoice:
         passed = {"layers": self.layers, "all_reduce": sum_over_processes}
         gradients = importance = maps = None
         if criterion.needs_gradient:
-            gradients = mean_gradients(self.network, self._batches(), **passed)
+            gradients = mean_gradients(self.network, self._batches(), loss=self.loss, **passed)
         if criterion.importance_of is not None:
-            importance = importances(self.network, self._batches(), of=criterion.importance_of, **passed)
+            of = criterion.importance_of
+            importance = importances(self.network, self._batches(), of=of, loss=self.loss, **passed)
         if criterion.needs_maps:
             maps = mean_of_maps(self.graph, self._batches(), of_maps=criterion.of_maps, **passed)
         return {"gradients": gradients, "importance": importance, "feature_maps": maps}

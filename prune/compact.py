@@ -37,7 +37,7 @@ def compact_selection(masked: nn.Module, selection: Selection, *, tolerance: flo
 
 def _proved(model: nn.Module, selection: Selection, *, tolerance: float) -> NarrowNetwork:
     smaller = selection.shrink()
-    difference = relative_difference(model, smaller, [selection.graph.images])
+    difference = relative_difference(model, smaller, [selection.graph.inputs])
     if not difference <= tolerance:  # a NaN is no agreement either
         raise UserError(
             f"the compact network differs from the dense one by {difference:.1e} of the largest logit (limit {tolerance})"
@@ -145,15 +145,16 @@ def _live_entries_of(layer: nn.Module) -> Callable[[nn.Module, Channels | None],
     return next(_LIVE[kind] for kind in type(layer).__mro__ if kind in _LIVE)
 
 
-def relative_difference(dense: nn.Module, smaller: nn.Module, images: Iterable[Tensor]) -> float:
+def relative_difference(dense: nn.Module, smaller: nn.Module, images: Iterable[Tensor | Sequence[Tensor]]) -> float:
     """The largest difference of any result of the two networks, in evaluation, over the largest of `dense`; NaN if one is NaN.
 
-    `images` are batches on the networks' device. The networks' modes are left as they were.
+    `images` are batches on the networks' device, a tensor each or several inputs in a tuple. Modes are left as they were.
     """
     difference = ResultDifference()
     with evaluating(dense, smaller), torch.no_grad():
         for batch in images:
-            difference.add(dense(batch), smaller(batch))
+            inputs = batch if isinstance(batch, tuple | list) else (batch,)
+            difference.add(dense(*inputs), smaller(*inputs))
     return difference.relative
 
 

@@ -1,13 +1,16 @@
 """What criteria such as `filter-hrank` score filters by: a mean over training images of something of their feature maps."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.graph import ChannelGraph
+from models.graph import ChannelGraph, inputs_in_order
 from models.graph.features import maps_of_convolutions
 from models.graph.layers import PrunableLayer
+from models.graph.walk import Inputs
+from prune.gradients import batch_size
 from utils.errors import UserError
 from utils.modes import without_trace
 
@@ -15,7 +18,7 @@ from utils.modes import without_trace
 @torch.no_grad()
 def mean_of_maps(
     graph: ChannelGraph,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Inputs, Any]],
     *,
     layers: Sequence[PrunableLayer],
     of_maps: Callable[[Tensor], Tensor],
@@ -37,10 +40,10 @@ def mean_of_maps(
     with without_trace(model):
         model.eval()
         for images, _ in batches:
-            for name, total, maps in zip(names, sums, find_maps(model, images), strict=True):
+            for name, total, maps in zip(names, sums, find_maps(model, *inputs_in_order(model, images)), strict=True):
                 _check_finite(name, maps)
                 total += of_maps(maps).double().sum(0)
-            seen += len(images)
+            seen += batch_size(images)
     for total in (*sums, seen) if all_reduce is not None else ():
         all_reduce(total)
     if not seen:

@@ -1,30 +1,35 @@
 """What criteria such as `filter-nggm` and `filter-taylor` score filters by: gradients of the loss over training batches."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from models.graph.layers import PrunableLayer
+from models.graph.walk import Inputs
 from utils.errors import UserError
 from utils.modes import without_trace
 from utils.training.objective import logits_of
 
+Loss = Callable[[Any, Any], Tensor]  # of what a network gives and what it should
+
 
 def mean_gradients(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Inputs, Any]],
     *,
     layers: Sequence[PrunableLayer],
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss: Loss | None = None,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Tensor]:
     """Gradient of the mean `loss` over the images of `batches`, by layer name, in the shape of the conv weights.
 
-    `batches` gives (images, labels) on the model's device; `loss(logits, labels)` is a mean over the batch. The gradients
+    `batches` gives (images, labels) on the model's device, or inputs of any kind that `called` takes and what `loss(results,
+    targets)`, a mean over the batch, compares with what the network gives: the cross-entropy of its logits. The gradients
     are summed batch by batch, each weighed by its images, in the memory of one training step. The pass runs in training
     mode, so it is the gradient that training is about to follow (batch statistics, dropout), and does not rest on running
     statistics that a fresh network has not got. It leaves no trace: buffers, torch's default random streams, `.grad`,
@@ -41,9 +46,9 @@ def mean_gradients(
         for weight in weights:
             weight.requires_grad_(True)
         for images, labels in batches:
-            gradients = _batch_gradients(model, images, labels, weights=weights, loss=loss)
-            torch._foreach_add_(sums, gradients, alpha=len(images))
-            images_seen += len(images)
+            gradients, count = _batch_gradients(model, images, labels, weights=weights, loss=loss), batch_size(images)
+            torch._foreach_add_(sums, gradients, alpha=count)
+            images_seen += count
             del gradients  # or they would stay beside the next batch's activations
     if all_reduce is not None:
         images_seen = _reduce(sums, images_seen, all_reduce)
@@ -55,19 +60,32 @@ def mean_gradients(
 
 
 def _batch_gradients(
-    model: nn.Module, images: Tensor, labels: Tensor, *, weights: list[Tensor], loss: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, images: Any, labels: Any, *, weights: list[Tensor], loss: Loss | None
 ) -> tuple[Tensor, ...]:
+    results = called(model, images)
+    value = F.cross_entropy(logits_of(results), labels) if loss is None else loss(results, labels)
     # Asked for these weights alone, autograd neither touches `.grad` nor computes what no criterion reads.
-    return torch.autograd.grad(loss(logits_of(model(images)), labels), weights, materialize_grads=True)
+    return torch.autograd.grad(value, weights, materialize_grads=True)
+
+
+def called(model: nn.Module, inputs: Inputs) -> Any:
+    """What the network gives for inputs: a tensor, several in a tuple or list, or by name in a mapping."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def batch_size(inputs: Inputs) -> int:
+    return len(next(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)))
 
 
 def importances(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Inputs, Any]],
     *,
     layers: Sequence[PrunableLayer],
     of: str,
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss: Loss | None = None,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Tensor]:
     """The sum over batches of `sum (v g)^2`, (F,) by layer name in float64, g the gradient of the batch's mean loss.
@@ -88,8 +106,9 @@ def importances(
             variable.requires_grad_(True)
         for images, labels in batches:
             gradients = _batch_gradients(model, images, labels, weights=variables, loss=loss)
-            gradients = [gradient * len(images) for gradient in gradients]
-            count = len(images) if all_reduce is None else _reduce(gradients, len(images), all_reduce)
+            own = batch_size(images)
+            gradients = [gradient * own for gradient in gradients]
+            count = own if all_reduce is None else _reduce(gradients, own, all_reduce)
             for total, variable, gradient in zip(sums, variables, gradients, strict=True):
                 total += (variable.detach().double() * gradient / count).square().flatten(1).sum(1)
             batches_seen += 1

@@ -14,6 +14,7 @@ ALLOWED = {
     "quantize": {"models", "utils"},
     "deploy": {"models", "utils"},
     "reporting": {"models", "utils", "prune", "distill"},
+    "filter_pruning": {"models", "utils", "prune", "distill", "deploy", "quantize"},
 }
 ENTRY_SCRIPTS = {"initial_train", "pruning", "quantize_encode", "export", "predict", "report"}
 OURS = {*ALLOWED, *ENTRY_SCRIPTS, "benchmarks", "tests"}
@@ -49,10 +50,10 @@ def test_a_package_imports_only_from_the_floors_below(package):
 
 @pytest.mark.parametrize("script", sorted(ENTRY_SCRIPTS))
 def test_an_entry_script_imports_no_other(script):
-    assert ours_that_it_imports(ROOT / f"{script}.py") <= set(ALLOWED)
+    assert ours_that_it_imports(ROOT / f"{script}.py") <= set(ALLOWED) - {"filter_pruning"}
 
 
 def test_every_package_has_its_floor():
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages - {"benchmarks"} == set(ALLOWED)
-    assert {path.stem for path in ROOT.glob("*.py")} == ENTRY_SCRIPTS
+    assert {path.stem for path in ROOT.glob("*.py")} == ENTRY_SCRIPTS | {"setup"}

@@ -1,7 +1,5 @@
 """Networks of others through the entry scripts; code of a file runs because somebody types its name, and for no other reason."""
 
-import importlib
-import inspect
 import itertools
 import json
 import re
@@ -195,10 +193,8 @@ class TestThePage:
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
         exec(compile(self.PROGRAM, "own_network.md", "exec"), {})
-        smaller, again = map(float, capsys.readouterr().out.split())
-        assert smaller == again
         checkpoint = load_checkpoint("small.pt")
-        assert checkpoint["compact"] and len(checkpoint["kept"]["0"]) == 10
+        assert checkpoint["kept"] and Path("small.py").stat().st_size and Path("small.safetensors").stat().st_size
         network = build_model("nets.py:small", num_classes=10)
         save_archive("small.huff", network, model="nets.py:small", num_classes=10)
         assert differing_tensors(network, load_archive("small.huff", model="nets.py:small")) == []
@@ -215,20 +211,6 @@ class TestThePage:
             ended = run_script(script.removesuffix(".py"), *words)
             assert ended.status == 0, ended.errors
         assert (tmp_path / "own.onnx").stat().st_size > 10_000
-
-    def test_the_signatures(self):
-        rows = re.findall(r"^\| (`.*`) \| `([\w.]+)` \|$", self.PAGE, re.MULTILINE)
-        named = [(call, module) for calls, module in rows for call in re.findall(r"`(\w+\([^`]*\))`", calls)]
-        assert len(named) >= 12
-        for call, module in named:
-            name, arguments = call.removesuffix(")").split("(", 1)
-            function = getattr(importlib.import_module(module), name)
-            parameters = inspect.signature(function).parameters
-            assert function.__doc__
-            for word in arguments.split(", "):
-                key, _, default = word.lstrip("*").partition("=")
-                assert key in ("", "...", *parameters), call
-                assert not default or repr(parameters[key].default) == default, call
 
 
 def test_a_network_of_timm_goes_all_the_way(tmp_path, run_script):

@@ -9,7 +9,7 @@ wants the full width back, so a plan never changes the function, it only stops s
 `models.narrow` builds modules from a plan, `prune.compact` uses one to find out which channels are zero.
 """
 
-from models.graph.channel_graph import ChannelGraph, Kept
+from models.graph.channel_graph import ChannelGraph, Kept, inputs_in_order
 from models.graph.channels import Channels, LayerCut, Plan, Step, all_channels, members_of_layer
 from models.graph.concrete import attribute
 from models.graph.plan import (
@@ -36,6 +36,7 @@ __all__ = [
     "all_channels",
     "attribute",
     "counted_channels",
+    "inputs_in_order",
     "is_mode",
     "members_of_layer",
     "missing_carriers",

@@ -44,7 +44,7 @@ class ChannelGraph:
 
     def __init__(self, network: nn.Module, example: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None):
         self.network = network
-        self.inputs = None if example is None else _inputs(network, example)
+        self.inputs = None if example is None else inputs_in_order(network, example)
         self._architecture = _architecture(network)
         self._findings = _Findings()
 
@@ -203,7 +203,7 @@ def _outputs_of(kept: Kept) -> LiveOutputs:
     return live_outputs
 
 
-def _inputs(network: nn.Module, example: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+def inputs_in_order(network: nn.Module, example: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """The example as positional inputs. Raises UserError for a name that `forward` has not, or one that it leaves out between."""
     if isinstance(example, Tensor):
         return (example,)

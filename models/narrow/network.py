@@ -55,7 +55,8 @@ def narrow_network(graph: ChannelGraph, kept: Kept, *, wide_sums: bool = False) 
         kept = {name: channels for name, channels in kept.items() if name not in summed}
         plans = graph.plans_of(kept)
     reasons = [trace.why_evaluation_only for trace in traces if not trace.both_modes]
-    return NarrowNetwork(graph.network, kept, plans, why_evaluation_only=reasons[0] if reasons else None)
+    inputs = tuple((tuple(own.shape), own.dtype) for own in graph.inputs or () if isinstance(own, Tensor))
+    return NarrowNetwork(graph.network, kept, plans, inputs=inputs, why_evaluation_only=reasons[0] if reasons else None)
 
 
 def _layers_of_uneven_sums(plan: Plan) -> set[str]:
@@ -94,7 +95,13 @@ class NarrowNetwork(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, kept: Mapping[str, Sequence[int]], plans: Mapping[str, Plan], *, why_evaluation_only: str | None
+        self,
+        model: nn.Module,
+        kept: Mapping[str, Sequence[int]],
+        plans: Mapping[str, Plan],
+        *,
+        inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = (),
+        why_evaluation_only: str | None,
     ):
         super().__init__()
         owner = nn.Module()  # the same layers and tensors, without the names of this class
@@ -116,6 +123,7 @@ class NarrowNetwork(nn.Module):
             restored=restored_channels(plans["forward"]),
             uncut=whole_layers(plans["forward"]),
             functions={method: GraphFunction(graph) for method, graph in graphs.items()},
+            inputs=inputs,
             why_evaluation_only=why_evaluation_only,
         )
         if why_evaluation_only is not None:
@@ -124,6 +132,11 @@ class NarrowNetwork(nn.Module):
     @property
     def kept(self) -> dict[str, list[int]]:
         return self.__parts.kept
+
+    @property
+    def inputs(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shape and type of each input of the example that it was made for; empty where there was none."""
+        return self.__parts.inputs
 
     @property
     def trainable(self) -> bool:
@@ -281,6 +294,7 @@ class _Parts:
     restored: list[Restored]
     uncut: dict[str, str]
     functions: dict[str, GraphFunction]
+    inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     why_evaluation_only: str | None
 
 
