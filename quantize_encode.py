@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill.flags import add_distillation_flags, check_distillation, distillation_settings
 from models import check_model
-from quantize.flags import add_quantization_flags, quantization_settings
-from quantize.settings import INT8, QuantizationSettings
+from quantize.flags import add_quantization_flags, codec_settings, quantization_settings
+from quantize.settings import INT8, TRELLIS, CodecSettings, QuantizationSettings
 from utils import cli
 from utils.errors import UserError, naming
 
@@ -58,6 +58,17 @@ def say_what_counts(parser: cli.Parser) -> None:
     """Which flags count beside which: the modes that only read an archive take nothing else."""
     parser.counts_only("t_path", "t_model", "distill", where=lambda args: args.quan_mode == INT8, only="with --quan-mode int8")
     parser.counts_only("sync_bn", where=lambda args: args.quan_mode != INT8, only="where batch norms learn, not with int8")
+    trains = [
+        *parser.names_in("training"),
+        *parser.names_in("averaging"),
+        "t_path",
+        "t_model",
+        "distill",
+        "resume",
+        "compile",
+        "amp",
+    ]
+    parser.counts_only(*trains, where=lambda args: args.codec != TRELLIS, only="without --codec trellis, which takes no training")
     others = parser.names() - {"inspect", "decode", *cli.PLACES}
     parser.counts_only(*others, where=lambda args: args.inspect is None, only="without --inspect, which only reads an archive")
     others -= {"output", "force"}
@@ -94,6 +105,8 @@ def main(args: argparse.Namespace) -> None:
     if session.is_new:
         with naming(f"--load-path {args.load_path}"):
             check_training(file, network, session.data.example)
+    if (codec := codec_settings(args)) is not None:
+        return compress_network(session, file, network, codec=codec, path=args.load_path)
     bits = {} if settings.is_int8 else layer_bits(network, mode=settings.mode, bits=settings.bits)
     if args.dry_run:
         return print_quantization(session, network, bits, objective_for=objective_for)
@@ -198,6 +211,23 @@ def finish(session: Session, settings: QuantizationSettings, result: Mapping[str
     leave_files = finish_int8 if settings.is_int8 else encode
     head, config = session.summary_head(), session.settings.flags
     leave_files(session.run, result, session.data.alone(), best=best, small=small, config=config, head=head)
+
+
+def compress_network(session: Session, file: NetworkFile, network: nn.Module, *, codec: CodecSettings, path: str) -> None:
+    """Leaves the archive of the second codec, which takes no training."""
+    from quantize.level_run import find_candidate, leave_candidate
+
+    if session.settings.run.dry_run:
+        return session.print_plan({"network": network}, [f"its weights would become levels of steps: {codec}"])
+    if session.world.size > 1:
+        raise UserError(f"--codec {TRELLIS}: takes no training, start it as one process")
+    network, found = session.place(network), []
+    best = find_candidate(file, network, session.data, settings=codec, say=found.append)  # a bound may be out of reach
+    run = session.open({"--load-path": file.network})
+    run.log("\n".join(found))
+    places = {"path": path, "config": session.settings.flags, "head": session.summary_head()}
+    leave_candidate(run, best, session.data, file=file, original=network, **places)
+    run.close()
 
 
 def inspect(path: str, *, model: str | None) -> None:

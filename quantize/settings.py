@@ -19,3 +19,18 @@ class QuantizationSettings:
     def is_int8(self) -> bool:
         """Whether all layers are trained in simulated eight bits, instead of sharing weights."""
         return self.mode == INT8
+
+
+CODECS = HUFFMAN, TRELLIS = "huffman", "trellis"
+MAX_DROP = 0.3  # points of top-1, where neither bound is given
+
+
+@dataclass(frozen=True)
+class CodecSettings:
+    """What the second codec may take or lose: bytes of the file, or points of top-1 on held-out training images; one of them."""
+
+    max_bytes: int | None = None
+    max_drop: float = MAX_DROP
+
+    def __str__(self) -> str:
+        return f"at most {self.max_bytes:,} bytes" if self.max_bytes is not None else f"at most {self.max_drop:g} points lost"

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from utils.images.spec import ImageSpec
 
 
@@ -33,6 +36,20 @@ class LayerSize:
     def ratio(self) -> float:
         """How many times smaller than the dense layer."""
         return self.original_bytes / max(self.coded_bytes, 1)
+
+
+def plain_size(name: str, tensor: Tensor) -> LayerSize:
+    """Of a tensor that is stored as it is."""
+    return LayerSize(
+        name,
+        tensor.nbytes,
+        tensor.numel(),
+        int(torch.count_nonzero(tensor)),
+        0,
+        8.0 * tensor.nbytes,
+        tensor.nbytes,
+        tensor.nbytes,
+    )
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def read_whole(path: str | os.PathLike, *, limit: int = MAX_FILE_BYTES) -> bytes
     """
     with open_regular(path) as file:
         check_size(file, limit=limit)
-        return file.read(limit)
+        return file.read(min(os.fstat(file.fileno()).st_size, limit))  # Python allocates as much as it is told to read
 
 
 def check_size(file: BinaryIO, *, limit: int = MAX_FILE_BYTES) -> None:

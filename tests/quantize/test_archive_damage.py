@@ -4,6 +4,7 @@ import os
 import random
 import time
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.numpy import load, save
 
 from models import MODELS
 from quantize.archive import differing_tensors, load_archive, save_archive
+from quantize.compression import Compressor
 from utils.errors import UserError
 from utils.files import is_archive
 
@@ -38,8 +40,17 @@ def small(tmp_path_factory):
     return archive_bytes(network_of("small", kept=KEPT), tmp_path_factory.mktemp("small") / "model.huff", model="small")
 
 
-def archive_bytes(network, path, *, model, images=None):
-    save_archive(path, network, model=model, num_classes=4, images=images)
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory):
+    """An archive of the second codec."""
+    batch = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    compressed = Compressor(network_of("tiny"), [batch]).compress(0.01)
+    path = tmp_path_factory.mktemp("levels") / "model.huff"
+    return archive_bytes(compressed.network, path, model="tiny", weights=compressed.weights)
+
+
+def archive_bytes(network, path, *, model, images=None, weights=None):
+    save_archive(path, network, model=model, num_classes=4, images=images, weights=weights)
     return path.read_bytes(), network
 
 
@@ -80,11 +91,11 @@ def outcome(data, path):
         return None
 
 
-def test_two_thousand_mutations_are_refused(tiny, small, tmp_path):
+def test_three_thousand_mutations_are_refused(tiny, small, levels, tmp_path):
     choose = random.Random(0)
     tracemalloc.start()
-    for number in range(2000):
-        data, _ = tiny if number % 2 else small
+    for number in range(3000):
+        data, _ = (tiny, small, levels)[number % 3]
         mutation = mutated(data, choose)
         assert mutation == data or outcome(mutation, tmp_path / "model.huff") is None, number
     _, peak = tracemalloc.get_traced_memory()
@@ -92,7 +103,7 @@ def test_two_thousand_mutations_are_refused(tiny, small, tmp_path):
     assert peak < 8 * len(small[0]) + 2**20
 
 
-@pytest.mark.parametrize(("name", "count"), [("tiny", 1000), ("small", 60)])
+@pytest.mark.parametrize(("name", "count"), [("tiny", 1000), ("small", 60), ("levels", 500)])
 def test_forged_archives_are_refused_or_hold_a_network_of_the_right_shapes(name, count, request, tmp_path):
     data, network = request.getfixturevalue(name)
     shapes = {key: value.shape for key, value in network.state_dict().items()}
@@ -123,7 +134,8 @@ def test_forging_by_the_helper_is_otherwise_faithful(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ({"format": 3}, "has format 3, newer than format 2"),
+        ({"format": 4}, "has format 4, newer than format 3"),
+        ({"format": 3}, "holds the sections"),
         ({"format": 1}, "its description names"),
         ({"format": 0}, "its format is 0"),
         ({"format": "1"}, "its format is '1'"),
@@ -209,6 +221,36 @@ U8 = np.uint8
 def test_sections_that_are_refused(tiny, tmp_path, section, change, message):
     data = tiny[0]
     refuse(edited(data, sections={section: change(load(data).get(section))}), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("words", lambda data: data[:-2], "damaged"),
+        ("words", lambda data: data[:0], "4 classes do not fit"),
+        ("words", lambda data: np.append(data, np.zeros(2, U8)), "does not end where it began"),
+        ("signs", lambda data: data[:-1], "of signs where"),
+        ("roles", lambda data: data[:-1], "section 'roles'"),
+        ("roles", lambda data: np.append(data, U8(0)), "section 'roles' does not end"),
+        ("roles", lambda data: np.frombuffer(zlib.compress(bytes(1 << 20)), U8), "section 'roles' does not end"),
+        ("roles", lambda data: np.frombuffer(zlib.compress(bytes(9)), U8), "does not end where it began"),
+        ("roles", lambda data: np.frombuffer(zlib.compress(b"\1" * 9 + bytes(18)), U8), "is said to hold levels"),
+        ("uncoded", lambda data: np.append(data, U8(0)), "section 'uncoded' has 1 bytes more"),
+        ("signs", lambda data: None, "holds the sections"),
+    ],
+)
+def test_sections_of_levels_that_are_refused(levels, tmp_path, section, change, message):
+    data = levels[0]
+    refuse(edited(data, sections={section: change(load(data).get(section))}), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("fills", "message"),
+    [([], "section 'roles'"), (["a"], "its fills"), ([float("nan")] * 3, "its fills"), ([1e300] * 3, "its fills"),
+     (None, "its description names"), ([0.5] * 3, "cannot hold 0.5"), ([0.0] * 17, "its fills")],
+)  # fmt: skip
+def test_fills_that_are_refused(levels, tmp_path, fills, message):
+    refuse(edited(levels[0], description={"fills": fills}), tmp_path, message)
 
 
 @pytest.mark.parametrize(
