@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deploy.layers import LayerKind, kinds_of_layers, layer_runner, random_input
 from deploy.runtimes import RUNTIMES, Runner, median_seconds
-from utils.errors import UserError, shown
+from utils.errors import ParameterError, UserError, shown
 from utils.files import read_json
 from utils.runs.environment import cpu_name
 from utils.timing import timed_in_turn
@@ -247,7 +247,8 @@ def calibrate(
     table.slope = max(usable, key=lambda slope: (usable[slope] <= share, -abs(share - usable[slope])))
     if usable[table.slope] > share + TOLERANCE * share:
         least = math.ceil(1000 * usable[table.slope]) / 1000
-        raise UserError(f"--budget latency={share:g}: no network was measured to be so fast here, latency={least:g} is the least")
+        reason = f"no network was measured to be so fast here, latency={least:g} is the least"
+        raise ParameterError("budget", f"latency={share:g}", reason)
 
 
 class Comparison:

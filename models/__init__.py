@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from models.repdistiller import NETWORKS as REPDISTILLER_NETWORKS
 from models.repdistiller import build_repdistiller
 from models.sources import SOURCES, build_from_file, build_from_source, has_weights, split_name
-from utils.errors import UserError, printable, shown
+from utils.errors import ParameterError, UserError, printable, shown
 from utils.python_file import check_function, function_of, names_function
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def trusted_model(named: str, given: str | None, *, model_flag: str = "--model")
 def _check_pretrained(name: str) -> None:
     if name not in PRETRAINED_MODELS and (names_function(name) or not has_weights(name)):
         choices = f"{', '.join(sorted(PRETRAINED_MODELS))}, or a network of timm or torchvision that has some"
-        raise UserError(f"--pretrained: no published weights for {name!r}: choose {choices}")
+        raise ParameterError("pretrained", None, f"no published weights for {name!r}: choose {choices}")
 
 
 def _nearest(name: str) -> str:

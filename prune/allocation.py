@@ -15,7 +15,7 @@ from torch import Tensor
 from models.graph.groups import ChannelGroup
 from prune.masks import keep_count
 from prune.settings import Budget
-from utils.errors import UserError
+from utils.errors import ParameterError
 
 FLOOR = 0.1  # of its groups that every family keeps under a budget
 RATIO_STEPS = 1000
@@ -81,8 +81,10 @@ def _ranked(
     layers = groups[0].layers
     own = {ratios[name] for name in layers}
     if len(own) > 1 and 1 not in own:
-        raise UserError(
-            f"--prune-rates: {layers[0]} and {layers[-1]} lose the same channels with --couple-channels: give them one value"
+        raise ParameterError(
+            "keep_ratios",
+            None,
+            f"{layers[0]} and {layers[-1]} lose the same channels, as they are coupled: give them one value",
         )
     ordered = sorted(groups, key=score)  # stable
     filters = sum(name == layers[0] for name, _ in groups[0].filters)
@@ -145,8 +147,8 @@ def check_payable(
     least = cost(_fewest(families))[budget.kind]
     if least > budget.share * whole:
         share = math.ceil(1000 * least / whole) / 1000
-        raise UserError(
-            f"--budget {budget}: a tenth of each layer stays, and all of --exclude-layers: {budget.kind}={share:g} is the least"
+        raise ParameterError(
+            "budget", budget, f"a tenth of each layer stays, and all that is excluded: {budget.kind}={share:g} is the least"
         )
 
 

@@ -22,7 +22,7 @@ from prune.gradients import Loss, importances, mean_gradients
 from prune.masks import Ratios, check_criterion, choose_filters, score_filters
 from prune.settings import Budget
 from utils.distributed import sum_over_processes
-from utils.errors import UserError
+from utils.errors import ParameterError
 from utils.images.batches import ImageData
 from utils.seed import generator
 
@@ -90,12 +90,13 @@ class FilterChoice:
     def _check_some_go(self, families: Sequence[Family]) -> None:
         """Raises UserError where filters are to go, and all of the families have to stay whole."""
         if self.coupled and not self.takes_nothing and all(family.is_fixed for family in families):
-            raise UserError(
-                "--couple-channels: no filter can go: each meets channels that an operation reads at full width, or that "
-                "--exclude-layers keeps; leave it out"
+            raise ParameterError(
+                "coupled",
+                None,
+                "no filter can go: each meets channels that an operation reads at full width, or that are excluded; leave it out",
             )
         if self.budget is not None and all(family.is_fixed for family in families):
-            raise UserError(f"--budget {self.budget}: no filter can go: --exclude-layers keeps all that could")
+            raise ParameterError("budget", self.budget, "no filter can go: all that could are excluded")
 
     def __call__(self) -> Selection:
         if self.takes_nothing:

@@ -11,7 +11,7 @@ from models.graph.features import maps_of_convolutions
 from models.graph.layers import PrunableLayer
 from models.graph.walk import Inputs
 from prune.gradients import batch_size
-from utils.errors import UserError
+from utils.errors import ParameterError, UserError
 from utils.modes import without_trace
 
 
@@ -47,10 +47,10 @@ def mean_of_maps(
     for total in (*sums, seen) if all_reduce is not None else ():
         all_reduce(total)
     if not seen:
-        raise UserError("--samp-batches: not one training batch to look at feature maps of: give 1 or more")
+        raise ParameterError("samp_batches", None, "not one training batch to look at feature maps of: give 1 or more")
     return {name: total / seen for name, total in zip(names, sums, strict=True)}
 
 
 def _check_finite(name: str, maps: Tensor) -> None:
     if not maps.isfinite().all():
-        raise UserError(f"the feature maps of {name} are NaN or infinite: check the network that is pruned (--t-path, --s-path)")
+        raise UserError(f"the feature maps of {name} are NaN or infinite: check the network that is pruned")

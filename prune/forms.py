@@ -20,7 +20,7 @@ from prune.schedule import (
     SoftPruning,
 )
 from utils.distributed import any_process
-from utils.errors import UserError
+from utils.errors import ParameterError, UserError
 
 
 def build_schedule(
@@ -86,7 +86,7 @@ def _small_if_proved(
         return schedule
     reason = reason or "another process found a difference"
     if required:
-        raise UserError(f"--train-form compact: {reason}; choose masked")
+        raise ParameterError("form", "compact", f"{reason}; choose masked")
     warn(f"trains the large network with zeros, not the small one: {reason}")
     return None
 
@@ -103,7 +103,7 @@ def check_compact_form(selection: Selection, images: Tensor) -> None:
     except (RuntimeError, TypeError) as error:
         schedule, reason = None, f"{type(network).__name__} cannot be copied ({str(error).splitlines()[0]})"
     if schedule is None:
-        raise UserError(f"--train-form compact: {reason}; choose masked")
+        raise ParameterError("form", "compact", f"{reason}; choose masked")
 
 
 def _proved(

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.graph.layers import PrunableLayer
 from models.graph.walk import Inputs
-from utils.errors import UserError
+from utils.errors import ParameterError, UserError
 from utils.modes import without_trace
 from utils.training.objective import logits_of
 
@@ -53,7 +53,7 @@ def mean_gradients(
     if all_reduce is not None:
         images_seen = _reduce(sums, images_seen, all_reduce)
     if not images_seen:
-        raise UserError("--samp-batches: not one training batch to take the gradient over: give 1 or more")
+        raise ParameterError("samp_batches", None, "not one training batch to take the gradient over: give 1 or more")
     torch._foreach_div_(sums, images_seen)
     _check_finite(layers, sums)
     return {layer.name: gradient for layer, gradient in zip(layers, sums, strict=True)}
@@ -113,7 +113,7 @@ def importances(
                 total += (variable.detach().double() * gradient / count).square().flatten(1).sum(1)
             batches_seen += 1
     if not batches_seen:
-        raise UserError("--samp-batches: not one training batch to take the gradient over: give 1 or more")
+        raise ParameterError("samp_batches", None, "not one training batch to take the gradient over: give 1 or more")
     _check_finite(layers, sums)
     return {layer.name: total for layer, total in zip(layers, sums, strict=True)}
 
@@ -150,6 +150,6 @@ def _check_finite(layers: Sequence[PrunableLayer], gradients: list[Tensor]) -> N
     if not all(finite):
         name = layers[finite.index(False)].name
         raise UserError(
-            f"the gradient of {name} is NaN or infinite: check the network that is pruned (--t-path, --s-path), "
-            "or choose a --prune-mode without gradients, such as filter-gm"
+            f"the gradient of {name} is NaN or infinite: check the network that is pruned, "
+            "or choose a criterion without gradients, such as filter-gm"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.graph.layers import PrunableLayer
 from prune.criteria import CRITERIA, Criterion
-from utils.errors import UserError, naming
+from utils.errors import ParameterError, UserError, naming
 
 Ratios = Mapping[str, float | None]  # the proportion that each layer retains; None is as much as a budget pays for
 
@@ -21,7 +21,7 @@ Ratios = Mapping[str, float | None]  # the proportion that each layer retains; N
 def keep_ratios(
     layers: Sequence[PrunableLayer], rates: Sequence[float] | None, *, exclude: Sequence[str] = ()
 ) -> dict[str, float | None]:
-    """The proportion of filters that each layer retains, by name: `--prune-rates` and `--exclude-layers`.
+    """The proportion of filters that each layer retains, by name, with some layers excluded.
 
     `rates` is one value for all layers or one a layer, None for what a budget pays for; excluded layers are counted there too,
     and retain everything. In `exclude` stand names, or patterns of the shell such as `layer4.*`.
@@ -32,22 +32,22 @@ def keep_ratios(
     for rate in rates or ():
         _check_keep_ratio(rate)
     if rates is not None and len(rates) not in (1, len(names)):
-        raise UserError(f"--prune-rates: {len(rates)} values for {len(names)} layers: give 1 or {len(names)}")
+        raise ParameterError("keep_ratios", None, f"{len(rates)} values for {len(names)} layers: give 1 or {len(names)}")
     unknown = [pattern for pattern in exclude if not fnmatch.filter(names, pattern)]
     if unknown:
-        raise UserError(f"--exclude-layers {' '.join(unknown)}: no such layer: choose from {', '.join(names)}")
+        raise ParameterError("exclude", unknown, f"no such layer: choose from {', '.join(names)}")
     excluded = {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
     each = rates if rates is not None and len(rates) == len(names) else [rates[0] if rates else None] * len(names)
     ratios = {name: 1.0 if name in excluded else ratio for name, ratio in zip(names, each, strict=True)}
     for layer in layers:
         if ratios[layer.name] != 1 and "weight" not in dict(layer.module.named_parameters(recurse=False)):
-            raise UserError(f"{layer.name}: its weight is computed from other parameters; add it to --exclude-layers")
+            raise UserError(f"{layer.name}: its weight is computed from other parameters; exclude it")
     return ratios
 
 
 def _check_keep_ratio(keep_ratio: float) -> None:
     if not 0 < keep_ratio <= 1:
-        raise UserError(f"--prune-rates {keep_ratio}: the proportion retained must be above 0 and at most 1")
+        raise ParameterError("keep_ratio", keep_ratio, "the proportion retained must be above 0 and at most 1")
 
 
 def keep_count(filters: int, keep_ratio: float, *, multiple: int = 1) -> int:
@@ -58,7 +58,7 @@ def keep_count(filters: int, keep_ratio: float, *, multiple: int = 1) -> int:
     """
     _check_keep_ratio(keep_ratio)
     if multiple < 1:
-        raise UserError(f"--channel-multiple {multiple}: must be 1 or more")
+        raise ParameterError("multiple", multiple, "must be 1 or more")
     if keep_ratio == 1:
         return filters
     return min(filters, multiple * max(1, round(filters * keep_ratio / multiple)))
@@ -76,12 +76,14 @@ def check_criterion(layers: Sequence[PrunableLayer], ratios: Ratios, *, criterio
     if "bn_weight" in CRITERIA[criterion].inputs:
         without = [layer.name for layer in losing_layers(layers, ratios, multiple=multiple) if layer.bn_weight is None]
         if without:
-            raise UserError(
-                f"--prune-mode {criterion}: no batch norm with a weight reads {', '.join(without)} alone: "
-                "name what has none in --exclude-layers, or choose another criterion"
+            raise ParameterError(
+                "criterion",
+                criterion,
+                f"no batch norm with a weight reads {', '.join(without)} alone: "
+                "exclude what has none, or choose another criterion",
             )
     if CRITERIA[criterion].needs_maps and any(layer.is_linear for layer in layers):
-        raise UserError(f"--prune-linear: not with --prune-mode {criterion}, which scores feature maps: a hidden unit has none")
+        raise ParameterError("linear", None, f"not with {criterion}, which scores feature maps: a hidden unit has none")
 
 
 def choose_filters(
@@ -106,7 +108,7 @@ def choose_filters(
     that are not finite.
     """
     if criterion not in CRITERIA:
-        raise UserError(f"--prune-mode {criterion}: choose from {', '.join(CRITERIA)}")
+        raise ParameterError("criterion", criterion, f"choose from {', '.join(CRITERIA)}")
     losing = losing_layers(layers, ratios, multiple=multiple)
     # Random scores are drawn for every layer, so that what one retains does not change the choice in the next.
     scored = layers if "generator" in CRITERIA[criterion].inputs else losing

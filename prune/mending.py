@@ -58,7 +58,7 @@ def mend_pruned(
         with torch.no_grad():
             for key in (key for key in keys if key in found):
                 own[key].copy_(small.widened(key, found[key]))
-    schedule.hold()
+    schedule.clear_pruned()
     broadcast_from_main(tensor for network in (model, small) if network is not None for tensor in network.parameters())
     return fits
 

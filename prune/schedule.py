@@ -66,9 +66,9 @@ class HardPruning(PruningSchedule):
         self._zeros = _Zeros()
         for key, rows in selection.zero_rows().items():
             self._zeros.add(tensor_of(self.model, key), rows)
-        self.hold()
+        self.clear_pruned()
 
-    def hold(self) -> None:
+    def clear_pruned(self) -> None:
         """Clears what momentum, weight decay and the BN bias' gradient brought back, in a few launches and no sync."""
         self._zeros.restore()
 
@@ -94,7 +94,7 @@ class GradualPruning(HardPruning):
         self._choose_at, self._steps, self._on_choice, self._mend = choose_at, steps, on_choice, mend
         super().__init__(graph, choose_at(0, None) if selection is None else selection)
 
-    def after_epoch(self, epoch: int) -> None:
+    def next_network(self, epoch: int) -> None:
         if epoch + 1 < self._steps:
             self._clear_dead_inputs()
             unpruned = copied(self.model) if self._mend is not None else None
@@ -111,7 +111,7 @@ class GradualPruning(HardPruning):
             return
         self.model.load_state_dict(small.dense_state_dict(idle=self.model.state_dict()))
 
-    def is_final(self, epoch: int) -> bool:
+    def is_finished(self, epoch: int) -> bool:
         return epoch + 2 >= self._steps
 
 
@@ -148,7 +148,7 @@ class PhysicalPruning(PruningSchedule):
     def trained_network(self) -> NarrowNetwork:
         return self._network
 
-    def hold(self) -> None:
+    def clear_pruned(self) -> None:
         self._zeros.restore()
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class GradualPhysicalPruning(PhysicalPruning):
         self._choose_at, self._steps, self._on_choice, self._mend = choose_at, steps, on_choice, mend
         super().__init__(graph, choose_at(0, None) if selection is None else selection)
 
-    def after_epoch(self, epoch: int) -> nn.Module | None:
+    def next_network(self, epoch: int) -> nn.Module | None:
         if epoch + 1 >= self._steps:
             return None
         self.model.load_state_dict(self._network.dense_state_dict(idle=self.model.state_dict()))
@@ -185,10 +185,10 @@ class GradualPhysicalPruning(PhysicalPruning):
         self._on_choice(self, epoch + 1)
         return self._network
 
-    def is_final(self, epoch: int) -> bool:
+    def is_finished(self, epoch: int) -> bool:
         return epoch + 2 >= self._steps
 
-    def carried(self, key: str, value: Tensor, *, before: nn.Module) -> Tensor:
+    def carried_over(self, key: str, value: Tensor, *, before: nn.Module) -> Tensor:
         return self._network.narrowed(key, before.widened(key, value))
 
 
@@ -241,7 +241,7 @@ class SoftPruning(PruningSchedule):
     def after_step(self) -> None:
         self._just_cleared = False
 
-    def after_epoch(self, epoch: int) -> None:
+    def next_network(self, epoch: int) -> None:
         if (epoch + 1) % self.interval == 0 or epoch == self.last_epoch:
             self.selection = self.choose()
             self._clear_chosen()

@@ -105,7 +105,7 @@ def test_a_network_without_a_small_form_is_trained_with_zeros(teacher, monkeypat
     log = (teacher.parent / "saves" / "pruning.txt").read_text()
     assert log.count("WARNING: trains the large network with zeros, not the small one: TwoFaced runs other operations") == 1
     for flags in (["--train-form", "compact"], ["--train-form", "compact", "--dry-run"]):
-        with pytest.raises(UserError, match="--train-form compact: TwoFaced runs other operations in training"):
+        with pytest.raises(UserError, match="form compact: TwoFaced runs other operations in training"):
             train(teacher, "compact", "--prune-mode", "filter-gm", *flags)
     assert not (teacher.parent / "saves" / "compact").exists()
 
@@ -114,7 +114,7 @@ def test_a_run_without_a_compact_network_has_a_summary(teacher, monkeypatch):
     def refuse(network, images):
         raise UserError("no way")
 
-    monkeypatch.setattr(record, "compact", refuse)
+    monkeypatch.setattr(record, "compact_selection", refuse)
     train(teacher, "run", "--prune-mode", "filter-gm")
     folder = teacher.parent / "saves" / "run"
     summary = json.loads((folder / "summary.json").read_text())

@@ -15,6 +15,7 @@ from deploy import latency, layers
 from deploy.budget import obtain_table
 from deploy.latency import LatencyTable, best_multiple, calibrate, measured_widths, read_table, rising
 from deploy.layers import LayerKind, kinds_of_layers, layer_runner
+from deploy.settings import LatencySettings
 from models import build_model
 from models.graph import ChannelGraph
 from prune.choice import FilterChoice
@@ -150,7 +151,7 @@ def test_the_slope_is_set_until_the_network_takes_what_it_may(share, law, monkey
     )
     monkeypatch.setattr(latency, "RUNTIMES", {"torch": lambda network, images: network})
     if LAWS[law](0.02) > share:  # about what a tenth of each layer takes
-        with pytest.raises(UserError, match=r"--budget latency=0\.3: no network .* latency=0\.3\d* is the least"):
+        with pytest.raises(UserError, match=r"budget latency=0\.3: no network .* latency=0\.3\d* is the least"):
             calibrate(times, share, network, small, IMAGE)
         return
     calibrate(times, share, network, small, IMAGE)
@@ -190,12 +191,12 @@ def test_measuring_a_table_leaves_the_random_streams_as_they_were(runtime, monke
     if runtime != "torch":
         pytest.importorskip(runtime)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Dropout(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(144, 10))
-    settings = {"budget_runtime": runtime, "budget_batch_size": 2, "budget_threads": 1, "budget_table": None, "resume": None}
+    settings = LatencySettings(runtime, batch_size=2, threads=1)
     monkeypatch.setattr(latency, "median_seconds", lambda runners, *_, **__: {name: len(name) for name in runners})
     small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10)), {"0": (3, 4), "2": (4, 4)}
     data, stream = SimpleNamespace(example=torch.randn(1, 3, 8, 8)), torch.get_rng_state()
     found = obtain_table(
-        SimpleNamespace(**settings), network, data, share=1.0, multiple=1, narrowest=4, chosen_by=lambda table: lambda: small
+        settings, network, data, recorded=None, share=1.0, multiple=1, narrowest=4, chosen_by=lambda table: lambda: small
     )
     assert found.runtime == runtime and torch.equal(torch.get_rng_state(), stream)
 
@@ -221,7 +222,7 @@ class TestFiles:
 
     def test_that_of_another_network_or_size_is_refused(self, tmp_path):
         path, _ = self.write(tmp_path)
-        with pytest.raises(UserError, match=r"--budget-table .*table.json: is of another network or image size, its layer"):
+        with pytest.raises(UserError, match=r"budget-table .*table.json: is of another network or image size, its layer"):
             self.read(path, model="resnet32")
         with pytest.raises(UserError, match="is of another network or image size"):
             self.read(path, image=torch.randn(1, 3, 64, 64))

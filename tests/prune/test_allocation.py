@@ -121,7 +121,7 @@ def test_multiples_the_floor_and_what_is_excluded(allocation):
 
 def test_what_a_budget_does_not_pay_for():
     families = [family(10), family(10, name="b", keep_ratio=1.0)]
-    with pytest.raises(UserError, match=r"--budget macs=0\.5: .* macs=0\.55 is the least"):
+    with pytest.raises(UserError, match=r"budget macs=0\.5: .* macs=0\.55 is the least"):
         counts_within(Budget("macs", 0.5), families, cost=cost_of(1, 1), allocation="global")
 
 

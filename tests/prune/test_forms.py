@@ -178,7 +178,7 @@ def test_a_network_that_has_no_small_form_is_trained_masked_and_says_why():
     schedule, warnings = build(TwoFaced(), "auto")
     assert isinstance(schedule, HardPruning)
     assert len(warnings) == 1 and "TwoFaced runs other operations in training" in warnings[0]
-    with pytest.raises(UserError, match=r"--train-form compact: TwoFaced runs other .*; choose masked"):
+    with pytest.raises(UserError, match=r"form compact: TwoFaced runs other .*; choose masked"):
         build(TwoFaced(), "compact")
     assert isinstance(build(TwoFaced(), "masked")[0], HardPruning)
 
@@ -246,7 +246,7 @@ def test_a_network_that_cannot_be_copied_is_trained_masked():
     nn.utils.weight_norm(model.head)  # of old: it computes a tensor that torch does not copy
     schedule, warnings = build(model, "auto")
     assert isinstance(schedule, HardPruning) and "Linear cannot be copied" in warnings[0]
-    with pytest.raises(UserError, match="--train-form compact: Operations cannot be copied"):
+    with pytest.raises(UserError, match="form compact: Operations cannot be copied"):
         check_compact_form(selected(model, kept_half(model)), images())
 
 
@@ -273,7 +273,7 @@ def test_the_compact_form_is_checked_without_a_change():
     before = copy.deepcopy(model.state_dict())
     check_compact_form(selected(model, kept_half(model)), images())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with pytest.raises(UserError, match="--train-form compact: TwoFaced"):
+    with pytest.raises(UserError, match="form compact: TwoFaced"):
         check_compact_form(selected(TwoFaced(), kept_half(TwoFaced())), images())
 
 
@@ -293,7 +293,7 @@ def test_auto_trains_the_form_that_is_the_faster_one(is_faster):
 def test_a_computed_weight_cannot_be_pruned():
     model = Operations()
     nn.utils.parametrizations.weight_norm(model.conv_b)
-    with pytest.raises(UserError, match="conv_b: its weight is computed from other parameters; add it to --exclude-layers"):
+    with pytest.raises(UserError, match="conv_b: its weight is computed from other parameters; exclude it"):
         kept_half(model)
     layers = prunable_layers(model)
     assert isinstance(layers[1], PrunableLayer)

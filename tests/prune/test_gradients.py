@@ -212,7 +212,7 @@ def test_processes_add_up_to_the_mean_over_all_images():
 
 def test_no_batches_are_refused():
     model = PlainNetwork()
-    with pytest.raises(UserError, match="--samp-batches"):
+    with pytest.raises(UserError, match="samp_batches"):
         mean_gradients(model, [], layers=prunable_layers(model))
 
 

@@ -147,7 +147,7 @@ def test_what_has_no_maps_is_refused_by_name():
 def test_no_batch_and_maps_that_are_not_finite_are_refused():
     network, batches = trained_resnet(), images_of(2)
     passed = {"layers": prunable_layers(network)[:1], "of_maps": map_ranks}
-    with pytest.raises(UserError, match="--samp-batches: not one training batch"):
+    with pytest.raises(UserError, match="samp_batches: not one training batch"):
         mean_of_maps(ChannelGraph(network), [], **passed)
     with torch.no_grad():
         network.bn_1.bias[2] = math.inf

@@ -112,7 +112,7 @@ def test_pruned_filters_stay_at_zero():
     schedule = hard_pruning(masked, kept)
     reconstruct(masked, network, images(4, 3, 12, 12))
     before = copy.deepcopy(masked.state_dict())
-    schedule.hold()
+    schedule.clear_pruned()
     assert all(torch.equal(before[key], value) for key, value in masked.state_dict().items())
 
 

@@ -114,7 +114,7 @@ def test_hard_pruning_changes_nothing_else():
     state = snapshot(model)
     kept = lowest_norm(model)
     schedule = hard_pruning(model, kept)
-    schedule.after_epoch(0)
+    schedule.next_network(0)
     for layer in prunable_layers(model):
         stays = list(kept.channels(layer.name))
         assert torch.equal(layer.module.weight[stays], state[f"{layer.name}.weight"][stays])
@@ -212,7 +212,7 @@ def test_soft_pruning_trains_as_the_official_code():
     optimizer = sgd(ours)
     for epoch in range(3):
         train(ours, schedule, optimizer)
-        schedule.after_epoch(epoch)
+        schedule.next_network(epoch)
     found = {layer.name: list(schedule.selection.channels(layer.name)) for layer in layers}
     assert found == {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
     assert same_state(ours, official.state_dict())
@@ -235,7 +235,7 @@ def test_soft_pruning_chooses_anew():
         model.conv_1_3x3.weight[list(before)] = 0.001
         model.conv_1_3x3.weight[[i for i in range(16) if i not in before]] = 1.0
     schedule.after_step()
-    schedule.after_epoch(0)
+    schedule.next_network(0)
     assert not set(before) & set(schedule.selection.channels("conv_1_3x3"))
 
 
@@ -251,7 +251,7 @@ def test_soft_pruning_before_the_first_after_every_interval_and_the_last_epoch(i
     schedule = SoftPruning(graph, choose, interval=interval, last_epoch=4)
     for epoch in range(5):
         schedule.after_step()
-        schedule.after_epoch(epoch)
+        schedule.next_network(epoch)
     assert choices == [-1, *pruned_epochs]
 
 
@@ -259,7 +259,7 @@ def test_shipped_clears_the_chosen_filters_whole_and_restores_every_bit():
     model = with_bn_biases(small_resnet())
     schedule = soft_schedule(model, interval=5)
     train(model, schedule, sgd(model))
-    schedule.after_epoch(0)  # no pruning on this one
+    schedule.next_network(0)  # no pruning on this one
     state, expected = snapshot(model), lowest_norm(model)
     with schedule.shipped() as kept:
         assert kept == expected
@@ -313,7 +313,7 @@ def test_without_pruning_nothing_happens():
     state, whole = snapshot(model), lowest_norm(model, 1.0)
     schedule = PruningSchedule(whole.graph, whole)
     schedule.after_step()
-    schedule.after_epoch(0)
+    schedule.next_network(0)
     with schedule.shipped() as kept:
         assert kept.is_whole
     assert same_state(model, state)
@@ -380,7 +380,7 @@ class TestGradual:
             chosen.append({layer.name: set(schedule.selection.channels(layer.name)) for layer in choose.layers})
             train(model, schedule, optimizer, size=32)
             assert not any(rows.any() for rows in pruned_parts(model, schedule.selection))
-            schedule.after_epoch(epoch)
+            schedule.next_network(epoch)
             assert not any(rows.any() for rows in pruned_parts(model, schedule.selection))
         assert heard == [1, 2] and chosen[2] == chosen[3]
         for before, after in pairwise(chosen):
@@ -415,4 +415,4 @@ class TestGradual:
     def test_only_networks_of_the_last_step_are_final(self):
         model = small_resnet()
         schedule = self.schedule(model, self.choice(model), steps=4, heard=[])
-        assert [schedule.is_final(epoch) for epoch in range(5)] == [False, False, True, True, True]
+        assert [schedule.is_finished(epoch) for epoch in range(5)] == [False, False, True, True, True]

@@ -12,23 +12,23 @@ class Pruning:
 
     def after_step(self) -> None:
         """Called after every optimizer step."""
-        self.hold()
+        self.clear_pruned()
 
-    def hold(self) -> None:
+    def clear_pruned(self) -> None:
         """Brings the weights that the network has now to what the method holds them at; a second call changes nothing."""
 
-    def after_epoch(self, epoch: int) -> nn.Module | None:
+    def next_network(self, epoch: int) -> nn.Module | None:
         """Called after the last step of `epoch`, counted from 0, before anything is evaluated or saved.
 
         May give another network to train from now on.
         """
         return None
 
-    def carried(self, key: str, value: Tensor, *, before: nn.Module) -> Tensor:
+    def carried_over(self, key: str, value: Tensor, *, before: nn.Module) -> Tensor:
         """`value`, which belongs to the parameter `key` of the network `before`, in the shape of the one that took its place."""
         return value
 
-    def is_final(self, epoch: int) -> bool:
+    def is_finished(self, epoch: int) -> bool:
         """Whether the network that `epoch` ends with has the form in which the training ends."""
         return True
 

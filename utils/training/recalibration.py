@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from utils.distributed import average_over_processes
-from utils.errors import UserError
+from utils.errors import ParameterError
 from utils.images.batches import ImageData
 from utils.seed import preserved_random_state
 
@@ -20,9 +20,9 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def check_recalibration(network: nn.Module, batches: int | None) -> None:
-    """Raises UserError if `--recalibrate-bn` was given for a network that has no running statistics."""
+    """Raises ParameterError if `batches` are given for a network that has no running statistics."""
     if batches is not None and not _norms_of(network):
-        raise UserError(f"--recalibrate-bn {batches}: this network has no batch norm with running statistics; leave it out")
+        raise ParameterError("batches", batches, "this network has no batch norm with running statistics; leave it out")
 
 
 @contextlib.contextmanager

@@ -178,12 +178,12 @@ class Trainer:
         broadcast_from_main(self.network.buffers())
         if self.average is not None:
             broadcast_from_main(self.average.buffers(self.network))
-        other = self.pruning.after_epoch(self.epoch)
+        other = self.pruning.next_network(self.epoch)
         if other is not None:
             self._exchange(self.place(other))
         if self.average is not None:
             with self.average.swapped():  # which still has the weights that the network has just lost
-                self.pruning.hold()
+                self.pruning.clear_pruned()
         self._check_finite()
         began = time.monotonic()
         with self._shipped() as kept:
@@ -213,7 +213,7 @@ class Trainer:
         self.earlier = {"flops": self.earlier["flops"] + self._flops(epochs - self.earlier["epochs"]), "epochs": epochs}
         before, momentum = self.network, self.optimizer.state
         carried = {
-            name: self.pruning.carried(name, momentum[parameter]["momentum_buffer"], before=before)
+            name: self.pruning.carried_over(name, momentum[parameter]["momentum_buffer"], before=before)
             for name, parameter in before.named_parameters()
             if momentum.get(parameter, {}).get("momentum_buffer") is not None
         }
@@ -234,7 +234,7 @@ class Trainer:
 
     def _has_no_best(self) -> bool:
         """Whether the first epoch of its kind has ended: one before the network has its final form is no rival of those after."""
-        return self.best is None or (self.pruning.is_final(self.epoch) and not self.pruning.is_final(self.best["epoch"]))
+        return self.best is None or (self.pruning.is_finished(self.epoch) and not self.pruning.is_finished(self.best["epoch"]))
 
     def _score_other(self) -> dict[str, float]:
         """With an average: scores the network that is not shipped, `average_top1` or `trained_top1`, and saves it beside."""

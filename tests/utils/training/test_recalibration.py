@@ -109,7 +109,7 @@ def test_a_network_without_running_statistics_is_refused():
     check_recalibration(nn.Conv2d(3, 4, 1), None)
     check_recalibration(network(), 5)
     for net in (nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)):
-        with pytest.raises(UserError, match="--recalibrate-bn 5: this network has no batch norm with running statistics"):
+        with pytest.raises(UserError, match="batches 5: this network has no batch norm with running statistics"):
             check_recalibration(net, 5)
 
 

@@ -142,7 +142,7 @@ class TestFit:
             def after_step(self) -> None:
                 calls.append("step")
 
-            def after_epoch(self, epoch: int) -> None:
+            def next_network(self, epoch: int) -> None:
                 calls.append(f"epoch {epoch}")
 
         trainer(run, CrossEntropyObjective(tiny_network()), pruning=Noting()).fit()
