@@ -44,7 +44,7 @@ VARYING = TIMINGS | {"git_sha", "resumptions"}  # the repository may change mean
 PASSING = ("lock",)  # says who works on the run, not what came of it
 MAX_KILLS_A_RUN = 3
 COMMON_FLAGS = "--n-epochs 3 --limit-batches 2 --batch-size 16 --schedule 1 --lr-drops 0.5 --device cpu"
-PRUNING_FLAGS = f"--t-model resnet20 --s-copy-t --prune-rates 0.6 --run-name run {COMMON_FLAGS}"
+PRUNING_FLAGS = f"--s-copy-t --prune-rates 0.6 --run-name run {COMMON_FLAGS}"
 
 BUDGET_FLAGS = PRUNING_FLAGS.replace("--prune-rates 0.6", "--budget macs=0.6")
 

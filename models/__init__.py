@@ -43,7 +43,7 @@ def _imagenet_resnet(name: str, **options: Any) -> nn.Module:
 PRETRAINED_MODELS = frozenset(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": _alexnet,
-    **{f"resnet{depth}": partial(_cifar_resnet, depth=depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": partial(_cifar_resnet, depth=depth) for depth in (8, 20, 32, 44, 56, 110)},
     **{name: partial(_imagenet_resnet, name) for name in sorted(PRETRAINED_MODELS, key=lambda name: int(name[6:]))},
     **{f"repdistiller/{name}": partial(build_repdistiller, name) for name in REPDISTILLER_NETWORKS},
 }

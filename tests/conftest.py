@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / ".hypothesis" / "examples"
-TEACHER_FLAGS = "--model resnet20 --n-epochs 2 --limit-batches 2 --batch-size 32 --lr 0.05 --schedule --lr-drops --device cpu"
+TEACHER_FLAGS = "--model resnet8 --n-epochs 2 --limit-batches 2 --batch-size 32 --lr 0.05 --schedule --lr-drops --device cpu"
 
 FEW = hypothesis.settings(
     max_examples=20,
@@ -79,7 +79,7 @@ def run_main(script: str, *words: str) -> Ended:
     output, errors, status = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", [f"{script}.py", *words]),
-        mock.patch.object(profile, "MIN_RUN_SECONDS", 0.0),
+        mock.patch.multiple(profile, MIN_RUN_SECONDS=0.0, MIN_ROUNDS=2),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):
@@ -139,7 +139,7 @@ def mixed_size_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of initial_train.py: ResNet-20, a few steps on digits."""
+    """The folder of a finished run of initial_train.py: ResNet-8, a few steps on digits."""
     save_dir = tmp_path_factory.mktemp("trained")
     ended = run_main("initial_train", *TEACHER_FLAGS.split(), "--save-dir", str(save_dir), "--run-name", "teacher")
     assert ended.status == 0, ended.errors

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.kill_test import RECIPES, RUN, differences, moments_of, start, wait
 
 SOFT = next(recipe for recipe in RECIPES if recipe.name == "soft + HAP")
-TRAINING = ["--model", "resnet20", "--run-name", "run", "--n-epochs", "2", "--limit-batches", "2", "--batch-size", "16"]
+TRAINING = ["--model", "resnet8", "--run-name", "run", "--n-epochs", "2", "--limit-batches", "2", "--batch-size", "16"]
 TRAINING += ["--schedule", "--lr-drops", "--auto-resume"]
 
 

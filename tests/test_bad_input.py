@@ -3,19 +3,17 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 
 from models import build_model
 from models.network_file import describe_network
 from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.training.trainer import Trainer
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
@@ -45,10 +43,10 @@ CHECKPOINTS = ("resnet32", "seven_classes", "newer", "bare", "regrown", "nothing
 
 def write_checkpoints(places: dict[str, Path]) -> None:
     trained = load_checkpoint(places["teacher"])
-    describe = {"model": "resnet20", "num_classes": 10, "config": {}}
+    describe = {"model": "resnet8", "num_classes": 10, "config": {}}
     others = {
         "resnet32": describe_network(build_model("resnet32", num_classes=10).state_dict(), **{**describe, "model": "resnet32"}),
-        "seven_classes": describe_network(build_model("resnet20", num_classes=7).state_dict(), **{**describe, "num_classes": 7}),
+        "seven_classes": describe_network(build_model("resnet8", num_classes=7).state_dict(), **{**describe, "num_classes": 7}),
         "newer": {**trained, "format": 99},
         "regrown": describe_network(trained["state_dict"], **describe, kept={"stage_1.0.conv_a": [0, 1]}),
         "nan": describe_network(
@@ -68,7 +66,7 @@ def write_damaged(places: dict[str, Path]) -> None:
     whole = places["teacher"].read_bytes()
     places["truncated"].write_bytes(whole[: len(whole) // 2])
     places["text"].write_text("version https://git-lfs.github.com/spec/v1\n")
-    places["flipped"].write_bytes(whole[:500_000] + bytes([whole[500_000] ^ 4]) + whole[500_001:])
+    places["flipped"].write_bytes(whole[:100_000] + bytes([whole[100_000] ^ 4]) + whole[100_001:])
     torch.save({"state_dict": Malicious(places["marker"])}, places["malicious"])
 
 
@@ -91,30 +89,30 @@ def write_image_folders(folder: Path, image_writer) -> dict[str, Path]:
 
 
 TRAIN, PRUNE, QUANTIZE = "initial_train", "pruning", "quantize_encode"
-COPY = "--t-model resnet20 --t-path {teacher} --s-copy-t --prune-rates 0.6"
+COPY = "--t-model resnet8 --t-path {teacher} --s-copy-t --prune-rates 0.6"
 
 LONG_INT, LONG_NAME = "9" * 5000, "n" * 300
 
 # script, command line, and what its error must say
 COMMANDS = [
-    (TRAIN, f"--model resnet20 --n-epochs {LONG_INT}", ["--n-epochs", "999...999", "whole number"]),
-    (TRAIN, f"--model resnet20 --seed {10**400}", ["--seed", "2**63 - 1"]),
-    (TRAIN, "--model resnet20 --limit-batches 99999999999999999999", ["--limit-batches", "too large"]),
-    (TRAIN, "--model resnet20 --batch-size 99999999999999999999", ["--batch-size", "too large"]),
-    (TRAIN, "--model resnet20 --workers 1000000", ["--workers", "'1000000'", "0 to 1024"]),
-    (TRAIN, "--model resnet20 --lr 1e300", ["--lr", "'1e300' is too large"]),
-    (TRAIN, "--model resnet20 --lr 1e-300", ["--lr", "'1e-300' is not a number above 0"]),
-    (TRAIN, f"--model resnet20 --schedule 1 2 3 --lr-drops {'1e18 ' * 3}", ["--lr-drops", "too large a learning rate"]),
-    (TRAIN, f"--model resnet20 --run-name {LONG_NAME}", ["--run-name", "too long for a file system"]),
-    (TRAIN, f"--model resnet20 --save-dir /tmp/{LONG_NAME}", ["--save-dir", "too long for a file system"]),
-    (TRAIN, f"--model resnet20 --dataset folder --data-dir {'d/' * 3000}", ["--data-dir", "too long for a file system"]),
+    (TRAIN, f"--model resnet8 --n-epochs {LONG_INT}", ["--n-epochs", "999...999", "whole number"]),
+    (TRAIN, f"--model resnet8 --seed {10**400}", ["--seed", "2**63 - 1"]),
+    (TRAIN, "--model resnet8 --limit-batches 99999999999999999999", ["--limit-batches", "too large"]),
+    (TRAIN, "--model resnet8 --batch-size 99999999999999999999", ["--batch-size", "too large"]),
+    (TRAIN, "--model resnet8 --workers 1000000", ["--workers", "'1000000'", "0 to 1024"]),
+    (TRAIN, "--model resnet8 --lr 1e300", ["--lr", "'1e300' is too large"]),
+    (TRAIN, "--model resnet8 --lr 1e-300", ["--lr", "'1e-300' is not a number above 0"]),
+    (TRAIN, f"--model resnet8 --schedule 1 2 3 --lr-drops {'1e18 ' * 3}", ["--lr-drops", "too large a learning rate"]),
+    (TRAIN, f"--model resnet8 --run-name {LONG_NAME}", ["--run-name", "too long for a file system"]),
+    (TRAIN, f"--model resnet8 --save-dir /tmp/{LONG_NAME}", ["--save-dir", "too long for a file system"]),
+    (TRAIN, f"--model resnet8 --dataset folder --data-dir {'d/' * 3000}", ["--data-dir", "too long for a file system"]),
     (TRAIN, f"--resume {LONG_NAME}", ["--resume", "too long for a file system"]),
     (TRAIN, f"--evaluate --load-path={LONG_NAME}", ["--load-path", "too long for a file system"]),
-    (TRAIN, "--model resnet20 --run-name \udcff", ["--run-name '\\udcff'", "no text in UTF-8"]),
-    (TRAIN, "--model resnet20 --save-dir=/tmp/\udcff", ["--save-dir '/tmp/\\udcff'", "no text in UTF-8"]),
-    (TRAIN, "--model resnet20 --run-name .partial-run-x", ["--run-name '.partial-run-x'", "no dot"]),
-    (TRAIN, "--model resnet20 --run-name a\x1b[2J", ["--run-name", "can be printed"]),
-    (TRAIN, "--model resnet20 --log-name .profile", ["--log-name '.profile'", "no dot"]),
+    (TRAIN, "--model resnet8 --run-name \udcff", ["--run-name '\\udcff'", "no text in UTF-8"]),
+    (TRAIN, "--model resnet8 --save-dir=/tmp/\udcff", ["--save-dir '/tmp/\\udcff'", "no text in UTF-8"]),
+    (TRAIN, "--model resnet8 --run-name .partial-run-x", ["--run-name '.partial-run-x'", "no dot"]),
+    (TRAIN, "--model resnet8 --run-name a\x1b[2J", ["--run-name", "can be printed"]),
+    (TRAIN, "--model resnet8 --log-name .profile", ["--log-name '.profile'", "no dot"]),
     (PRUNE, f"{COPY} --distill kd --kd-t 1e300", ["--kd-t", "'1e300' is too large"]),
     (PRUNE, f"{COPY} --distill kd --kd-t 1e-300", ["--kd-t", "'1e-300'"]),
     (PRUNE, f"{COPY} --samp-batches 1e20", ["--samp-batches", "'1e20'"]),
@@ -123,55 +121,55 @@ COMMANDS = [
     (QUANTIZE, f"--load-path {{teacher}} --quan-bits conv_1_3x3={LONG_INT[:200]}", ["--quan-bits"]),
     (TRAIN, "", ["--model is required"]),
     (TRAIN, "--model resnet21", ["--model", "resnet21", "resnet20"]),
-    (TRAIN, "--model resnet20 --dataset mnist", ["--dataset", "mnist", "cifar10"]),
-    (TRAIN, "--model resnet20 --frobnicate 3", ["--frobnicate"]),
-    (TRAIN, "--model resnet20 --mod", ["--mod"]),
-    (TRAIN, "--model resnet20 --lr 0", ["--lr", "'0'", "above 0"]),
-    (TRAIN, "--model resnet20 --lr nan", ["--lr", "'nan'"]),
-    (TRAIN, "--model resnet20 --lr fast", ["--lr", "'fast'"]),
-    (TRAIN, "--model resnet20 --lr", ["--lr"]),
-    (TRAIN, "--model resnet20 --momentum 1", ["--momentum", "'1'"]),
-    (TRAIN, "--model resnet20 --weight-decay -0.1", ["--weight-decay", "'-0.1'"]),
-    (TRAIN, "--model resnet20 --schedule 1 60 --lr-drops 0.1", ["--lr-drops", "1 factors for the 2 epochs of --schedule"]),
-    (TRAIN, "--model resnet20 --schedule 60", ["--lr-drops", "--schedule"]),
-    (TRAIN, "--model resnet20 --lr-schedule exponential", ["--lr-schedule", "'exponential'", "steps", "linear", "cosine"]),
-    (TRAIN, "--model resnet20 --lr-schedule linear --schedule 6 --lr-drops 1", ["--schedule 6", "--lr-schedule steps"]),
+    (TRAIN, "--model resnet8 --dataset mnist", ["--dataset", "mnist", "cifar10"]),
+    (TRAIN, "--model resnet8 --frobnicate 3", ["--frobnicate"]),
+    (TRAIN, "--model resnet8 --mod", ["--mod"]),
+    (TRAIN, "--model resnet8 --lr 0", ["--lr", "'0'", "above 0"]),
+    (TRAIN, "--model resnet8 --lr nan", ["--lr", "'nan'"]),
+    (TRAIN, "--model resnet8 --lr fast", ["--lr", "'fast'"]),
+    (TRAIN, "--model resnet8 --lr", ["--lr"]),
+    (TRAIN, "--model resnet8 --momentum 1", ["--momentum", "'1'"]),
+    (TRAIN, "--model resnet8 --weight-decay -0.1", ["--weight-decay", "'-0.1'"]),
+    (TRAIN, "--model resnet8 --schedule 1 60 --lr-drops 0.1", ["--lr-drops", "1 factors for the 2 epochs of --schedule"]),
+    (TRAIN, "--model resnet8 --schedule 60", ["--lr-drops", "--schedule"]),
+    (TRAIN, "--model resnet8 --lr-schedule exponential", ["--lr-schedule", "'exponential'", "steps", "linear", "cosine"]),
+    (TRAIN, "--model resnet8 --lr-schedule linear --schedule 6 --lr-drops 1", ["--schedule 6", "--lr-schedule steps"]),
     (PRUNE, f"{COPY} --distill at --dkd-beta 2", ["--dkd-beta 2", "--distill dkd", "no effect"]),
     (PRUNE, f"{COPY} --distill dkd --alpha 0 --kd-standardize --hap-ts 2", ["--hap-ts 2", "--distill hap"]),
     (PRUNE, "--t-path {teacher} --s-model resnet18 --distill reviewkd", ["stages", "--distill reviewkd", "same number"]),
-    (TRAIN, "--model resnet20 --n-epochs 5 --warmup-epochs 5", ["--warmup-epochs 5", "fewer than the 5 of --n-epochs"]),
-    (TRAIN, "--model resnet20 --label-smoothing 1", ["--label-smoothing", "'1'", "below 1"]),
-    (TRAIN, "--model resnet20 --schedule 60 1 --lr-drops 1 1", ["--schedule 60 1", "rise"]),
-    (TRAIN, "--model resnet20 --schedule 1.5 --lr-drops 1", ["--schedule", "'1.5'"]),
-    (TRAIN, "--model resnet20 --lr-drops 0 --schedule 1", ["--lr-drops", "'0'"]),
-    (TRAIN, "--model resnet20 --batch-size 0", ["--batch-size", "'0'"]),
-    (TRAIN, "--model resnet20 --batch-size 1", ["--batch-size 1", "batch normalisation"]),
-    (TRAIN, "--model resnet20 --n-epochs 0", ["--n-epochs", "'0'"]),
-    (TRAIN, "--model resnet20 --limit-batches 0", ["--limit-batches", "'0'"]),
-    (TRAIN, "--model resnet20 --seed -1", ["--seed", "'-1'"]),
-    (TRAIN, "--model resnet20 --seed 9223372036854775808", ["--seed"]),
-    (TRAIN, "--model resnet20 --workers -1", ["--workers", "'-1'"]),
-    (TRAIN, "--model resnet20 --checkpoint-interval 0", ["--checkpoint-interval", "'0'"]),
-    (TRAIN, "--model resnet20 --checkpoint-minutes -1", ["--checkpoint-minutes", "'-1'"]),
-    (TRAIN, "--model resnet20 --device tpu", ["--device", "tpu", "cuda"]),
-    pytest.param(TRAIN, "--model resnet20 --device cuda", ["--device cuda", "no CUDA device"], marks=NO_CUDA),
-    pytest.param(TRAIN, "--model resnet20 --dev-idx 7", ["--dev-idx 7", "no CUDA device"], marks=NO_CUDA),
-    (TRAIN, "--model resnet20 --device cpu --sync-bn", ["--sync-bn", "CUDA"]),
-    (TRAIN, "--model resnet20 --pretrained", ["--pretrained", "resnet20", "resnet50"]),
-    (TRAIN, "--model resnet20 --run-name a/b", ["--run-name", "a/b"]),
-    (TRAIN, "--model resnet20 --run-name ..", ["--run-name", ".."]),
-    (TRAIN, "--model resnet20 --log-name ../log.txt", ["--log-name", "../log.txt"]),
-    (TRAIN, "--model resnet20 --save-dir {text}", ["--save-dir", "{text}"]),
-    (TRAIN, "--model resnet20 --save-dir {trained} --run-name teacher", ["--run-name teacher", "exists", "--resume"]),
-    (TRAIN, "--model resnet20 --dataset folder --data-dir {gone}", ["--data-dir {gone}", "no such folder"]),
-    (TRAIN, "--model resnet20 --dataset folder --data-dir {text}", ["--data-dir {text}"]),
-    (TRAIN, "--model resnet20 --dataset folder --data-dir {no_test}", ["--data-dir {no_test}", "test"]),
-    (TRAIN, "--model resnet20 --dataset folder --data-dir {empty_class}", ["{empty_class}/train/dog", "holds no image"]),
-    (TRAIN, "--model resnet20 --dataset folder --data-dir {unreadable}", ["{unreadable}/test/dog/1.png", "cannot be read"]),
-    (TRAIN, "--model resnet20 --dataset folder --data-dir {other_classes}", ["{other_classes}", "different class folders"]),
-    (TRAIN, "--model resnet20 --dataset folder --data-dir {single}", ["--data-dir {single}", "1 training images are too few"]),
+    (TRAIN, "--model resnet8 --n-epochs 5 --warmup-epochs 5", ["--warmup-epochs 5", "fewer than the 5 of --n-epochs"]),
+    (TRAIN, "--model resnet8 --label-smoothing 1", ["--label-smoothing", "'1'", "below 1"]),
+    (TRAIN, "--model resnet8 --schedule 60 1 --lr-drops 1 1", ["--schedule 60 1", "rise"]),
+    (TRAIN, "--model resnet8 --schedule 1.5 --lr-drops 1", ["--schedule", "'1.5'"]),
+    (TRAIN, "--model resnet8 --lr-drops 0 --schedule 1", ["--lr-drops", "'0'"]),
+    (TRAIN, "--model resnet8 --batch-size 0", ["--batch-size", "'0'"]),
+    (TRAIN, "--model resnet8 --batch-size 1", ["--batch-size 1", "batch normalisation"]),
+    (TRAIN, "--model resnet8 --n-epochs 0", ["--n-epochs", "'0'"]),
+    (TRAIN, "--model resnet8 --limit-batches 0", ["--limit-batches", "'0'"]),
+    (TRAIN, "--model resnet8 --seed -1", ["--seed", "'-1'"]),
+    (TRAIN, "--model resnet8 --seed 9223372036854775808", ["--seed"]),
+    (TRAIN, "--model resnet8 --workers -1", ["--workers", "'-1'"]),
+    (TRAIN, "--model resnet8 --checkpoint-interval 0", ["--checkpoint-interval", "'0'"]),
+    (TRAIN, "--model resnet8 --checkpoint-minutes -1", ["--checkpoint-minutes", "'-1'"]),
+    (TRAIN, "--model resnet8 --device tpu", ["--device", "tpu", "cuda"]),
+    pytest.param(TRAIN, "--model resnet8 --device cuda", ["--device cuda", "no CUDA device"], marks=NO_CUDA),
+    pytest.param(TRAIN, "--model resnet8 --dev-idx 7", ["--dev-idx 7", "no CUDA device"], marks=NO_CUDA),
+    (TRAIN, "--model resnet8 --device cpu --sync-bn", ["--sync-bn", "CUDA"]),
+    (TRAIN, "--model resnet8 --pretrained", ["--pretrained", "resnet8", "resnet50"]),
+    (TRAIN, "--model resnet8 --run-name a/b", ["--run-name", "a/b"]),
+    (TRAIN, "--model resnet8 --run-name ..", ["--run-name", ".."]),
+    (TRAIN, "--model resnet8 --log-name ../log.txt", ["--log-name", "../log.txt"]),
+    (TRAIN, "--model resnet8 --save-dir {text}", ["--save-dir", "{text}"]),
+    (TRAIN, "--model resnet8 --save-dir {trained} --run-name teacher", ["--run-name teacher", "exists", "--resume"]),
+    (TRAIN, "--model resnet8 --dataset folder --data-dir {gone}", ["--data-dir {gone}", "no such folder"]),
+    (TRAIN, "--model resnet8 --dataset folder --data-dir {text}", ["--data-dir {text}"]),
+    (TRAIN, "--model resnet8 --dataset folder --data-dir {no_test}", ["--data-dir {no_test}", "test"]),
+    (TRAIN, "--model resnet8 --dataset folder --data-dir {empty_class}", ["{empty_class}/train/dog", "holds no image"]),
+    (TRAIN, "--model resnet8 --dataset folder --data-dir {unreadable}", ["{unreadable}/test/dog/1.png", "cannot be read"]),
+    (TRAIN, "--model resnet8 --dataset folder --data-dir {other_classes}", ["{other_classes}", "different class folders"]),
+    (TRAIN, "--model resnet8 --dataset folder --data-dir {single}", ["--data-dir {single}", "1 training images are too few"]),
     (TRAIN, "--model alexnet --dataset folder --data-dir {tiny}", ["--model alexnet", "8x8"]),
-    (TRAIN, "--model resnet20 --dataset cifar10 --data-dir {gone} --dry-run", ["{gone}/cifar-10-python.tar.gz", "--data-dir"]),
+    (TRAIN, "--model resnet8 --dataset cifar10 --data-dir {gone} --dry-run", ["{gone}/cifar-10-python.tar.gz", "--data-dir"]),
     (TRAIN, "--evaluate", ["--load-path is required"]),
     (TRAIN, "--evaluate --load-path {gone}", ["--load-path {gone}", "no such file"]),
     (TRAIN, "--evaluate --load-path {folder}", ["--load-path {folder}", "cannot be read"]),
@@ -182,18 +180,18 @@ COMMANDS = [
     (TRAIN, "--evaluate --load-path {newer}", ["--load-path {newer}", "format 99", "newer"]),
     (TRAIN, "--evaluate --load-path {bare}", ["--load-path {bare}", "--model"]),
     (TRAIN, "--evaluate --load-path {bare} --model resnet32", ["--load-path {bare}", "does not fit resnet32", "is missing"]),
-    (TRAIN, "--evaluate --load-path {teacher} --model resnet32", ["{teacher}", "holds a resnet20", "resnet32 of --model"]),
+    (TRAIN, "--evaluate --load-path {teacher} --model resnet32", ["{teacher}", "holds a resnet8", "resnet32 of --model"]),
     (TRAIN, "--evaluate --load-path {seven_classes}", ["{seven_classes}", "7 classes", "digits has 10"]),
     (TRAIN, "--resume {gone}", ["--resume {gone}", "config.json"]),
     (TRAIN, "--resume {folder}", ["--resume {folder}", "config.json"]),
     (TRAIN, "--resume {run} --lr 0.2", ["--lr 0.2", "contradicts 0.05"]),
     (TRAIN, "--resume {run} --n-epochs 1", ["--n-epochs 1", "may only be raised"]),
-    (TRAIN, "--resume {run} --model resnet32", ["--model resnet32", "contradicts resnet20"]),
+    (TRAIN, "--resume {run} --model resnet32", ["--model resnet32", "contradicts resnet8"]),
     (TRAIN, "--resume {run} --evaluate", ["--evaluate", "contradicts"]),
     (PRUNE, "--resume {run}", ["--resume {run}", "a run of initial_train.py"]),
     (PRUNE, "", ["--s-model"]),
     (PRUNE, "--s-copy-t", ["--s-copy-t", "--t-path"]),
-    (PRUNE, f"{COPY} --s-model resnet32", ["--s-copy-t", "resnet32", "resnet20"]),
+    (PRUNE, f"{COPY} --s-model resnet32", ["--s-copy-t", "resnet32", "resnet8"]),
     (PRUNE, f"{COPY} --s-path {{teacher}}", ["--s-path", "--s-copy-t"]),
     (PRUNE, f"{COPY} --prune-rates 0", ["--prune-rates", "'0'"]),
     (PRUNE, f"{COPY} --prune-rates 1.2", ["--prune-rates", "'1.2'"]),
@@ -205,76 +203,76 @@ COMMANDS = [
     (PRUNE, f"{COPY} --gamma 1.5", ["--gamma", "'1.5'"]),
     (PRUNE, f"{COPY} --prune-mode filter-a --prune-interval 2", ["--prune-interval 2", "--soft-prune"]),
     (PRUNE, f"{COPY} --prune-mode filter-l2 --soft-prune --ema 0.9", ["--ema 0.9", "--soft-prune"]),
-    (PRUNE, "--s-model resnet20 --ema 1", ["--ema", "'1'", "above 0 and below 1"]),
-    (PRUNE, "--s-model resnet20 --ships trained", ["--ships trained", "only with --ema"]),
-    (PRUNE, "--s-model resnet20 --budget macs=0", ["--budget", "'macs=0'", "above 0 and below 1"]),
-    (PRUNE, "--s-model resnet20 --budget macs=1.5", ["--budget", "'macs=1.5'", "above 0 and below 1"]),
-    (PRUNE, "--s-model resnet20 --budget joules=0.5", ["--budget", "'joules=0.5'", "macs=SHARE, params=SHARE, latency=SHARE"]),
-    (PRUNE, "--s-model resnet20 --budget latency=1", ["--budget", "'latency=1'", "above 0 and below 1"]),
-    (PRUNE, "--s-model resnet20 --budget latency=0.5 --budget-runtime tvm", ["--budget-runtime", "'tvm'", "torch"]),
+    (PRUNE, "--s-model resnet8 --ema 1", ["--ema", "'1'", "above 0 and below 1"]),
+    (PRUNE, "--s-model resnet8 --ships trained", ["--ships trained", "only with --ema"]),
+    (PRUNE, "--s-model resnet8 --budget macs=0", ["--budget", "'macs=0'", "above 0 and below 1"]),
+    (PRUNE, "--s-model resnet8 --budget macs=1.5", ["--budget", "'macs=1.5'", "above 0 and below 1"]),
+    (PRUNE, "--s-model resnet8 --budget joules=0.5", ["--budget", "'joules=0.5'", "macs=SHARE, params=SHARE, latency=SHARE"]),
+    (PRUNE, "--s-model resnet8 --budget latency=1", ["--budget", "'latency=1'", "above 0 and below 1"]),
+    (PRUNE, "--s-model resnet8 --budget latency=0.5 --budget-runtime tvm", ["--budget-runtime", "'tvm'", "torch"]),
     (
         PRUNE,
-        "--s-model resnet20 --budget macs=0.5 --budget-threads 1",
+        "--s-model resnet8 --budget macs=0.5 --budget-threads 1",
         ["--budget-threads 1", "only with --budget latency=SHARE"],
     ),
     (
         PRUNE,
-        "--s-model resnet20 --budget latency=0.5 --budget-table a --budget-batch-size 8",
+        "--s-model resnet8 --budget latency=0.5 --budget-table a --budget-batch-size 8",
         ["--budget-batch-size 8", "only without --budget-table"],
     ),
     (
         PRUNE,
-        "--s-model resnet20 --budget latency=0.5 --budget-table nowhere.json",
+        "--s-model resnet8 --budget latency=0.5 --budget-table nowhere.json",
         ["--budget-table nowhere.json", "No such file"],
     ),
     (
         PRUNE,
-        "--s-model resnet20 --budget macs=0.5 --channel-multiple auto",
+        "--s-model resnet8 --budget macs=0.5 --channel-multiple auto",
         ["--channel-multiple auto", "needs --budget latency=SHARE"],
     ),
-    (PRUNE, "--s-model resnet20 --prune-rates 0.6 --reconstruct 0", ["--reconstruct", "'0'", "1 or more"]),
-    (PRUNE, "--s-model resnet20 --prune-rates 0.6 --reconstruct 9999", ["--reconstruct 9999", "1437 training images"]),
+    (PRUNE, "--s-model resnet8 --prune-rates 0.6 --reconstruct 0", ["--reconstruct", "'0'", "1 or more"]),
+    (PRUNE, "--s-model resnet8 --prune-rates 0.6 --reconstruct 9999", ["--reconstruct 9999", "1437 training images"]),
     (
         PRUNE,
-        "--s-model resnet20 --prune-rates 0.6 --soft-prune --prune-mode filter-l2 --reconstruct 8",
+        "--s-model resnet8 --prune-rates 0.6 --soft-prune --prune-mode filter-l2 --reconstruct 8",
         ["--reconstruct 8", "grow"],
     ),
-    (PRUNE, "--s-model resnet20 --prune-rates 0.6 --prune-steps 3 --n-epochs 2", ["--prune-steps 3", "--n-epochs 2 are fewer"]),
-    (PRUNE, "--s-model resnet20 --prune-rates 0.6 --prune-steps 2 --train-form compact --ema 0.9", ["--ema 0.9", "--prune-st"]),
-    (PRUNE, "--s-model resnet20 --prune-steps 3", ["--prune-steps 3", "only with --prune-rates below 1"]),
-    (PRUNE, "--s-model resnet20 --sensitivity layers.txt", ["--sensitivity layers.txt", "must end in .json"]),
-    (PRUNE, "--s-model resnet20 --sensitivity nowhere/layers.json", ["--sensitivity nowhere/layers.json", "cannot be written"]),
-    (PRUNE, "--s-model resnet20 --sensitivity a.json --n-epochs 3", ["--n-epochs 3", "only without --sensitivity"]),
+    (PRUNE, "--s-model resnet8 --prune-rates 0.6 --prune-steps 3 --n-epochs 2", ["--prune-steps 3", "--n-epochs 2 are fewer"]),
+    (PRUNE, "--s-model resnet8 --prune-rates 0.6 --prune-steps 2 --train-form compact --ema 0.9", ["--ema 0.9", "--prune-st"]),
+    (PRUNE, "--s-model resnet8 --prune-steps 3", ["--prune-steps 3", "only with --prune-rates below 1"]),
+    (PRUNE, "--s-model resnet8 --sensitivity layers.txt", ["--sensitivity layers.txt", "must end in .json"]),
+    (PRUNE, "--s-model resnet8 --sensitivity nowhere/layers.json", ["--sensitivity nowhere/layers.json", "cannot be written"]),
+    (PRUNE, "--s-model resnet8 --sensitivity a.json --n-epochs 3", ["--n-epochs 3", "only without --sensitivity"]),
     *(
-        (PRUNE, f"--s-model resnet20 --sensitivity a.json {flags}", [flags, "only without --sensitivity"])
+        (PRUNE, f"--s-model resnet8 --sensitivity a.json {flags}", [flags, "only without --sensitivity"])
         for flags in ("--recalibrate-bn 2", "--ema 0.9", "--momentum 0.5", "--warmup-epochs 1", "--checkpoint-minutes 2")
     ),
-    (PRUNE, "--s-model resnet20 --sensitivity a.json --t-path {teacher}", ["--t-path {teacher}", "or with --s-copy-t"]),
+    (PRUNE, "--s-model resnet8 --sensitivity a.json --t-path {teacher}", ["--t-path {teacher}", "or with --s-copy-t"]),
     (
         PRUNE,
-        "--s-model resnet20 --sensitivity a.json --prune-mode filter-a --crop-padding 2",
+        "--s-model resnet8 --sensitivity a.json --prune-mode filter-a --crop-padding 2",
         ["--crop-padding 2", "or with --prune-mode filter-nggm or"],
     ),
     (
         PRUNE,
-        "--s-model resnet20 --prune-rates 0.6 --sensitivity-drop 2",
+        "--s-model resnet8 --prune-rates 0.6 --sensitivity-drop 2",
         ["--sensitivity-drop 2", "with the file of --sensitivity"],
     ),
-    (PRUNE, "--s-model resnet20 --prune-rates layers.json", ["layers.json", "No such file"]),
-    (PRUNE, "--s-model resnet20 --prune-rates layers.json 0.5", ["--prune-rates layers.json", "stands alone"]),
-    (PRUNE, "--s-model resnet20 --budget macs=0.5 --channel-multiple wide", ["--channel-multiple", "'wide'"]),
-    (PRUNE, "--s-model resnet20 --budget macs=half", ["--budget", "'macs=half'"]),
-    (PRUNE, "--s-model resnet20 --budget macs=0.01", ["--budget macs=0.01", "is the least"]),
-    (PRUNE, "--s-model resnet20 --budget macs=0.5 --prune-rates 0.6", ["--prune-rates 0.6", "only without --budget"]),
-    (PRUNE, "--s-model resnet20 --prune-rates 0.6 --allocation global", ["--allocation global", "only with --budget"]),
+    (PRUNE, "--s-model resnet8 --prune-rates layers.json", ["layers.json", "No such file"]),
+    (PRUNE, "--s-model resnet8 --prune-rates layers.json 0.5", ["--prune-rates layers.json", "stands alone"]),
+    (PRUNE, "--s-model resnet8 --budget macs=0.5 --channel-multiple wide", ["--channel-multiple", "'wide'"]),
+    (PRUNE, "--s-model resnet8 --budget macs=half", ["--budget", "'macs=half'"]),
+    (PRUNE, "--s-model resnet8 --budget macs=0.01", ["--budget macs=0.01", "is the least"]),
+    (PRUNE, "--s-model resnet8 --budget macs=0.5 --prune-rates 0.6", ["--prune-rates 0.6", "only without --budget"]),
+    (PRUNE, "--s-model resnet8 --prune-rates 0.6 --allocation global", ["--allocation global", "only with --budget"]),
     (
         PRUNE,
-        f"--s-model resnet20 --couple-channels --prune-rates {' 0.5' * 18} 0.6",
+        f"--s-model resnet8 --couple-channels --prune-rates {' 0.5' * 18} 0.6",
         ["conv_1_3x3", "the same channels", "one value"],
     ),
-    (PRUNE, "--s-model resnet20 --couple-channels", ["--couple-channels", "where filters are pruned"]),
-    (PRUNE, "--s-model resnet20 --prune-mode filter-a", ["--prune-mode filter-a", "only with --prune-rates below 1"]),
-    (PRUNE, "--s-model resnet20 --prune-rates 1 1 1 --channel-multiple 8", ["--channel-multiple 8", "--prune-rates below 1"]),
+    (PRUNE, "--s-model resnet8 --couple-channels", ["--couple-channels", "where filters are pruned"]),
+    (PRUNE, "--s-model resnet8 --prune-mode filter-a", ["--prune-mode filter-a", "only with --prune-rates below 1"]),
+    (PRUNE, "--s-model resnet8 --prune-rates 1 1 1 --channel-multiple 8", ["--channel-multiple 8", "--prune-rates below 1"]),
     (PRUNE, f"{COPY} --prune-mode filter-r --soft-prune", ["--soft-prune", "filter-r", "filter-l2"]),
     (PRUNE, f"{COPY} --recalibrate-bn 0", ["--recalibrate-bn", "0"]),
     (PRUNE, f"{COPY} --prune-mode filter-a --soft-prune --train-form compact", ["--train-form compact", "--soft-prune"]),
@@ -288,9 +286,9 @@ COMMANDS = [
     (PRUNE, f"{COPY} --betas 50 3", ["--betas 50 3", "with --distill and one of"]),
     (PRUNE, f"{COPY} --sync-bn", ["--sync-bn", "several processes"]),
     (PRUNE, f"{COPY} --device cpu --dev-idx 0", ["--dev-idx 0", "without --device cpu"]),
-    (PRUNE, "--s-model resnet20 --t-model resnet32", ["--t-model resnet32", "with --t-path"]),
+    (PRUNE, "--s-model resnet8 --t-model resnet32", ["--t-model resnet32", "with --t-path"]),
     (PRUNE, f"{COPY} --evaluate", ["--s-copy-t", "without --evaluate"]),
-    (PRUNE, "--t-path {teacher} --evaluate --s-model resnet20", ["--s-model resnet20", "with --s-path"]),
+    (PRUNE, "--t-path {teacher} --evaluate --s-model resnet8", ["--s-model resnet8", "with --s-path"]),
     (PRUNE, "--t-path {teacher} --evaluate --s-path {teacher}", ["--t-path {teacher}", "--s-path"]),
     (PRUNE, "--s-path {teacher} --evaluate --prune-rates 0.5", ["--prune-rates 0.5", "without --evaluate"]),
     (TRAIN, "--load-path {teacher} --evaluate --lr 0.01", ["--lr 0.01", "without --evaluate"]),
@@ -298,7 +296,7 @@ COMMANDS = [
     (TRAIN, "--load-path {teacher} --evaluate --checkpoint-minutes 3", ["--checkpoint-minutes 3", "without --evaluate"]),
     (TRAIN, "--load-path {teacher} --evaluate --pretrained", ["--pretrained", "without --evaluate"]),
     (TRAIN, "--load-path {teacher} --pretrained", ["--pretrained", "without --load-path"]),
-    (TRAIN, "--load-path {teacher} --model resnet32", ["{teacher}", "holds a resnet20", "resnet32 of --model"]),
+    (TRAIN, "--load-path {teacher} --model resnet32", ["{teacher}", "holds a resnet8", "resnet32 of --model"]),
     (TRAIN, "--load-path {seven_classes}", ["{seven_classes}", "7 classes", "digits has 10"]),
     (TRAIN, "--load-path {teacher} --evaluate --dry-run", ["--dry-run", "without --evaluate"]),
     (QUANTIZE, "--inspect {text} --quan-bits 5", ["--quan-bits 5", "without --inspect"]),
@@ -320,12 +318,12 @@ COMMANDS = [
     (PRUNE, f"{COPY} --distill kd --kd-t 0", ["--kd-t", "'0'"]),
     (PRUNE, f"{COPY} --distill hap --hap-ts 0", ["--hap-ts", "'0'"]),
     (PRUNE, f"{COPY} --distill hap --hap-ts 99", ["--hap-ts 99"]),
-    (PRUNE, "--s-model resnet20 --distill at", ["--distill at", "--t-path"]),
-    (PRUNE, "--t-model resnet32 --t-path {teacher} --s-copy-t", ["{teacher}", "resnet20", "resnet32 of --t-model"]),
+    (PRUNE, "--s-model resnet8 --distill at", ["--distill at", "--t-path"]),
+    (PRUNE, "--t-model resnet32 --t-path {teacher} --s-copy-t", ["{teacher}", "resnet8", "resnet32 of --t-model"]),
     (PRUNE, "--t-path {seven_classes} --s-copy-t", ["--t-path {seven_classes}", "7 classes"]),
     (PRUNE, "--t-path {truncated} --s-copy-t", ["--t-path {truncated}", "damaged or truncated"]),
-    (PRUNE, "--t-path {malicious} --s-copy-t --t-model resnet20", ["--t-path {malicious}", "refused"]),
-    (PRUNE, "--t-path {teacher} --s-path {resnet32} --s-model resnet20", ["--s-path {resnet32}", "--s-model"]),
+    (PRUNE, "--t-path {malicious} --s-copy-t --t-model resnet8", ["--t-path {malicious}", "refused"]),
+    (PRUNE, "--t-path {teacher} --s-path {resnet32} --s-model resnet8", ["--s-path {resnet32}", "--s-model"]),
     (PRUNE, "--s-path {regrown}", ["--s-path {regrown}", "stage_1.0.conv_a"]),
     (PRUNE, "--s-path {nan}", ["--s-path {nan}", "conv_1_3x3.weight", "NaN"]),
     (PRUNE, "--evaluate", ["--t-path"]),
@@ -340,7 +338,7 @@ COMMANDS = [
     (QUANTIZE, "--load-path {teacher} --quan-bits 17", ["--quan-bits", "17"]),
     (QUANTIZE, "--load-path {teacher} --quan-bits no_such_layer=4", ["--quan-bits", "no_such_layer"]),
     (QUANTIZE, "--load-path {teacher} --quan-mode most", ["--quan-mode", "most"]),
-    (QUANTIZE, "--load-path {malicious} --model resnet20", ["--load-path {malicious}", "refused"]),
+    (QUANTIZE, "--load-path {malicious} --model resnet8", ["--load-path {malicious}", "refused"]),
 ]
 
 
@@ -373,17 +371,16 @@ def test_is_refused(script, command, parts, places, tmp_path, run_script, monkey
 @pytest.mark.parametrize(
     ("script", "command", "parts"),
     [
-        (TRAIN, "--model resnet20 --schedule 3 --lr-drops", ["--lr-drops", "--schedule"]),
-        (PRUNE, "--t-path {malicious} --t-model resnet20 --s-copy-t", ["--t-path {malicious}", "refused"]),
+        (TRAIN, "--model resnet8 --schedule 3 --lr-drops", ["--lr-drops", "--schedule"]),
+        (PRUNE, "--t-path {malicious} --t-model resnet8 --s-copy-t", ["--t-path {malicious}", "refused"]),
         (TRAIN, "--resume {run} --seed 3", ["--seed 3", "contradicts 1"]),
     ],
 )
 def test_is_refused_from_a_shell(script, command, parts, places, tmp_path):
-    words = [sys.executable, str(REPOSITORY / f"{script}.py"), *command.format(**places).split()]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert ended.returncode == 2
-    check_line(ended.stderr, script, parts, places)
-    assert ended.stdout == ""
+    ended = run_forked(f"{script}.py", *command.format(**places).split(), folder=tmp_path)
+    assert ended.status == 2
+    check_line(ended.errors, script, parts, places)
+    assert ended.output == ""
     assert list(tmp_path.iterdir()) == []
     assert not places["marker"].exists()
 

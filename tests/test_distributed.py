@@ -142,7 +142,7 @@ def test_a_dead_process_ends_the_others(tmp_path):
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_one_line_from_the_main_one(tmp_path):
-    flags = ["--model", "resnet20", "--batch-size", "33", "--device", "cpu", "--save-dir", str(tmp_path / "saves")]
+    flags = ["--model", "resnet8", "--batch-size", "33", "--device", "cpu", "--save-dir", str(tmp_path / "saves")]
     result = torchrun("initial_train.py", *flags)
     said = [line for line in result.stderr.splitlines() if line.startswith("initial_train.py: ")]
     assert result.returncode != 0

@@ -44,7 +44,7 @@ def run_export(capsys):
 
 def pruned_network() -> tuple[nn.Module, dict[str, list[int]]]:
     torch.manual_seed(0)
-    network = build_model("resnet20", num_classes=10).eval()
+    network = build_model("resnet8", num_classes=10).eval()
     kept = {}
     for block in (*network.stage_1, *network.stage_2, *network.stage_3):
         for conv, norm in ((block.conv_a, block.bn_a), (block.conv_b, block.bn_b)):
@@ -66,10 +66,10 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         "dense": (network.state_dict(), {}, False),
         "pruned": (network.state_dict(), kept, False),
         "compact": (small.state_dict(), small.kept, True),
-        "dishonest": (build_model("resnet20", num_classes=10).state_dict(), kept, False),
+        "dishonest": (build_model("resnet8", num_classes=10).state_dict(), kept, False),
     }
     for name, (state, channels, is_compact) in contents.items():
-        description = describe_network(state, model="resnet20", num_classes=10, config={}, kept=channels, compact=is_compact)
+        description = describe_network(state, model="resnet8", num_classes=10, config={}, kept=channels, compact=is_compact)
         save_checkpoint(folder / f"{name}.pt", {**description, "epoch": 0, "metrics": {}})
     return {name: folder / f"{name}.pt" for name in contents}
 
@@ -162,7 +162,7 @@ def test_pt2_runs_with_any_batch_size(checkpoints, run_export, tmp_path):
 
 def test_the_table_compares_dense_and_compact(checkpoints, run_export, tmp_path):
     _, printed, _ = run_export("--load-path", checkpoints["pruned"], "--format", "pt2", "--output", tmp_path / "a.pt2", *FLAGS)
-    assert "dense: 269,722 parameters, 40,551,040 MACs" in printed
+    assert "dense: 75,290 parameters, 12,239,488 MACs" in printed
     assert "largest difference of the logits" in printed and "top1 on digits" in printed
 
 
@@ -208,7 +208,7 @@ def test_metadata_say_what_a_user_must_know(checkpoints, run_export, tmp_path):
     model = onnx.load(output)
     said = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert model.producer_name == "filter-pruning-self-distillation"
-    assert (said["model"], said["run"], said["dataset"]) == ("resnet20", "pruned.pt", "digits")
+    assert (said["model"], said["run"], said["dataset"]) == ("resnet8", "pruned.pt", "digits")
     assert said["class_names"] == [str(digit) for digit in range(10)] and said["image_size"] == [32, 32]
     assert len(said["mean"]) == len(said["std"]) == 3 and 0 <= said["top1"] <= 100
 

@@ -95,7 +95,7 @@ def count_refused(path, variants, read) -> int:
 @pytest.fixture(scope="module")
 def checkpoint() -> dict:
     torch.manual_seed(0)
-    return describe_network(build_model("resnet20", num_classes=10).state_dict(), model="resnet20", num_classes=10, config={})
+    return describe_network(build_model("resnet8", num_classes=10).state_dict(), model="resnet8", num_classes=10, config={})
 
 
 def read_network(path) -> None:
@@ -112,7 +112,7 @@ def test_checkpoints(checkpoint, tmp_path):
 
 def test_archives(tmp_path):
     choose = random.Random(1)
-    save_archive(tmp_path / "whole", build_model("resnet20", num_classes=10), model="resnet20", num_classes=10)
+    save_archive(tmp_path / "whole", build_model("resnet8", num_classes=10), model="resnet8", num_classes=10)
     data = (tmp_path / "whole").read_bytes()
     assert run_bounded(count_refused, tmp_path / "a", [damaged(data, choose) for _ in range(400)], load_archive) > 390
 

@@ -42,7 +42,7 @@ def places(tmp_path_factory, run_script) -> dict[str, Path]:
         (folder / "renamed" / split / "dog").rename(folder / "renamed" / split / "wolf")
     words = (
         "--model",
-        "resnet20",
+        "resnet8",
         "--data-dir",
         places["own"],
         "--save-dir",
@@ -106,7 +106,7 @@ class TestScore:
     def test_of_others_checkpoints_by_flags(self, places, run):
         spec = load_network(places["teacher"], flag="").images
         values = "--mean {} {} {} --std {} {} {}".format(*spec.mean, *spec.std)
-        named = run("initial_train", f"--evaluate --model resnet20 --load-path {{bare}} {values}", data="alone")
+        named = run("initial_train", f"--evaluate --model resnet8 --load-path {{bare}} {values}", data="alone")
         whole = run("initial_train", "--evaluate --load-path {teacher}", data="alone")
         assert named.status == 0 and named.output == whole.output
 
@@ -123,12 +123,12 @@ REFUSED = [
     ("--evaluate --load-path {older}", "alone", ["has no folder train", "--mean and --std"]),
     ("--evaluate --load-path {teacher} --mean 0.1 0.1 0.1 --std 0.2 0.2 0.2", "own", ["--mean", "mean 0.1 0.1 0.1", "{teacher}"]),
     ("--evaluate --load-path {teacher} --mean 0.1 0.1 0.1", "own", ["--mean 0.1 0.1 0.1", "give --std as well"]),
-    ("--evaluate --load-path {bare} --model resnet20 --std 0.1 0.1 0.1", "own", ["--std 0.1 0.1 0.1", "give --mean as well"]),
-    ("--model resnet20 --mean 124 116 104 --std 58 57 57", "own", ["--mean", "'124'", "scaled to [0, 1]"]),
-    ("--model resnet20 --mean 0.5 0.5 0.5 --std 0.2 0.2 0", "own", ["--std", "'0'"]),
-    ("--model resnet20 --mean 0.5 --std 0.2 0.2 0.2", "own", ["--mean", "3"]),
-    ("--model resnet20 --mean nan 0.5 0.5 --std 0.2 0.2 0.2", "own", ["--mean", "'nan'"]),
-    ("--model resnet20", "alone", ["has no folder train", "training needs it"]),
+    ("--evaluate --load-path {bare} --model resnet8 --std 0.1 0.1 0.1", "own", ["--std 0.1 0.1 0.1", "give --mean as well"]),
+    ("--model resnet8 --mean 124 116 104 --std 58 57 57", "own", ["--mean", "'124'", "scaled to [0, 1]"]),
+    ("--model resnet8 --mean 0.5 0.5 0.5 --std 0.2 0.2 0", "own", ["--std", "'0'"]),
+    ("--model resnet8 --mean 0.5 --std 0.2 0.2 0.2", "own", ["--mean", "3"]),
+    ("--model resnet8 --mean nan 0.5 0.5 --std 0.2 0.2 0.2", "own", ["--mean", "'nan'"]),
+    ("--model resnet8", "alone", ["has no folder train", "training needs it"]),
 ]
 
 
@@ -184,7 +184,7 @@ def test_a_resumed_run_keeps_its_values(places, run, run_script, tmp_path):
     """Though the training images have become darker meanwhile."""
     shutil.copytree(places["own"], tmp_path / "set")
     places["changing"] = tmp_path / "set"
-    assert run("initial_train", "--model resnet20 --save-dir {new} --run-name run", data="changing").status == 0
+    assert run("initial_train", "--model resnet8 --save-dir {new} --run-name run", data="changing").status == 0
     shutil.rmtree(tmp_path / "set" / "train")
     shutil.copytree(places["dark"] / "train", tmp_path / "set" / "train")
     again = ("--resume", str(tmp_path / "run"), "--n-epochs", "2")
@@ -197,7 +197,7 @@ def test_a_resumed_run_keeps_its_values(places, run, run_script, tmp_path):
 
 
 def test_flags_are_recorded_and_hold(places, run, tmp_path):
-    words = "--model resnet20 --mean 0.5 0.4 0.3 --std 0.2 0.2 0.1 --save-dir {new} --run-name run"
+    words = "--model resnet8 --mean 0.5 0.4 0.3 --std 0.2 0.2 0.1 --save-dir {new} --run-name run"
     assert run("initial_train", words, data="own").status == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["flags"]["mean"] == [0.5, 0.4, 0.3]
     assert load_network(tmp_path / "run" / "model_last.pt", flag="").images.normalisation == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
@@ -234,9 +234,7 @@ def test_a_forged_file_is_refused_in_a_short_line(places, run, tmp_path):
 def test_a_network_of_large_images_is_tested_on_large_ones(places, run, tmp_path):
     """Also where all test images happen to be small: they are brought to the size that it knows."""
     network = load_network(places["teacher"], flag="")
-    description = describe_network(
-        network.network.state_dict(), model="resnet20", num_classes=2, config={}, images=network.images
-    )
+    description = describe_network(network.network.state_dict(), model="resnet8", num_classes=2, config={}, images=network.images)
     save_checkpoint(tmp_path / "large.pt", {**description, "image_size": [224, 224]})
     ended = run("initial_train", "--evaluate --load-path {new}/large.pt --limit-batches 1", data="own")
     assert ended.status == 0 and ended.output.startswith("WARNING: top1 of 4 of 12 test images")

@@ -21,7 +21,7 @@ def test_what_a_run_leaves(trained_run):
     tests = [line["top1"] for line in lines if line["split"] == "test"]
     assert (summary["last"]["top1"], summary["best"]["top1"]) == (tests[-1], max(tests))
     assert any(
-        "model resnet20" in line or "epoch 2/2" in line
+        "model resnet8" in line or "epoch 2/2" in line
         for line in (trained_run.parent / "initial_train.txt").read_text().splitlines()
     )
 
@@ -46,9 +46,9 @@ def test_evaluate_prints_it_and_writes_nothing(trained_run, tmp_path, run_script
 
 def test_a_dry_run_tells_sizes_and_steps_and_writes_nothing(tmp_path, run_script):
     flags = ["--n-epochs", "3", "--schedule", "1", "--lr-drops", "10", "--save-dir", str(tmp_path / "saves"), "--device", "cpu"]
-    ended = run_script("initial_train", "--model", "resnet20", "--dry-run", *flags)
+    ended = run_script("initial_train", "--model", "resnet8", "--dry-run", *flags)
     assert ended.status == 0
-    assert "269,722 parameters" in ended.output
+    assert "75,290 parameters" in ended.output
     assert "36 steps in all" in ended.output  # 1,437 images: 11 batches of 128 and one of 29, three times
     assert "0.01 from epoch 1, 0.1 from epoch 2" in ended.output
     assert not (tmp_path / "saves").exists()
@@ -56,7 +56,7 @@ def test_a_dry_run_tells_sizes_and_steps_and_writes_nothing(tmp_path, run_script
 
 def test_a_diverging_run_stops_and_says_where(tmp_path, run_script):
     flags = ["--lr", "1e18", "--schedule", "--n-epochs", "2", "--batch-size", "32", "--limit-batches", "4", "--device", "cpu"]
-    ended = run_script("initial_train", "--model", "resnet20", *flags, "--save-dir", str(tmp_path), "--run-name", "run")
+    ended = run_script("initial_train", "--model", "resnet8", *flags, "--save-dir", str(tmp_path), "--run-name", "run")
     assert ended.status == 1
     assert "no finite number at epoch 1, step 2" in ended.errors and ended.errors.count("\n") == 1
     assert not (tmp_path / "run" / "model_best.pt").exists()
@@ -85,7 +85,7 @@ def test_a_file_is_fine_tuned_from_its_weights(trained_run, tmp_path, run_script
     ended = run_script("initial_train", "--load-path", str(best), *TINY, "--save-dir", str(tmp_path), "--run-name", "run")
     assert ended.status == 0, ended.errors
     before, after = load_network(best, flag="--load-path"), load_network(tmp_path / "run" / "model_best.pt", flag="--load-path")
-    assert after.model == "resnet20"
+    assert after.model == "resnet8"
     torch.testing.assert_close(after.network.classifier.weight, before.network.classifier.weight, rtol=0, atol=1e-6)
     assert set(json.loads((tmp_path / "run" / "config.json").read_text())["networks"]) == {"--load-path"}
 

@@ -3,12 +3,11 @@
 import os
 import pty
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Ended, run_forked
 from selections import prunable_layers
 
 from models import build_model
@@ -16,7 +15,6 @@ from models.network_file import describe_network, load_network
 from prune.masks import keep_count
 from utils.checkpoints import load_checkpoint, save_checkpoint
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = "--n-epochs 1 --limit-batches 2 --batch-size 16 --device cpu"
 
 
@@ -43,7 +41,7 @@ class TestAnnouncement:
         ]
         ended = run_script("pruning", *words, *TINY.split())
         assert ended.status == 0, ended.errors
-        line = "network: resnet32, teacher resnet20; data: digits; device: cpu, 1 threads; epochs: 1"
+        line = "network: resnet32, teacher resnet8; data: digits; device: cpu, 1 threads; epochs: 1"
         assert ended.output.splitlines()[0] == line
         assert (tmp_path / "pruning.txt").read_text().splitlines()[0].endswith(f" run {line}")
 
@@ -51,26 +49,24 @@ class TestAnnouncement:
         for place in ("train/cat", "test/cat"):
             image_writer(tmp_path / "set" / place, sizes=(40, 64))
         (tmp_path / "set" / "test" / "cat" / "1.png").write_bytes(b"no image")
-        words = ["initial_train.py", "--model", "resnet20", "--dataset", "folder", "--data-dir", str(tmp_path / "set")]
+        words = ["initial_train.py", "--model", "resnet8", "--dataset", "folder", "--data-dir", str(tmp_path / "set")]
         ended, shown = in_terminal(*words, *TINY.split(), "--save-dir", str(tmp_path / "saves"))
-        assert ended.returncode == 2 and "1.png cannot be read" in ended.stderr
-        assert shown == f"network: resnet20; data: {tmp_path}/set; device: cpu, 1 threads; epochs: 1\r\n"
+        assert ended.status == 2 and "1.png cannot be read" in ended.errors
+        assert shown == f"network: resnet8; data: {tmp_path}/set; device: cpu, 1 threads; epochs: 1\r\n"
 
     def test_says_how_many_epochs_a_resumed_run_has_and_says_it_once(self, trained_run, tmp_path, run_script, monkeypatch):
         monkeypatch.setattr("utils.training.session._is_watched", lambda: True)
         shutil.copytree(trained_run, tmp_path / "run")
         ended = run_script("initial_train", "--resume", str(tmp_path / "run"), "--n-epochs", "3")
-        line = "network: resnet20; data: digits; device: cpu, 1 threads; epochs: 3, 2 of them done\n"
+        line = "network: resnet8; data: digits; device: cpu, 1 threads; epochs: 3, 2 of them done\n"
         assert ended.output.startswith(line) and ended.output.count("network: ") == 1
         assert line in (tmp_path / "initial_train.txt").read_text()
 
 
-def in_terminal(*words: str) -> tuple[subprocess.CompletedProcess, str]:
+def in_terminal(script: str, *words: str) -> tuple[Ended, str]:
     """Runs a script whose output is a terminal, and gives what is shown there."""
     ours, theirs = pty.openpty()
-    ended = subprocess.run(
-        [sys.executable, *words], stdout=theirs, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, check=False
-    )
+    ended = run_forked(script, *words, streams={1: theirs})
     os.close(theirs)
     shown = os.read(ours, 10_000).decode()
     os.close(ours)
@@ -99,7 +95,7 @@ class TestDryRun:
             assert f"{layer.name} would keep {keep} of {layer.filters}\n" in plan
         assert "learning rate: 0.005 from epoch 1" in plan
         sizes = [int(line.split()[1].replace(",", "")) for line in plan.splitlines() if line.startswith(("dense:", "pruned:"))]
-        assert sizes[0] == sum(parameter.numel() for parameter in build_model("resnet20", num_classes=10).parameters())
+        assert sizes[0] == sum(parameter.numel() for parameter in build_model("resnet8", num_classes=10).parameters())
         assert sizes[1] < 0.5 * sizes[0]
 
     def test_of_plain_distillation_tells_the_loss(self, teacher, tmp_path, run_script):
@@ -115,7 +111,7 @@ class TestDryRun:
         assert "weights: averaged over the steps, decay 0.99; the trained network is shipped\n" in plan
 
     def test_of_a_first_training_tells_its_loss_and_what_is_averaged(self, tmp_path, run_script):
-        words = ["--model", "resnet20", "--label-smoothing", "0.2", "--ema", "0.9"]
+        words = ["--model", "resnet8", "--label-smoothing", "0.2", "--ema", "0.9"]
         plan = self.plan(run_script, "initial_train", tmp_path, *words)
         assert "loss: CE (labels smoothed by 0.2)\n" in plan
         assert "weights: averaged over the steps, decay 0.9; the average is shipped\n" in plan
@@ -127,7 +123,7 @@ class TestDryRun:
         assert "classifier would share 8 values\n" in plan and "loss: CE\n" in plan
 
     def test_of_a_billion_epochs_is_there_at_once(self, tmp_path, run_script):
-        words = ["--model", "resnet20", *TINY.split(), "--n-epochs", str(10**9), "--save-dir", str(tmp_path), "--dry-run"]
+        words = ["--model", "resnet8", *TINY.split(), "--n-epochs", str(10**9), "--save-dir", str(tmp_path), "--dry-run"]
         ended = run_script("initial_train", *words, "--schedule", "1", "60", str(10**8), "--lr-drops", "10", "1", "0.2")
         assert ended.status == 0, ended.errors
         assert "training: 1000000000 epochs of 2 steps of 16 images on cpu, 2000000000 steps in all\n" in ended.output
@@ -148,9 +144,9 @@ class TestWarnings:
         return ended.output
 
     def test_a_teacher_at_chance(self, tmp_path, run_script):
-        network = build_model("resnet20", num_classes=10)
+        network = build_model("resnet8", num_classes=10)
         torch.nn.init.zeros_(network.classifier.weight)  # every image is the class of the largest bias
-        checkpoint = describe_network(network.state_dict(), model="resnet20", num_classes=10, config={})
+        checkpoint = describe_network(network.state_dict(), model="resnet8", num_classes=10, config={})
         save_checkpoint(tmp_path / "wrong.pt", checkpoint)
         printed = self.output(run_script, tmp_path / "saves", "--t-path", str(tmp_path / "wrong.pt"), "--s-copy-t")
         assert "WARNING: the teacher scores at chance (10.0) on digits: is --t-path the right file?" in printed

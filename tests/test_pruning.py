@@ -55,7 +55,7 @@ def test_every_checkpoint_has_its_pruned_filters_at_exact_zero(prune, flags):
     for name in ("model_best.pt", "model_last.pt"):
         file = load_network(folder / name, flag="--s-path")
         layers = prunable_layers(file.network)
-        assert len(layers) == 19
+        assert len(layers) == 7
         for layer in layers:
             kept = file.kept[layer.name]
             assert len(kept) == keep_count(layer.filters, 0.6)
@@ -89,7 +89,7 @@ def test_a_budget_of_time_is_measured_once_and_its_table_makes_the_same_choice_e
     assert (table["runtime"], table["batch_size"], table["threads"]) == ("torch", 32, 1)
     assert table["measured"].keys() == {"predicted", "measured"} and table["measured"]["predicted"] <= 0.7
     assert json.loads((first / "summary.json").read_text())["share_of_time"] == table["measured"]
-    assert table["multiple"] in (1, 2, 4, 8) and len(table["layers"]) == 20
+    assert table["multiple"] in (1, 2, 4, 8) and len(table["layers"]) == 8
     kept = {name: layer["kept"] for name, layer in json.loads((first / "kept_filters.json").read_text()).items()}
     assert len({len(channels) for name, channels in kept.items() if "stage_1" in name}) <= 2 and len(kept["conv_1_3x3"]) < 16
 
@@ -157,7 +157,7 @@ def test_the_best_multiple_fits_into_the_narrowest_layer_that_is_pruned(exclude,
     asked = []
     monkeypatch.setattr(latency, "best_multiple", lambda sweep, *, narrowest: asked.append(narrowest) or 1)
     options = ["--budget", "latency=0.9", "--channel-multiple", "auto", "--prune-mode", "filter-a", *SCORING]
-    ended = run_script("pruning", "--s-model", "resnet20", *options, *exclude, "--dry-run")
+    ended = run_script("pruning", "--s-model", "resnet8", *options, *exclude, "--dry-run")
     assert ended.status == 0 and asked == [narrowest], ended.errors
 
 
@@ -168,7 +168,7 @@ def test_proportions_follow_from_what_each_layer_loses_alone(prune, trained_run,
     assert measured.status == 0, measured.errors
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["layers.json", "layers.png"]
     document = json.loads(file.read_text())
-    assert len(document["families"]) == 19 and (document["network"], document["images"]) == ("resnet20", 360)
+    assert len(document["families"]) == 7 and (document["network"], document["images"]) == ("resnet8", 360)
     for row in document["families"][::2]:  # as if these could not lose anything
         row["top1"] = [0.0] * 9
     for row in document["families"][1::2]:
@@ -255,11 +255,11 @@ def test_a_compact_network_can_be_scored_and_pruned_further(prune, trained_run, 
 
 def test_a_teacher_of_another_depth(prune, tmp_path, run_script):
     flags = [*TINY, *RATES, "--save-dir", str(tmp_path)]
-    assert run_script("initial_train", "--model", "resnet32", *flags[:-4], *flags[-2:], "--run-name", "deep").status == 0
-    teacher = ["--t-model", "resnet32", "--t-path", str(tmp_path / "deep" / "model_best.pt"), "--s-model", "resnet20"]
+    assert run_script("initial_train", "--model", "resnet20", *flags[:-4], *flags[-2:], "--run-name", "deep").status == 0
+    teacher = ["--t-model", "resnet20", "--t-path", str(tmp_path / "deep" / "model_best.pt"), "--s-model", "resnet8"]
     ended = run_script("pruning", *teacher, *flags, "--distill", "afd", "hap", "--betas", "200", "700", "--run-name", "run")
     assert ended.status == 0, ended.errors
-    assert load_network(tmp_path / "run" / "model_best.pt", flag="--s-path").model == "resnet20"
+    assert load_network(tmp_path / "run" / "model_best.pt", flag="--s-path").model == "resnet8"
 
 
 def test_excluded_layers_and_multiples(prune):
@@ -277,7 +277,7 @@ def test_coupled_channels_within_a_budget(prune, run_script, flags):
     assert 0.48 <= summary["compact"]["macs"] / summary["dense"]["macs"] <= 0.5
     assert summary["relayouts"] == 0 and summary["relative_difference"] < 1e-5
     kept = load_network(folder / "model_best.pt", flag="--s-path").kept
-    assert kept["stage_1.0.conv_b"] == kept["stage_1.1.conv_b"] == kept["conv_1_3x3"]
+    assert kept["stage_1.0.conv_b"] == kept["conv_1_3x3"]
     ended = run_script("pruning", "--resume", str(folder), "--n-epochs", "3")
     assert ended.status == 0, ended.errors
 
@@ -339,7 +339,7 @@ def test_hard_pruning_is_recalibrated_in_either_form(prune):
 def test_without_rates_no_filter_is_pruned_and_another_architecture_may_teach(trained_run, tmp_path, run_script, monkeypatch):
     monkeypatch.setattr("prune.choice.mean_gradients", None)  # no gradient pass where nothing is scored
     size = ["--n-epochs", "1", "--limit-batches", "1", "--batch-size", "32", "--schedule", "--device", "cpu"]
-    networks = ["--t-path", str(trained_run / "model_best.pt"), "--s-model", "resnet32", "--distill", "kd"]
+    networks = ["--t-path", str(trained_run / "model_best.pt"), "--s-model", "resnet20", "--distill", "kd"]
     ended = run_script("pruning", *networks, *size, "--save-dir", str(tmp_path), "--run-name", "run")
     assert ended.status == 0, ended.errors
     assert "no filter is pruned, the network stays whole" in ended.output

@@ -41,7 +41,7 @@ def finished(run_script, pruned, tmp_path_factory):
 def test_the_weights_are_shared_and_the_pruned_filters_gone(finished):
     network = load_archive(finished / "model.huff")
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
-    assert len(layers) == 20
+    assert len(layers) == 8
     assert network.get_submodule("stage_1.0.conv_a").out_channels == 12
     values = {name: layer.weight.unique().numel() for name, layer in layers.items()}
     assert values.pop("classifier") == 256
@@ -77,7 +77,7 @@ def test_decode_gives_a_checkpoint_back(finished, run_script, tmp_path):
     flags = ("--decode", str(finished / "model.huff"), "--output", str(output))
     assert run_script("quantize_encode", *flags).status == 0
     decoded = load_network(output, flag="--load-path")
-    assert (decoded.model, decoded.num_classes) == ("resnet20", 10)
+    assert (decoded.model, decoded.num_classes) == ("resnet8", 10)
     assert differing_tensors(decoded.network, load_archive(finished / "model.huff")) == []
 
     output.write_bytes(b"precious")
@@ -90,7 +90,7 @@ def test_decode_gives_a_checkpoint_back(finished, run_script, tmp_path):
 def test_inspect_prints_the_table(finished, run_script):
     ended = run_script("quantize_encode", "--inspect", str(finished / "model.huff"))
     lines = ended.output.splitlines()
-    assert ended.status == 0 and "resnet20, 10 classes" in lines[0]
+    assert ended.status == 0 and "resnet8, 10 classes" in lines[0]
     row = next(line.split() for line in lines if line.startswith("stage_1.0.conv_a.weight"))
     assert row[1:3] == [str(4 * 16 * 16 * 9), str(12 * 16 * 9)]
     assert str((finished / "model.huff").stat().st_size) in lines[-1]
@@ -102,7 +102,7 @@ def test_evaluate_scores_archive_and_checkpoint_alike(finished, run_script):
         run_script("quantize_encode", "--evaluate", "--load-path", str(finished / name), *SCORING_FLAGS).output
         for name in ("model.huff", "model_compact.pt")
     ]
-    assert scores[0] == scores[1] and scores[0].startswith("resnet20 on digits: loss ")
+    assert scores[0] == scores[1] and scores[0].startswith("resnet8 on digits: loss ")
     assert {path: path.stat().st_mtime_ns for path in finished.parent.rglob("*")} == before
 
 
@@ -127,7 +127,7 @@ def test_a_dry_run_writes_nothing(pruned, run_script, tmp_path):
         ("--load-path {pruned} --quan-bits 0", "--quan-bits 0: expected 1 to 16"),
         ("--load-path {pruned} --quan-bits stage_9=4", "no layer 'stage_9'"),
         ("--load-path {pruned} --quan-mode most", "--quan-mode"),
-        ("--load-path {pruned} --model resnet56", "holds a resnet20, not the resnet56 of --model"),
+        ("--load-path {pruned} --model resnet56", "holds a resnet8, not the resnet56 of --model"),
         ("--load-path {pruned} --output x.pt", "--output x.pt: only with --decode"),
         ("--load-path {pruned} --force", "--force: only with --decode"),
         ("--load-path {archive}", "an archive, expected a checkpoint; decode it first: .*--decode .*model.huff"),
@@ -140,7 +140,7 @@ def test_a_dry_run_writes_nothing(pruned, run_script, tmp_path):
         ("--inspect {damaged}", "--inspect .*damaged.huff: damaged"),
         ("--inspect missing.huff", "--inspect missing.huff: cannot be read"),
         ("--evaluate --load-path {damaged}", "--load-path .*damaged.huff: damaged"),
-        ("--evaluate --load-path {archive} --model resnet56", "holds a resnet20, not the resnet56 of --model"),
+        ("--evaluate --load-path {archive} --model resnet56", "holds a resnet8, not the resnet56 of --model"),
         ("--evaluate --load-path {archive} --dataset cifar100", "--data"),
         ("--evaluate --load-path missing.huff", "--load-path missing.huff"),
     ],
@@ -169,7 +169,7 @@ def for_int8(run_script, pruned, trained_run, tmp_path_factory):
                        str(trained_run / "model_best.pt"), "--distill", "hap", *FLAGS,
                        "--save-dir", str(save_dir), "--run-name", "run")  # fmt: skip
     assert ended.status == 0, ended.errors
-    assert "20 layers compute in int8" in ended.output
+    assert "8 layers compute in int8" in ended.output
     return save_dir / "run"
 
 
@@ -179,7 +179,7 @@ def test_what_training_for_int8_leaves(for_int8, run_script):
     assert summary["accuracy"]["fine_tuned"]["top1"] == summary["best"]["top1"]
     assert not (for_int8 / "model.huff").exists()
     dense, small = (load_network(for_int8 / f"model_{name}.pt", flag="--load-path") for name in ("best", "compact"))
-    assert dense.int8 == small.int8 and len(small.int8) > 20
+    assert dense.int8 == small.int8 and len(small.int8) > 8
     assert small.compact and small.network.get_submodule("stage_1.0.conv_a").out_channels == 12
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(dense.network(images), small.network(images), rtol=1e-4, atol=1e-4)

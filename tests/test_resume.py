@@ -45,7 +45,7 @@ INT8 = Recipe(
     "--run-name run --n-epochs 2 --limit-batches 2 --batch-size 16",
 )
 FOLDER_FLAGS = (
-    "--model resnet20 --dataset folder --run-name run --n-epochs 2 --limit-batches 2 --batch-size 2 --schedule --lr-drops"
+    "--model resnet8 --dataset folder --run-name run --n-epochs 2 --limit-batches 2 --batch-size 2 --schedule --lr-drops"
 )
 
 
@@ -122,9 +122,9 @@ class TestKilled:
         assert differences(reference / RUN, tmp_path / RUN) == []
 
     def test_in_the_middle_of_a_write(self, recipe, tmp_path, untouched, trained_run):
-        assert begin(recipe, tmp_path, trained_run, file_limit=700_000) == -signal.SIGXFSZ
+        assert begin(recipe, tmp_path, trained_run, file_limit=300_000) == -signal.SIGXFSZ
         leftovers = [path.stat().st_size for path in (tmp_path / RUN).glob(".partial-*")]
-        assert leftovers == [700_000]
+        assert leftovers == [300_000]
         assert finish(recipe, tmp_path, trained_run) == 0, output(tmp_path)
         assert differences(untouched(recipe) / RUN, tmp_path / RUN) == []
 
@@ -228,7 +228,7 @@ class TestDamaged:
         flip_bit(interrupted / RUN / "model_last.pt")
         words = words_of(HARD, trained_run)
         for _ in range(2):  # in the write of its first state, and again
-            assert wait(go_on(HARD.script, words, folder=interrupted, file_limit=1_500_000)) == -signal.SIGXFSZ
+            assert wait(go_on(HARD.script, words, folder=interrupted, file_limit=400_000)) == -signal.SIGXFSZ
         assert finish(HARD, interrupted, trained_run) == 0, output(interrupted)
         assert differences(untouched(HARD) / RUN, interrupted / RUN) == []
 

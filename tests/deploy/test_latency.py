@@ -125,7 +125,7 @@ LAWS = {"proportional": lambda work: work, "with a constant": lambda work: 0.3 +
 @pytest.mark.parametrize("law", LAWS)
 def test_the_slope_is_set_until_the_network_takes_what_it_may(share, law, monkeypatch):
     """The machine's times follow a law of the work that is left, which the table does not know."""
-    network, images = build_model("resnet20", num_classes=10).eval(), IMAGE.expand(2, -1, -1, -1)
+    network, images = build_model("resnet8", num_classes=10).eval(), IMAGE.expand(2, -1, -1, -1)
     kinds = kinds_of_layers(network, images)
     widths = {kind.key: [measured_widths(width, 1) for width in (kind.inputs, kind.outputs)] for kind in kinds.values()}
     widths["conv 3x3 of 32x32, stride (1, 1), padding ((1, 1), (1, 1)), dilation (1, 1), with norm"] = [list(range(1, 17))] * 2
@@ -203,7 +203,7 @@ def test_measuring_a_table_leaves_the_random_streams_as_they_were(runtime, monke
 
 class TestFiles:
     def write(self, folder, **changes):
-        network = build_model("resnet20", num_classes=10)
+        network = build_model("resnet8", num_classes=10)
         kinds = kinds_of_layers(network, IMAGE)
         grids = {kind.key: ([1, kind.inputs], [1, kind.outputs], [[1.0, 2.0], [3.0, 4.0]]) for kind in kinds.values()}
         times = table(layers={name: (kind.key, kind.inputs, kind.outputs) for name, kind in kinds.items()}, grids=grids)
@@ -211,7 +211,7 @@ class TestFiles:
         path.write_text(json.dumps({**asdict(times), **changes}))
         return path, times
 
-    def read(self, path, model="resnet20", image=IMAGE):
+    def read(self, path, model="resnet8", image=IMAGE):
         return read_table(path, flag="--budget-table", network=build_model(model, num_classes=10), image=image)
 
     def test_a_table_comes_back_as_it_was(self, tmp_path):

@@ -20,7 +20,7 @@ PACKAGES = {"torch": "torch", "onnxruntime": "onnxruntime", "openvino": "openvin
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
-    network = build_model("resnet20", num_classes=10).eval()
+    network = build_model("resnet8", num_classes=10).eval()
     layers = prunable_layers(network)
     hard_pruning(network, choose_filters(layers, keep_ratios(layers, [0.5]), criterion="filter-a"))
     return compact(network, torch.randn(2, 3, 32, 32))

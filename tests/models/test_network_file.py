@@ -19,13 +19,13 @@ KEPT = {"stage_1.0.conv_a": [0, 3, 7], "stage_1.0.bn_a": [0, 3, 7]}
 @pytest.fixture(scope="module")
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
-    network = build_model("resnet20", num_classes=7)
+    network = build_model("resnet8", num_classes=7)
     network(IMAGES)  # so that the running statistics are none that a new network has
     return network.eval()
 
 
 def write(path, network, **changes) -> str:
-    description = describe_network(network.state_dict(), model="resnet20", num_classes=7, config={"lr": 0.1}, kept=None)
+    description = describe_network(network.state_dict(), model="resnet8", num_classes=7, config={"lr": 0.1}, kept=None)
     save_checkpoint(path, {**description, "epoch": 3, "metrics": {"top1": 88.5}, **changes})
     return str(path)
 
@@ -43,7 +43,7 @@ def refuse(path, *parts: str, **options) -> None:
 class TestRoundTrip:
     def test_what_is_known_of_the_images(self, network, tmp_path):
         images = ImageSpec(tuple("abcdefg"), (32, 48), (0.1, 0.2, 1 / 3), (0.25, 0.5, 1.0))
-        description = describe_network(network.state_dict(), model="resnet20", num_classes=7, config={}, images=images)
+        description = describe_network(network.state_dict(), model="resnet8", num_classes=7, config={}, images=images)
         save_checkpoint(tmp_path / "a.pt", description)
         stored = load_checkpoint(tmp_path / "a.pt")
         assert (stored["class_names"], stored["image_size"], stored["std"]) == (list("abcdefg"), [32, 48], [0.25, 0.5, 1.0])
@@ -59,12 +59,12 @@ class TestRoundTrip:
         for versions in (None, {"": {"version": 1}}, ["no mapping"]):
             old._metadata = versions
             torch.save(old, tmp_path / "old.pt")
-            loaded = load_network(tmp_path / "old.pt", flag="--t-path", model="resnet20").network
+            loaded = load_network(tmp_path / "old.pt", flag="--t-path", model="resnet8").network
             assert torch.equal(loaded(IMAGES), network(IMAGES))
 
     def test_dense(self, network, tmp_path):
-        file = load_network(write(tmp_path / "a.pt", network), flag="--t-path", model="resnet20")
-        assert (file.model, file.num_classes, file.kept, file.compact) == ("resnet20", 7, {}, False)
+        file = load_network(write(tmp_path / "a.pt", network), flag="--t-path", model="resnet8")
+        assert (file.model, file.num_classes, file.kept, file.compact) == ("resnet8", 7, {}, False)
         assert file.metrics == {"top1": 88.5}
         assert not file.network.training
         assert torch.equal(file.network(IMAGES), network(IMAGES))
@@ -72,7 +72,7 @@ class TestRoundTrip:
     def test_compact(self, network, tmp_path):
         small = narrow(copy.deepcopy(network), KEPT).eval()
         description = describe_network(
-            small.state_dict(), model="resnet20", num_classes=7, config={}, kept=small.kept, compact=True
+            small.state_dict(), model="resnet8", num_classes=7, config={}, kept=small.kept, compact=True
         )
         save_checkpoint(tmp_path / "a.pt", {**description, "epoch": 0, "metrics": {}})
         file = load_network(tmp_path / "a.pt", flag="--t-path")
@@ -82,7 +82,7 @@ class TestRoundTrip:
 
     def test_description_is_a_copy_in_plain_layout(self, network):
         trained = copy.deepcopy(network).to(memory_format=torch.channels_last)
-        described = describe_network(trained.state_dict(), model="resnet20", num_classes=7, config={})["state_dict"]
+        described = describe_network(trained.state_dict(), model="resnet8", num_classes=7, config={})["state_dict"]
         with torch.no_grad():
             trained.conv_1_3x3.weight.zero_()
         assert torch.equal(described["conv_1_3x3.weight"], network.conv_1_3x3.weight)
@@ -101,14 +101,14 @@ class TestBareStateDict:
     def test_loads(self, wrap, prefix, network, tmp_path):
         state = {prefix + name: value for name, value in network.state_dict().items()}
         torch.save(wrap(state), tmp_path / "a.pt")
-        file = load_network(tmp_path / "a.pt", flag="--t-path", model="resnet20")
+        file = load_network(tmp_path / "a.pt", flag="--t-path", model="resnet8")
         assert file.num_classes == 7
         assert torch.equal(file.network(IMAGES), network(IMAGES))
 
     def test_without_batch_counters(self, network, tmp_path):
         state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
         torch.save(state, tmp_path / "a.pt")
-        assert torch.equal(load_network(tmp_path / "a.pt", flag="--t-path", model="resnet20").network(IMAGES), network(IMAGES))
+        assert torch.equal(load_network(tmp_path / "a.pt", flag="--t-path", model="resnet8").network(IMAGES), network(IMAGES))
 
     def test_needs_the_name_of_its_network(self, network, tmp_path):
         torch.save(network.state_dict(), tmp_path / "a.pt")
@@ -120,17 +120,17 @@ class TestBareStateDict:
 
     def test_without_a_classifier(self, tmp_path):
         torch.save({"weight": torch.zeros(3)}, tmp_path / "a.pt")
-        refuse(tmp_path / "a.pt", "holds no linear layer", model="resnet20")
+        refuse(tmp_path / "a.pt", "holds no linear layer", model="resnet8")
 
     def test_no_tensors(self, tmp_path):
         torch.save({"lr": 0.1}, tmp_path / "a.pt")
-        refuse(tmp_path / "a.pt", "holds no state_dict", model="resnet20")
+        refuse(tmp_path / "a.pt", "holds no state_dict", model="resnet8")
 
 
 class TestRefused:
     def test_another_model(self, network, tmp_path):
         path = write(tmp_path / "a.pt", network)
-        refuse(path, "holds a resnet20, not the resnet56 of --t-model", model="resnet56", model_flag="--t-model")
+        refuse(path, "holds a resnet8, not the resnet56 of --t-model", model="resnet56", model_flag="--t-model")
 
     @pytest.mark.parametrize(
         ("changes", "part"),
@@ -138,7 +138,7 @@ class TestRefused:
             ({"format": 2}, "checkpoint format 2 is newer than what this version reads (1)"),
             ({"format": "one"}, "checkpoint format 'one' is none that this version reads (1)"),
             ({"model": "resnet21"}, "unknown network 'resnet21': the nearest are resnet"),
-            ({"model": ["resnet20"]}, "holds a network ['resnet20']"),
+            ({"model": ["resnet8"]}, "holds a network ['resnet8']"),
             ({"num_classes": 0}, "num_classes is 0, expected the number of rows of its linear layer"),
             ({"num_classes": "7"}, "num_classes is '7'"),
             ({"num_classes": 10**12}, "num_classes is 1000000000000"),
@@ -150,7 +150,7 @@ class TestRefused:
             ({"kept": {"conv_1_3x3": 3}}, "kept is no mapping"),
             ({"kept": {"conv_1_3x3": [True]}}, "kept is no mapping"),
             ({"kept": {3: [0]}}, "kept is no mapping"),
-            ({"kept": {"conv_9": [0]}}, "keeps channels of conv_9, which resnet20 has not"),
+            ({"kept": {"conv_9": [0]}}, "keeps channels of conv_9, which resnet8 has not"),
             ({"format": True}, "checkpoint format True is none that this version reads (1)"),
             ({"num_classes": True}, "num_classes is True"),
             ({"compact": 1}, "its compact is 1, expected True or False"),
@@ -210,13 +210,13 @@ class TestRefused:
         state = network.state_dict()
         state._metadata = versions
         torch.save(state, tmp_path / "a.pt")
-        assert load_network(tmp_path / "a.pt", flag="--t-path", model="resnet20").num_classes == 7
+        assert load_network(tmp_path / "a.pt", flag="--t-path", model="resnet8").num_classes == 7
 
     def test_methods_of_a_mapping_that_are_none(self, network, tmp_path):
         state = network.state_dict()
         state.values = 3
         torch.save(state, tmp_path / "a.pt")
-        refuse(tmp_path / "a.pt", "refused, a mapping has attributes of its own", model="resnet20")
+        refuse(tmp_path / "a.pt", "refused, a mapping has attributes of its own", model="resnet8")
 
     @pytest.mark.parametrize("name", ["q" * 10**5, "a\nb", "\x1b[2J", "\ud800"])
     def test_long_and_unprintable_names(self, name, network, tmp_path):

@@ -99,7 +99,7 @@ def test_a_group_costs_its_share_of_what_its_family_does():
 @pytest.mark.parametrize("share", [0.9, 0.833, 0.75, 0.7, 0.6, 0.4, 0.3])
 def test_global_comes_close_to_every_budget_of_coupled_channels(share):
     torch.manual_seed(0)
-    network, images = build_model("resnet20", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
+    network, images = build_model("resnet8", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
     choice = chosen(network, images, budget=Budget("macs", share), allocation="global", coupled=True)
     macs = choice().macs
     assert share - 0.02 <= macs / profile_network(network, images[:1])["macs"] <= share
@@ -147,7 +147,7 @@ def chosen(network, images, *, exclude=(), keep_ratio=None, **options):
 @pytest.mark.parametrize("coupled", [False, True])
 def test_a_budget_is_met_from_below_and_what_is_counted_is_what_is_built(coupled, allocation, kind):
     torch.manual_seed(0)
-    network, images = build_model("resnet20", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
+    network, images = build_model("resnet8", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
     choice = chosen(network, images, budget=Budget(kind, 0.5), allocation=allocation, coupled=coupled)
     kept = choice()
     small = kept.shrink()
@@ -160,7 +160,7 @@ def test_a_budget_is_met_from_below_and_what_is_counted_is_what_is_built(coupled
 
 
 def test_excluded_layers_and_patterns_keep_all_and_what_is_coupled_with_them():
-    network, images = build_model("resnet20", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
+    network, images = build_model("resnet8", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
     kept = chosen(network, images, budget=Budget("macs", 0.7), coupled=True, exclude=["stage_3.*.conv_b"])()
     assert not {"stage_3.0.conv_b", "conv_1_3x3"} & kept.kept.keys()  # their first channels are the stem's
     assert len(kept.channels("stage_3.0.conv_a")) < 64
@@ -176,7 +176,7 @@ def test_coupled_layers_retain_the_proportion_of_each_family():
 
 def test_groups_with_the_lowest_mean_of_normalised_norms_go():
     torch.manual_seed(0)
-    network = build_model("resnet20", num_classes=10).eval()
+    network = build_model("resnet8", num_classes=10).eval()
     example, layers = torch.randn(2, 3, 32, 32), prunable_layers(network)
     stream = channel_groups(network, layers, example=example)[0]
     norms = {layer.name: layer.module.weight.detach().double().abs().sum((1, 2, 3)) for layer in layers}

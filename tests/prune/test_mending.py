@@ -77,9 +77,9 @@ def test_a_run_says_what_it_mended(trained_run, tmp_path, run_script):
     ended = run_script("pruning", *words)
     assert ended.status == 0, ended.errors
     document = json.loads((tmp_path / "run" / "reconstruction.json").read_text())
-    assert document["images"] == 256 and len(document["layers"]) == 20
+    assert document["images"] == 256 and len(document["layers"]) == 8
     assert all(layer["after"] <= layer["before"] for layer in document["layers"])
     before = json.loads((tmp_path / "run" / "before_training.json").read_text())
     assert {"pruned", "reconstructed"} <= before.keys()
-    assert "reconstructed 20 layers from 256 training images" in ended.output
+    assert "reconstructed 8 layers from 256 training images" in ended.output
     assert f"pruned and reconstructed, before fine-tuning: top1 {before['reconstructed']['top1']:.2f}" in ended.output

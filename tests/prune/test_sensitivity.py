@@ -15,12 +15,12 @@ from prune.sensitivity import PROPORTIONS, measure_sensitivity, read_rates
 from reporting.layer_sensitivity import draw_sensitivity
 from utils.errors import UserError
 
-SETTING = {"network": "resnet20", "dataset": "digits", "prune_mode": "filter-a"}
+SETTING = {"network": "resnet8", "dataset": "digits", "prune_mode": "filter-a"}
 
 
 def choice(*, coupled=False, exclude=()):
     torch.manual_seed(0)
-    network = build_model("resnet20", num_classes=10).eval()
+    network = build_model("resnet8", num_classes=10).eval()
     data = SimpleNamespace(example=torch.randn(2, 3, 32, 32))
     graph = ChannelGraph(network, data.example)
     layers = graph.prunable_layers()

@@ -11,7 +11,7 @@ from models.narrow import NarrowNetwork
 
 def small_resnet(**kept: list[int]) -> NarrowNetwork:
     torch.manual_seed(0)
-    model = build_model("resnet20", num_classes=10)
+    model = build_model("resnet8", num_classes=10)
     fill_norms(model)
     return narrow(model.eval(), {name.replace("__", "."): channels for name, channels in kept.items()})
 

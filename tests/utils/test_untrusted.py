@@ -100,7 +100,7 @@ SHARED = torch.zeros(250_000)
 ATTACKS = {
     "one stored number, 25 GB": lambda: torch_file({"a": WIDE}),
     "one stored number, 25 GB, in a checkpoint": lambda: torch_file(
-        {"format": 1, "model": "resnet20", "num_classes": 10, "state_dict": {"a": WIDE}, "sha256": "0" * 64}
+        {"format": 1, "model": "resnet8", "num_classes": 10, "state_dict": {"a": WIDE}, "sha256": "0" * 64}
     ),
     "one stored number, 25 GB, old form": lambda: legacy({"a": WIDE}),
     "a megabyte, 4,000 times": lambda: torch_file({str(number): SHARED[: 250_000 - number % 7] for number in range(4_000)}),
@@ -282,8 +282,8 @@ def refusal(read, path) -> tuple[str, float]:
     ids=["one channel", "a layer", "layers"],
 )
 def test_a_million_entries_are_checked_at_once(kept, expected, tmp_path):
-    state = build_model("resnet20", num_classes=10).state_dict()
-    checkpoint = describe_network(state, model="resnet20", num_classes=10, config={})
+    state = build_model("resnet8", num_classes=10).state_dict()
+    checkpoint = describe_network(state, model="resnet8", num_classes=10, config={})
     save_checkpoint(tmp_path / "a.pt", {**checkpoint, "kept": kept})
     message, seconds = refusal(lambda path: load_network(path, flag="--t-path"), tmp_path / "a.pt")
     assert expected in message and "\n" not in message and len(message) < 400

@@ -79,7 +79,7 @@ def last_line(folder):
 
 @pytest.mark.parametrize("ships", ["average", "trained"])
 def test_both_are_scored_and_saved_and_one_is_shipped(tmp_path, run_script, ships):
-    flags = ["--model", "resnet20", *TINY, "--n-epochs", "1", "--save-dir", str(tmp_path), "--run-name", "run", "--ships", ships]
+    flags = ["--model", "resnet8", *TINY, "--n-epochs", "1", "--save-dir", str(tmp_path), "--run-name", "run", "--ships", ships]
     ended = run_script("initial_train", *flags)
     assert ended.status == 0, ended.errors
     folder, other = tmp_path / "run", {"average": "trained", "trained": "average"}[ships]
