@@ -14,7 +14,7 @@ from selections import narrow
 from torch import nn
 
 import export
-from deploy import comparison, exporters
+from deploy import comparison, exporters, int8_export
 from models import build_model
 from models.network_file import describe_network, load_network
 from prune.compact import compact
@@ -227,7 +227,7 @@ def test_int8_is_checked_beside_float_in_each_runtime(checkpoints, run_export, t
         said = {entry.key: json.loads(entry.value) for entry in onnx.load(output).metadata_props}
         assert said["precision"] == "int8" and said["class_names"][0] == "0"
         written = output.read_bytes()
-        with mock.patch.object(export, "measure_files", worse_in_int8):
+        with mock.patch.object(int8_export, "measure_files", worse_in_int8):
             status, _, errors = run_export(*words, "--int8-tolerance", "2.9", "--force")
     assert status == 2 and "--int8-tolerance 2.9: int8 costs 3.00 points in onnxruntime; fine-tune the network" in errors
     assert output.read_bytes() == written

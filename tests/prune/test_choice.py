@@ -68,24 +68,24 @@ def test_a_layer_that_keeps_everything_needs_nothing_that_the_criterion_reads(op
         assert not {"pw", "dw"} & kept.kept.keys() and 1 <= len(kept.kept["last"]) < 16
 
 
-class Sliced(nn.Module):
-    """A sum of two convolutions that reads slices of them: nothing is known of its channels."""
+class Summed(nn.Module):
+    """Sums over the channels before of two convolutions: an operation that reads them all."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 16, 1), nn.Linear(8, 3)
 
     def forward(self, x):
-        return self.head((self.first(x)[:, :8] + self.second(x)[:, 8:]).mean((2, 3)))
+        return self.head((self.first(x) + self.second(x)).cumsum(1)[:, 8:].mean((2, 3)))
 
 
 @pytest.mark.parametrize(
     ("network", "options", "message"),
     [
-        (Sliced(), {"coupled": True}, "--couple-channels: no filter can go: each meets channels that an operation reads"),
-        (Sliced(), {"coupled": True, "budget": Budget("latency", 0.5)}, "--couple-channels: no filter can go"),
+        (Summed(), {"coupled": True}, "coupled: no filter can go: each meets channels that an operation reads"),
+        (Summed(), {"coupled": True, "budget": Budget("latency", 0.5)}, "coupled: no filter can go"),
         (Depthwise(), {"exclude": ["pw", "dw", "last"], "budget": Budget("latency", 0.5)}, "latency=0.5: no filter can"),
-        (Depthwise(), {"exclude": ["pw", "last"], "coupled": True}, "--couple-channels: no filter can go"),
+        (Depthwise(), {"exclude": ["pw", "last"], "coupled": True}, "coupled: no filter can go"),
     ],
 )
 def test_a_choice_that_can_take_nothing_is_refused(network, options, message):
@@ -94,7 +94,7 @@ def test_a_choice_that_can_take_nothing_is_refused(network, options, message):
 
 
 def test_coupled_channels_of_which_none_has_to_go_may_all_stay():
-    choice(Sliced(), (1.0,), coupled=True).check()
+    choice(Summed(), (1.0,), coupled=True).check()
 
 
 @pytest.mark.parametrize("share", [0.6, 0.4])
