@@ -106,7 +106,7 @@ def test_every_section_that_a_page_names_is_there(name):
 
 
 def test_the_readme_is_short_and_names_every_page():
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 165
     assert {name for name in DOCS if f"docs/{name}" not in README} == set()
 
 
