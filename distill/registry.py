@@ -59,7 +59,7 @@ class DistillerEntry:
     def kind(self) -> type[Distiller]:
         """The class of the loss, imported when it is asked for."""
         module, _, name = self.place.partition(":")
-        return getattr(import_module(f"{__package__}.{module}"), name)
+        return getattr(import_module(module, __package__), name)
 
     @property
     def reads_maps(self) -> bool:
@@ -80,14 +80,14 @@ STANDARDIZE = Option(
 OFFICIAL_RISE = 20 / 240  # epochs, of the official code of DKD and of ReviewKD on CIFAR-100
 
 DISTILLERS: dict[str, DistillerEntry] = {
-    "afd": DistillerEntry("afd:AFD", beta=200.0),
+    "afd": DistillerEntry(".afd:AFD", beta=200.0),
     "at": DistillerEntry(
-        "at:AT",
+        ".at:AT",
         beta=1000.0,
         options={"at_stages": Option(0, "how many of the last stages AT compares (default: all, of four or more the last two)")},
     ),
     "crd": DistillerEntry(
-        "crd:CRD",
+        ".crd:CRD",
         beta=0.8,
         options={
             "crd_negatives": Option(16384, "images of other classes that CRD compares each image with"),
@@ -98,14 +98,14 @@ DISTILLERS: dict[str, DistillerEntry] = {
         needs=frozenset(("train_labels", "indices")),
     ),
     "ctkd": DistillerEntry(
-        "ctkd:CTKD",
+        ".ctkd:CTKD",
         beta=0.9,
         options={"ctkd_epochs": Option(10, "first epochs, over which CTKD's temperature learns more and more against KD")},
         replaces_kd=True,
         needs=frozenset(("epochs",)),
     ),
     "dist": DistillerEntry(
-        "dist:DIST",
+        ".dist:DIST",
         beta=1.0,
         options={
             "kd_t": TEMPERATURE,
@@ -115,7 +115,7 @@ DISTILLERS: dict[str, DistillerEntry] = {
         replaces_kd=True,
     ),
     "dkd": DistillerEntry(
-        "dkd:DKD",
+        ".dkd:DKD",
         beta=1.0,
         options={
             "kd_t": TEMPERATURE,
@@ -129,17 +129,17 @@ DISTILLERS: dict[str, DistillerEntry] = {
         needs=frozenset(("labels",)),
     ),
     "fitnet": DistillerEntry(
-        "fitnet:FitNet",
+        ".fitnet:FitNet",
         beta=100.0,
         options={"fitnet_stage": Option(2, "which stage FitNet compares, from 1")},
         title="FitNet",
     ),
     "hap": DistillerEntry(
-        "hap:HAP", beta=700.0, options={"hap_ts": Option(3, "how many of the teacher's last blocks HAP compares with")}
+        ".hap:HAP", beta=700.0, options={"hap_ts": Option(3, "how many of the teacher's last blocks HAP compares with")}
     ),
-    "kd": DistillerEntry("kd:KD", beta=None, options={"kd_t": TEMPERATURE, "kd_standardize": STANDARDIZE}),
+    "kd": DistillerEntry(".kd:KD", beta=None, options={"kd_t": TEMPERATURE, "kd_standardize": STANDARDIZE}),
     "nkd": DistillerEntry(
-        "nkd:NKD",
+        ".nkd:NKD",
         beta=1.0,
         options={
             "nkd_t": Option(3.0, "temperature of NKD's other classes"),
@@ -148,25 +148,25 @@ DISTILLERS: dict[str, DistillerEntry] = {
         replaces_kd=True,
         needs=frozenset(("labels",)),
     ),
-    "pkt": DistillerEntry("pkt:PKT", beta=30000.0),
+    "pkt": DistillerEntry(".pkt:PKT", beta=30000.0),
     "reviewkd": DistillerEntry(
-        "reviewkd:ReviewKD",
+        ".reviewkd:ReviewKD",
         beta=5.0,  # the official code's for most pairs of networks; it has 0.6 for ResNet-20 by ResNet-56
         replaces_kd=True,
         rise=OFFICIAL_RISE,
         title="ReviewKD",
     ),
     "rkd": DistillerEntry(
-        "rkd:RKD",
+        ".rkd:RKD",
         beta=1.0,
         options={
             "rkd_distance": Option(25.0, "weight of RKD's distances", is_weight=True),
             "rkd_angle": Option(50.0, "weight of RKD's angles", is_weight=True),
         },
     ),
-    "sp": DistillerEntry("sp:SP", beta=3000.0),
+    "sp": DistillerEntry(".sp:SP", beta=3000.0),
     "wttm": DistillerEntry(
-        "wttm:WTTM",
+        ".wttm:WTTM",
         beta=4.0,
         options={"wttm_gamma": Option(0.2, "exponent of the teacher's probabilities in WTTM")},
         replaces_kd=True,
