@@ -41,7 +41,9 @@ from utils.device import choose_device, to_device
 from utils.errors import UserError
 from utils.files import append_line
 from utils.images.batches import ImageData
-from utils.images.datasets import DATASETS, SPLIT_SEED, Dataset, ImageFiles, load_dataset
+from utils.images.class_folders import SPLIT_SEED
+from utils.images.dataset import Dataset, ImageFiles, Wanted
+from utils.images.datasets import DATASETS, load_dataset
 from utils.profile import profile_network
 from utils.seed import generator
 from utils.training.evaluation import evaluate
@@ -146,9 +148,8 @@ class Study:
     @classmethod
     def of(cls, path: str, args: argparse.Namespace, *, device: torch.device) -> "Study":
         file = load_network(path, flag="--teachers")
-        known = {} if file.images is None else {"normalisation": (file.images.mean, file.images.std)}
-        known |= {} if file.images is None else {"image_size": file.images.image_size}
-        dataset = fewer_tests(load_dataset(args.dataset, data_dir=args.data_dir, **known), args.test_images)
+        wanted = Wanted(network=file.images, normalisation=file.images.normalisation if file.images is not None else None)
+        dataset = fewer_tests(load_dataset(args.dataset, data_dir=args.data_dir, wanted=wanted), args.test_images)
         data = ImageData(dataset, batch_size=BATCH_SIZE, seed=0, device=device)
         teacher = to_device(file.network, device).eval()
         images = images_needed(teacher, data.example[:1]) if args.images == AUTO else args.images
