@@ -55,8 +55,8 @@ def page_text(rows: Sequence[Row]) -> str:
     parts = [
         "# Pruning without training",
         "Top-1 accuracy in percent of pruned networks before any step of training: as they come, with batch norm's statistics "
-        "estimated anew (`--recalibrate-bn`), reconstructed (`--reconstruct`), and both, in this order. Nothing but the "
-        "estimates looks at images, and none at labels, but where a criterion takes gradients. Means over "
+        "estimated anew (`--recalibrate-bn`), reconstructed (`--reconstruct`), and both, in this order. Estimates and "
+        "reconstruction look at training images alone; labels count only for criteria that take gradients. Means over "
         f"{_counted(rows)}, with 95 % intervals of Student's t where there are several.",
         f"![Accuracy before any training](figures/{PICTURE})",
     ]
@@ -145,4 +145,4 @@ def _draw_panel(axes: Axes, rows: Sequence[Row]) -> None:
     axes.axhline(teacher, color="black", linewidth=0.8, label=f"unpruned, {teacher:.1f}")
     axes.set_xlabel(f"multiply-accumulates left, % ({layout})")
     axes.set_ylabel("top-1, %")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
