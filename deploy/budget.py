@@ -86,7 +86,7 @@ def log_chosen(
     try:
         taken = table.measured["measured"] = Comparison(table, network, data.example).share_of(small)
         if taken > share + TOLERANCE * share:
-            run.warn(f"latency={share:g}: the network takes {taken:.3f} of the dense one's time here")
+            run.warn(f"--budget latency={share:g}: the network takes {taken:.3f} of the dense one's time here")
         run.log(f"measured here: {table.measured['measured']:.3f} of the dense network's time")
     except UserError as error:  # a table may come from elsewhere
         run.log(f"not measured here: {error}")

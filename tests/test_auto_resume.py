@@ -56,6 +56,10 @@ def test_a_complete_run_is_left_alone_until_its_epochs_are_raised(trained, tmp_p
     assert attempt(tmp_path, TRAINING) == 0
     assert output(tmp_path) == f"{RUN}: complete\n"
     assert contents(tmp_path / RUN) == before
+    without_batch_size = [word for word in TRAINING if word not in ("--batch-size", "16")]
+    assert attempt(tmp_path, without_batch_size) == 2
+    assert "saves/run has --batch-size 16, not 128" in output(tmp_path)
+    assert contents(tmp_path / RUN) == before
     assert attempt(tmp_path, [*TRAINING, "--n-epochs", "3"]) == 0
     assert "epoch 3/3" in output(tmp_path) and "epoch 2/3" not in output(tmp_path)
 

@@ -195,7 +195,7 @@ COMMANDS = [
     (PRUNE, f"{COPY} --s-path {{teacher}}", ["--s-path", "--s-copy-t"]),
     (PRUNE, f"{COPY} --prune-rates 0", ["--prune-rates", "'0'"]),
     (PRUNE, f"{COPY} --prune-rates 1.2", ["--prune-rates", "'1.2'"]),
-    (PRUNE, f"{COPY} --prune-rates 0.5 0.5", ["--prune-rates", "2 values for 19 layers"]),
+    (PRUNE, f"{COPY} --prune-rates 0.5 0.5", ["--prune-rates", "2 values for 7 layers"]),
     (PRUNE, f"{COPY} --prune-mode filter-x", ["--prune-mode", "filter-x", "filter-nggm"]),
     (PRUNE, f"{COPY} --exclude-layers conv1", ["--exclude-layers conv1", "conv_1_3x3"]),
     (PRUNE, f"{COPY} --channel-multiple 0", ["--channel-multiple", "'0'"]),
@@ -267,7 +267,7 @@ COMMANDS = [
     (PRUNE, "--s-model resnet8 --prune-rates 0.6 --allocation global", ["--allocation global", "only with --budget"]),
     (
         PRUNE,
-        f"--s-model resnet8 --couple-channels --prune-rates {' 0.5' * 18} 0.6",
+        f"--s-model resnet8 --couple-channels --prune-rates {' 0.5' * 6} 0.6",
         ["conv_1_3x3", "the same channels", "one value"],
     ),
     (PRUNE, "--s-model resnet8 --couple-channels", ["--couple-channels", "where filters are pruned"]),

@@ -23,13 +23,13 @@ HARD, SOFT, QUANTIZED = (BY_NAME[name] for name in ("hard + AFD", "soft + HAP", 
 DROPOUT = Recipe(
     "dropout",
     "initial_train",
-    "--model alexnet --run-name run --n-epochs 2 --limit-batches 2 --batch-size 16 --schedule --lr-drops",
+    "--model alexnet --run-name run --n-epochs 3 --limit-batches 2 --batch-size 16 --schedule --lr-drops",
 )
 RECALIBRATED = Recipe(
     "recalibrated",
     "pruning",
     "--t-path {teacher} --s-copy-t --prune-mode filter-l2 --prune-rates 0.6 --soft-prune --prune-interval 2 --recalibrate-bn 1 "
-    "--run-name run --n-epochs 2 --limit-batches 2 --batch-size 16 --schedule --lr-drops",
+    "--run-name run --n-epochs 3 --limit-batches 2 --batch-size 16 --schedule --lr-drops",
 )
 GRADUAL = Recipe(
     "gradual",
@@ -42,10 +42,10 @@ INT8 = Recipe(
     "int8",
     "quantize_encode",
     "--load-path {teacher} --quan-mode int8 --t-path {teacher} --distill hap --lr 0.01 "
-    "--run-name run --n-epochs 2 --limit-batches 2 --batch-size 16",
+    "--run-name run --n-epochs 3 --limit-batches 2 --batch-size 16",
 )
 FOLDER_FLAGS = (
-    "--model resnet8 --dataset folder --run-name run --n-epochs 2 --limit-batches 2 --batch-size 2 --schedule --lr-drops"
+    "--model resnet8 --dataset folder --run-name run --n-epochs 3 --limit-batches 2 --batch-size 2 --schedule --lr-drops"
 )
 
 
@@ -286,11 +286,14 @@ class TestDamaged:
 def test_a_run_that_does_not_know_the_newest_flags_goes_on(killed, tmp_path, untouched, trained_run):
     folder = shutil.copytree(killed, tmp_path / "older")
     config, state = json.loads((folder / RUN / "config.json").read_text()), load_checkpoint(folder / RUN / "model_last.pt")
-    for name in ("channel_multiple", "hap_ts", "sync_bn", "prune_interval"):
-        del config["flags"][name], state["config"][name]
+    missing = {name: state["config"].pop(name) for name in ("channel_multiple", "hap_ts", "sync_bn", "prune_interval")}
+    for name in missing:
+        del config["flags"][name]
     (folder / RUN / "config.json").write_text(json.dumps(config))
     save_checkpoint(folder / RUN / "model_last.pt", state)
     assert finish(HARD, folder, trained_run) == 0, output(folder)
+    assert not missing.keys() & load_checkpoint(folder / RUN / "model_previous.pt")["config"].keys()  # the one from above
+    edit(folder / RUN / "model_previous.pt", config=missing)
     assert differences(untouched(HARD) / RUN, folder / RUN) == []
 
 

@@ -34,7 +34,11 @@ def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.N
     if getattr(args, "auto_resume", False) and not args.evaluate:
         args = _begun_flags(parser, args, given)
     elif getattr(args, "resume", None) is not None:
-        args = _resumed_flags(parser, args.resume, given)
+        folder = args.resume
+        saved, args = _resumed_flags(parser, folder, given)
+        if _is_complete(Path(folder), saved, args) and not args.dry_run and not args.evaluate:
+            print(f"{folder}: complete, nothing was changed; --n-epochs with more than {saved.n_epochs} goes on with it")
+            raise SystemExit(0)
     defaults = parser.parse_args([])
     for flags in (args, defaults):
         _complete(parser, flags)
@@ -54,7 +58,8 @@ def _complete(parser: Parser, args: argparse.Namespace) -> None:
         complete(args)
 
 
-def _resumed_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> argparse.Namespace:
+def _resumed_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """The flags of the run in `folder`, and those with which it goes on where some are `given`."""
     saved = _saved_flags(parser, folder, given)
     for name in given.keys() - PLACEMENT_FLAGS:
         value, before = given[name], getattr(saved, name)
@@ -63,11 +68,12 @@ def _resumed_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> arg
         if value != before and not is_moved and not (may_rise and value > before):
             rule = "may only be raised" if may_rise else "leave it out, a resumed run keeps its flags"
             raise UserError(f"{typed(name, value)}: contradicts {_shown(before)} of {folder}; {rule}")
-    args = argparse.Namespace(**{**vars(saved), **given, "may_download": "data_dir" in given})
-    if (Path(folder) / SUMMARY).exists() and args.n_epochs == saved.n_epochs and not args.dry_run and not args.evaluate:
-        print(f"{folder}: complete, nothing was changed; --n-epochs with more than {saved.n_epochs} goes on with it")
-        raise SystemExit(0)
-    return args
+    return saved, argparse.Namespace(**{**vars(saved), **given, "may_download": "data_dir" in given})
+
+
+def _is_complete(folder: Path, saved: argparse.Namespace, args: argparse.Namespace) -> bool:
+    """Whether the run in `folder`, whose flags are `saved`, has come to the end that `args` name."""
+    return (folder / SUMMARY).exists() and args.n_epochs == saved.n_epochs
 
 
 def _begun_flags(parser: Parser, args: argparse.Namespace, given: Mapping[str, Any]) -> argparse.Namespace:
@@ -84,8 +90,7 @@ def _begun_flags(parser: Parser, args: argparse.Namespace, given: Mapping[str, A
     if not (folder / CONFIG).exists():
         _check_sources(args)
         return args
-    saved = _saved_flags(parser, str(folder), given)
-    resumed = _resumed_flags(parser, str(folder), {name: given[name] for name in given.keys() - {"auto_resume", *_WHERE}})
+    saved, resumed = _resumed_flags(parser, str(folder), {name: given[name] for name in given.keys() - {"auto_resume", *_WHERE}})
     asked, found = (argparse.Namespace(**vars(flags)) for flags in (args, resumed))
     for flags in (asked, found):
         _complete(parser, flags)
@@ -95,7 +100,7 @@ def _begun_flags(parser: Parser, args: argparse.Namespace, given: Mapping[str, A
         if name not in may_differ and not is_moved and value != vars(found)[name]:
             flag = flag_of(name)
             raise UserError(f"--run-name {args.run_name}: {folder} has {flag} {_shown(vars(found)[name])}, not {_shown(value)}")
-    if (folder / SUMMARY).exists() and resumed.n_epochs == saved.n_epochs:
+    if _is_complete(folder, saved, resumed):
         print(f"{folder}: complete")
         raise SystemExit(0)
     _check_sources(args)

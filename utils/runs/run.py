@@ -19,7 +19,7 @@ from utils.distributed import same_everywhere
 from utils.files import TEMPORARY_PREFIX, append_line, remove_partial_files, write_atomic, write_json
 from utils.python_file import names_function
 from utils.runs.environment import describe_environment
-from utils.runs.folder import LAST, METRICS, PREVIOUS, STAMP, TENSORBOARD, check_entries, log_path, new_folder
+from utils.runs.folder import LAST, METRICS, PREVIOUS, STAMP, SUMMARY, TENSORBOARD, check_entries, log_path, new_folder
 from utils.runs.lease import Lease
 from utils.runs.metrics_file import known_metrics, read_metrics
 from utils.runs.state import is_state
@@ -76,7 +76,11 @@ class Run:
             self._rewind(epochs)
 
     def _rewind(self, epochs: int) -> None:
-        """Drops what was recorded after the saved state, then writes TensorBoard's files anew from what is left."""
+        """Drops what was recorded after the saved state, then writes TensorBoard's files anew from what is left.
+
+        A summary goes first: it would say that the run is complete, which one whose epochs were raised is not any more.
+        """
+        (self.folder / SUMMARY).unlink(missing_ok=True)
         lines = known_metrics(self.folder, epochs=epochs)
         write_atomic(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
         shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)

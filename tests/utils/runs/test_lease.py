@@ -163,7 +163,7 @@ def test_a_fork_does_not_release_what_its_parent_holds(tmp_path):
 def test_a_run_that_was_taken_over_writes_nothing_more(finished, tmp_path, monkeypatch):
     without_locks(monkeypatch)
     run = Run.create(tmp_path, name="run", log_name="log.txt", config={}, world=World())
-    run.save_json("summary.json", {"by": "the first"})
+    run.save_json("kept_filters.json", {"by": "the first"})
     age(run.folder / "lease-1", LAPSE_SECONDS + 20)
     other = Run.reopen(run.folder, log_name="log.txt", world=World(), epochs=0)
     if finished:
@@ -172,16 +172,16 @@ def test_a_run_that_was_taken_over_writes_nothing_more(finished, tmp_path, monke
     taken_over = r"unheard of for 120 s, this run was taken over by process \d+ on .*; this process ends"
     for write in (
         lambda: run.save("model_last.pt", {"by": "the first"}),
-        lambda: run.save_json("summary.json", {"by": "the first, late"}),
+        lambda: run.save_json("kept_filters.json", {"by": "the first, late"}),
         lambda: run.record({"epoch": 0, "split": "test"}),
     ):
         with pytest.raises(UserError, match=taken_over):
             write()
     assert not (run.folder / "model_last.pt").exists() and (run.folder / "metrics.jsonl").read_text() == ""
-    assert json.loads((run.folder / "summary.json").read_text()) == {"by": "the first"}
+    assert json.loads((run.folder / "kept_filters.json").read_text()) == {"by": "the first"}
     run.close()
     holding = newest if finished else other
-    holding.save_json("summary.json", {"by": "the holder"})
+    holding.save_json("kept_filters.json", {"by": "the holder"})
     holding.close()
 
 
