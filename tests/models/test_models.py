@@ -161,7 +161,7 @@ def test_an_unknown_network_lists_the_known():
 
 
 def test_pretrained_weights_that_do_not_exist_are_refused():
-    with pytest.raises(UserError, match="--pretrained: no published weights for 'resnet56': choose resnet101"):
+    with pytest.raises(UserError, match="pretrained: no published weights for 'resnet56': choose resnet101"):
         build_model("resnet56", num_classes=10, pretrained=True)
 
 

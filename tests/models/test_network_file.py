@@ -116,7 +116,7 @@ class TestBareStateDict:
 
     def test_of_another_network(self, network, tmp_path):
         torch.save(network.state_dict(), tmp_path / "a.pt")
-        refuse(tmp_path / "a.pt", "does not fit resnet32", "stage_1.3.conv_a.weight is missing", "more", model="resnet32")
+        refuse(tmp_path / "a.pt", "does not fit resnet32", "stage_1.1.conv_a.weight is missing", "more", model="resnet32")
 
     def test_without_a_classifier(self, tmp_path):
         torch.save({"weight": torch.zeros(3)}, tmp_path / "a.pt")

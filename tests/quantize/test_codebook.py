@@ -216,17 +216,17 @@ def test_bits_by_layer(mode, bits, expected):
 @pytest.mark.parametrize(
     ("mode", "bits", "message"),
     [
-        ("all", ["0"], "--quan-bits 0: expected 1 to 16"),
-        ("all", ["17"], "--quan-bits 17: expected 1 to 16"),
+        ("all", ["0"], "bits 0: expected 1 to 16"),
+        ("all", ["17"], "bits 17: expected 1 to 16"),
         ("all", ["9" * 5000], "expected 1 to 16"),
-        ("all", ["five"], "--quan-bits five"),
-        ("all", ["0=x"], "--quan-bits 0=x: expected"),
-        ("all", ["fc9=5"], "--quan-bits fc9=5: no layer 'fc9' .* choose from 0, 3"),
-        ("conv", ["3=5"], "--quan-bits 3=5: no layer '3'"),
-        ("all", ["=5"], "--quan-bits =5: no layer ''"),
-        ("all", ["5", "6"], "--quan-bits 6: given twice"),
-        ("all", ["0=5", "0=6"], "--quan-bits 0=6: given twice"),
-        ("some", ["5"], "--quan-mode some: unknown"),
+        ("all", ["five"], "bits five"),
+        ("all", ["0=x"], "bits 0=x: expected"),
+        ("all", ["fc9=5"], "bits fc9=5: no layer 'fc9' .* choose from 0, 3"),
+        ("conv", ["3=5"], "bits 3=5: no layer '3'"),
+        ("all", ["=5"], "bits =5: no layer ''"),
+        ("all", ["5", "6"], "bits 6: given twice"),
+        ("all", ["0=5", "0=6"], "bits 0=6: given twice"),
+        ("some", ["5"], "mode some: unknown"),
     ],
 )
 def test_bad_bits(mode, bits, message):

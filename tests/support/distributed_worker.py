@@ -37,7 +37,8 @@ from utils.images.batches import Batch, ImageData
 from utils.images.dataset import Dataset, SmallImages
 from utils.runs.folder import LAST
 from utils.seed import generator
-from utils.training import engine
+from utils.training import trainer
+from utils.training.evaluation import evaluate_each
 from utils.training.objective import CrossEntropyObjective
 from utils.training.recalibration import recalibrated_batch_norm
 from utils.training.step import prepare_step, sgd, train_step
@@ -159,7 +160,7 @@ def recalibrated_statistics(world: World) -> dict[str, Tensor]:
 def tested_images(world: World) -> dict[str, Tensor]:
     """Which images this process tests: 21 in batches of 4, so that the last is a single one."""
     data = numbered_data(world, test_images=21, batch_size=4)
-    scores, hits = engine.evaluate_each(fresh(num_classes=21), data)
+    scores, hits = evaluate_each(fresh(num_classes=21), data)
     found = {"scores": torch.tensor(list(scores.values())), "hits": torch.from_numpy(hits.hits)}
     found["digest"] = torch.tensor(list(hits.labels.encode()))
     return {"seen": torch.cat([batch.labels for batch in data.test_batches()]), **found}
@@ -220,7 +221,7 @@ def run_resumed(folder: Path, world: World) -> None:
 
 def stopped(world: World, folder: Path, run: Callable[[], None]) -> None:
     """Sends a signal to the last process alone, within the second epoch: all stop together."""
-    ordinary = engine.train_step
+    ordinary = trainer.train_step
     steps = 0
 
     def interrupted(*args: Any, **options: Any) -> Any:
@@ -230,7 +231,7 @@ def stopped(world: World, folder: Path, run: Callable[[], None]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return ordinary(*args, **options)
 
-    engine.train_step = interrupted
+    trainer.train_step = interrupted
     try:
         run()
     except Interrupted as error:
@@ -241,7 +242,7 @@ def stopped(world: World, folder: Path, run: Callable[[], None]) -> None:
     else:
         raise AssertionError("the signal was not heard")
     finally:
-        engine.train_step = ordinary
+        trainer.train_step = ordinary
         leave()
 
 
