@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from selections import prunable_layers
 from torch import Tensor, nn
 
 import pruning
@@ -23,6 +22,7 @@ from distill import build_distiller
 from distill.objective import DistillationObjective, FrozenTeacher, sample_outputs
 from models import MODELS, build_model
 from models.cifar_resnet import CifarResNet
+from models.graph import ChannelGraph
 from models.network_file import describe_network
 from models.outputs import Outputs
 from prune.feature_maps import mean_of_maps
@@ -116,13 +116,14 @@ def scores_and_choices(world: World) -> dict[str, Tensor]:
     """Gradients and feature maps over uneven shares, the filters that criteria keep by them, and those that chance keeps."""
     data = numbered_data(world, train_images=23, batch_size=8)
     network = fresh()
-    layers = prunable_layers(network)
+    graph = ChannelGraph(network, data.example)
+    layers = graph.prunable_layers()
     batches = [(batch.images, batch.labels) for batch in data.train_batches("scoring")]
     passed = {"layers": layers, "all_reduce": sum_over_processes}
     sampled = {
         "gradients": mean_gradients(network, batches, **passed),
         "importance": importances(network, batches, of="gates", **passed),
-        "feature_maps": mean_of_maps(network, batches, of_maps=channel_independence, example=data.example, **passed),
+        "feature_maps": mean_of_maps(graph, batches, of_maps=channel_independence, **passed),
     }
     ratios = keep_ratios(layers, [0.5])
     found = {f"{kind} of {name}": tensor for kind, tensors in sampled.items() for name, tensor in tensors.items()}
