@@ -16,7 +16,7 @@ from utils.images.settings import DataSettings
 if TYPE_CHECKING:
     from torch import nn
 
-    from deploy.exporters import Origin
+    from deploy.exporters import Provenance
     from models.narrow import NarrowNetwork
     from models.network_file import NetworkFile
     from utils.images.batches import ImageData
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     scores = {"dense": evaluate(dense, data)["top1"], "compact": evaluate(small, data)["top1"]}
     difference = relative_difference(dense, small, (batch.images for batch in data.test_batches()))
     check_difference(named, "compact", difference, tolerance=TOLERANCE)
-    origin = origin_of(file, data, Path(args.load_path), top1=scores["compact"])
+    provenance = provenance_of(file, data, Path(args.load_path), top1=scores["compact"])
     print_remarks(data)
     print(f"top1 on {data.dataset.name}: " + ", ".join(f"{role} {top1:.2f}" for role, top1 in scores.items()))
 
@@ -73,11 +73,11 @@ def main(args: argparse.Namespace) -> None:
         with naming(named):
             simulated = Int8Network.with_ranges(small, file.int8).requires_grad_(False) if file.int8 else None
         content, remark = export_int8(
-            dense, small, simulated, data, origin=origin, images=args.calibration_images, tolerance=args.int8_tolerance
+            dense, small, simulated, data, provenance=provenance, images=args.calibration_images, tolerance=args.int8_tolerance
         )
         files = {Path(args.output).suffix: content}
     else:
-        export = EXPORTERS[args.format](dense, small, data.example, origin=origin, output=Path(args.output))
+        export = EXPORTERS[args.format](dense, small, data.example, provenance=provenance, output=Path(args.output))
         difference = exported_difference(small, export.run, data)
         check_difference(named, "exported", difference, tolerance=0.0 if export.exact else TOLERANCE)
         print(f"largest difference of the logits, relative to the largest: exported {difference:.1e}")
@@ -134,14 +134,14 @@ def check_difference(origin: str, step: str, found: float, *, tolerance: float) 
         )
 
 
-def origin_of(file: NetworkFile, data: ImageData, path: Path, *, top1: float) -> Origin:
+def provenance_of(file: NetworkFile, data: ImageData, path: Path, *, top1: float) -> Provenance:
     """What the exported file says of itself: its run is the folder that its checkpoint lies in."""
-    from deploy.exporters import Origin
+    from deploy.exporters import Provenance
     from utils.runs.folder import CONFIG
 
     path = path.resolve()
     run = path.parent.name if (path.parent / CONFIG).exists() else path.name
-    return Origin(file.model, data.dataset.images, run, data.dataset.name, top1)
+    return Provenance(file.model, data.dataset.images, run, data.dataset.name, top1)
 
 
 if __name__ == "__main__":

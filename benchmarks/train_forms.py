@@ -20,7 +20,7 @@ from benchmarks.budgets import build, choice_within
 from benchmarks.common import add_common_flags, machine, report, synthetic_batch
 from benchmarks.step_cost import MODES, checked_device, distilled_step, plain_step
 from models import MODELS
-from prune.measured_forms import MULTIPLES, TABLE, Step, record
+from prune.measured_forms import MULTIPLES, TABLE, TrainingStep, record
 from prune.schedule import HardPruning, PhysicalPruning
 from prune.settings import Budget
 from utils import cli
@@ -93,9 +93,9 @@ def measure(args: argparse.Namespace, batch: Batch, *, mode: str, budget: float,
     }
 
 
-def step_of(row: dict[str, Any], device: str) -> Step:
+def step_of(row: dict[str, Any], device: str) -> TrainingStep:
     amp, compiled = MODES[row["mode"]]
-    return Step(device, amp, compiled, row["multiple"], coupled=row["channels"] == "coupled", macs=round(row["MACs"], 2))
+    return TrainingStep(device, amp, compiled, row["multiple"], coupled=row["channels"] == "coupled", macs=round(row["MACs"], 2))
 
 
 def hardware(about: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from deploy.latency import TOLERANCE, Comparison, LatencyTable, Widths, calibrate, measure_table, read_table
+from deploy.latency import TOLERANCE, LatencyTable, RelativeTimer, Widths, calibrate, measure_table, read_table
 from deploy.settings import LatencySettings
 from utils.distributed import from_main
 from utils.errors import ParameterError, UserError, naming
@@ -84,7 +84,7 @@ def log_chosen(
     table.measured = {"predicted": table.seconds(widths) / table.dense_seconds}
     run.log(describe(table, widths, multiple=multiple))
     try:
-        taken = table.measured["measured"] = Comparison(table, network, data.example).share_of(small)
+        taken = table.measured["measured"] = RelativeTimer(table, network, data.example).share_of(small)
         if taken > share + TOLERANCE * share:
             run.warn(f"--budget latency={share:g}: the network takes {taken:.3f} of the dense one's time here")
         run.log(f"measured here: {table.measured['measured']:.3f} of the dense network's time")

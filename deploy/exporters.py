@@ -26,7 +26,7 @@ FORM_ROUNDS = 9  # in which the forms of a network are compared
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Where a network comes from, for those who meet its file: what it is called, its images, run and accuracy."""
 
     model: str
@@ -56,14 +56,14 @@ class Export:
     exact: bool = False
 
 
-def export_onnx(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, origin: Origin, output: Path) -> Export:
+def export_onnx(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, provenance: Provenance, output: Path) -> Export:
     """ONNX, run by onnxruntime.
 
     Where sums of different channels need a new layout, there are two forms of the same function (docs/compaction.md): both are
     measured, and the faster one is written.
     """
     forms = forms_of(dense, small, images)
-    contents = {form: to_onnx(network, images, metadata=origin.metadata()) for form, network in forms.items()}
+    contents = {form: to_onnx(network, images, metadata=provenance.metadata()) for form, network in forms.items()}
     runners = {form: onnxruntime_session(content) for form, content in contents.items()}
     form, remark = fastest_form(runners, images)
     remarks = [remark] if remark else []
@@ -96,25 +96,25 @@ def fastest_form(runners: Mapping[str, Runner], images: Tensor) -> tuple[str, st
     return fastest, f"written with {fastest}, the faster form ({measured})"
 
 
-def export_program(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, origin: Origin, output: Path) -> Export:
+def export_program(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, provenance: Provenance, output: Path) -> Export:
     """A torch.export program (.pt2), run by PyTorch; the metadata lie beside it as torch.export's `extra_files`."""
     program = torch.export.export(small.bare(), (images,), dynamic_shapes=(any_batch(),))
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files=origin.metadata())
+    torch.export.save(program, buffer, extra_files=provenance.metadata())
     return Export({output.suffix: buffer.getvalue()}, "exported", program.module())
 
 
-def export_source(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, origin: Origin, output: Path) -> Export:
+def export_source(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, provenance: Provenance, output: Path) -> Export:
     """Python source with its weights beside it in a .safetensors file, run by PyTorch."""
     weights = output.with_suffix(SAFETENSORS).name
     size = profile_network(small, images[:1])
-    height, width = origin.images.image_size
+    height, width = provenance.images.image_size
     title = (
-        f"{origin.model} for {len(origin.images.class_names)} classes, images of {width}x{height}.\n\n"
-        f"{size['parameters']:,} parameters, {size['macs']:,} multiply-accumulates an image; top-1 {origin.top1:.2f} % on "
-        f"{origin.dataset}; from the run {origin.run}."
+        f"{provenance.model} for {len(provenance.images.class_names)} classes, images of {width}x{height}.\n\n"
+        f"{size['parameters']:,} parameters, {size['macs']:,} multiply-accumulates an image; top-1 {provenance.top1:.2f} % on "
+        f"{provenance.dataset}; from the run {provenance.run}."
     )
-    source = network_source(small, title=title, images=origin.images, weights=weights)
+    source = network_source(small, title=title, images=provenance.images, weights=weights)
     files = {SAFETENSORS: safetensors.torch.save(source.tensors), output.suffix: source.text.encode()}
     return Export(files, "source", load_source(files, output), exact=True)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.comparison import measure_files, table
-from deploy.exporters import Origin, fastest_form, forms_of
+from deploy.exporters import Provenance, fastest_form, forms_of
 from deploy.int8 import to_int8_onnx
 from deploy.onnx import to_onnx, with_metadata
 from deploy.runtimes import onnxruntime_session
@@ -25,7 +25,7 @@ def export_int8(
     simulated: Int8Network | None,
     data: ImageData,
     *,
-    origin: Origin,
+    provenance: Provenance,
     images: int,
     tolerance: float,
 ) -> tuple[bytes, str]:
@@ -53,7 +53,7 @@ def export_int8(
         same = 100 * float((expected == predictions["onnxruntime", SMALL_INT8]).float().mean())
         print(f"onnxruntime gives the class that was simulated in training to {same:.2f} % of the test images")
     top1 = scores["onnxruntime", SMALL_INT8]
-    return with_metadata(content, replace(origin, top1=top1, more={"precision": "int8"}).metadata()), remark
+    return with_metadata(content, replace(provenance, top1=top1, more={"precision": "int8"}).metadata()), remark
 
 
 def _int8_file(

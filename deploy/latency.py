@@ -222,7 +222,7 @@ def calibrate(
         return share - TOLERANCE * share <= taken <= share
 
     found: dict[float, float] = {}  # the share that was measured, by slope; 0 where a tenth of each layer seemed too slow
-    beside = Comparison(table, dense, image)
+    beside = RelativeTimer(table, dense, image)
     for _ in range(CORRECTIONS + 1):
         try:
             network, widths = small()
@@ -251,7 +251,7 @@ def calibrate(
         raise ParameterError("budget", f"latency={share:g}", reason)
 
 
-class Comparison:
+class RelativeTimer:
     """Measures networks beside `dense` in the runtime of `table`."""
 
     def __init__(self, table: LatencyTable, dense: nn.Module, image: Tensor):

@@ -41,14 +41,14 @@ SHORT = {"in_channels": "in", "out_channels": "out", "in_features": "in", "out_f
 
 
 @dataclass(frozen=True)
-class Source:
+class PythonSource:
     """The text of a module, and the tensors that its `load` reads."""
 
     text: str
     tensors: dict[str, Tensor]
 
 
-def network_source(network: NarrowNetwork, *, title: str, images: ImageSpec, weights: str) -> Source:
+def network_source(network: NarrowNetwork, *, title: str, images: ImageSpec, weights: str) -> PythonSource:
     """`network` as a Python module, whose `load()` gives it with the weights that lie in the file `weights` beside it.
 
     `title` begins the module's docstring, `images` becomes its constants. Raises UserError for a layer or an operation that
@@ -63,7 +63,7 @@ def network_source(network: NarrowNetwork, *, title: str, images: ImageSpec, wei
     functional = "import torch.nn.functional as F\n" if re.search(r"\bF\.", "".join(writer.texts)) else ""
     head = [f'"""{_in_docstring(title)}\n\n{usage}"""', _IMPORTS.format(functional=functional), _constants(images, weights)]
     text = "\n\n\n".join(["\n\n".join(head), *writer.helpers.values(), *writer.texts, _LOADING])
-    return Source(text + "\n", {key: value.detach().clone().contiguous() for key, value in writer.tensors.items()})
+    return PythonSource(text + "\n", {key: value.detach().clone().contiguous() for key, value in writer.tensors.items()})
 
 
 def _in_docstring(text: str) -> str:
@@ -149,14 +149,14 @@ def _filled(items: Sequence[str], indent: str) -> list[str]:
 
 
 @dataclass
-class _Call:
+class _Operation:
     """One operation of a scope: a node of the graph, a whole scope within it (`body`), or several in a chain (`chain`)."""
 
     value: fx.Node  # what it gives
     inputs: list[fx.Node]
     path: str = ""  # of the module that is called, from the network on
     body: "_Scope | None" = None
-    chain: "list[_Call]" = field(default_factory=list)
+    chain: "list[_Operation]" = field(default_factory=list)
 
     @property
     def is_module(self) -> bool:
@@ -170,7 +170,7 @@ class _Scope:
 
     path: str
     kind: str
-    calls: list[_Call]
+    calls: list[_Operation]
     given: fx.Node
     result: fx.Node
 
@@ -187,7 +187,7 @@ def _read_graph(graph: fx.Graph, layers: nn.Module) -> _Scope:
     return _Scope("", "", _chained(calls, result), given, result)
 
 
-def _grouped(nodes: Sequence[fx.Node], layers: nn.Module, *, path: str, depth: int) -> list[_Call]:
+def _grouped(nodes: Sequence[fx.Node], layers: nn.Module, *, path: str, depth: int) -> list[_Operation]:
     """The operations of a scope; those of a module within it are one call where it can be a module of its own."""
     calls, begin = [], 0
     while begin < len(nodes):
@@ -206,11 +206,11 @@ def _grouped(nodes: Sequence[fx.Node], layers: nn.Module, *, path: str, depth: i
     return calls
 
 
-def _as_call(scope: _Scope) -> _Call:
+def _as_call(scope: _Scope) -> _Operation:
     """The scope, or if it does nothing but run layers one after the other, these."""
     if len(scope.calls) == 1 and scope.calls[0].chain:
         return replace(scope.calls[0], path=scope.path)
-    return _Call(scope.result, [scope.given], path=scope.path, body=scope)
+    return _Operation(scope.result, [scope.given], path=scope.path, body=scope)
 
 
 def _scope_at(node: fx.Node, depth: int) -> tuple[str, str]:
@@ -244,17 +244,17 @@ def _users_outside(name: str, graph: fx.Graph, inside: set[fx.Node]) -> bool:
     return False
 
 
-def _single(node: fx.Node, layers: nn.Module) -> _Call:
+def _single(node: fx.Node, layers: nn.Module) -> _Operation:
     is_layer = node.op == "call_module" and not _is_relayout(node, layers)
     inputs = [source for source in node.all_input_nodes if source.op != "get_attr" and source.name != "training"]
-    return _Call(node, inputs, path=node.target if is_layer else "")
+    return _Operation(node, inputs, path=node.target if is_layer else "")
 
 
 def _is_relayout(node: fx.Node, layers: nn.Module) -> bool:
     return node.op == "call_module" and isinstance(layers.get_submodule(node.target), Relayout | AddInto)
 
 
-def _chained(calls: list[_Call], result: fx.Node) -> list[_Call]:
+def _chained(calls: list[_Operation], result: fx.Node) -> list[_Operation]:
     """Modules that were numbers of the same list and do nothing but follow each other, as one call."""
     while True:
         run = next(_runs(calls, _uses(calls, result)), None)
@@ -262,16 +262,16 @@ def _chained(calls: list[_Call], result: fx.Node) -> list[_Call]:
             return calls
         begin, end = run
         chain = calls[begin:end]
-        joined = _Call(chain[-1].value, chain[0].inputs, path=chain[0].path.rpartition(".")[0], chain=chain)
+        joined = _Operation(chain[-1].value, chain[0].inputs, path=chain[0].path.rpartition(".")[0], chain=chain)
         calls = [*calls[:begin], joined, *calls[end:]]
 
 
-def _uses(calls: Sequence[_Call], result: fx.Node) -> Counter[fx.Node]:
+def _uses(calls: Sequence[_Operation], result: fx.Node) -> Counter[fx.Node]:
     """How often each value is read, the result by who called."""
     return Counter([result, *(source for call in calls for source in call.inputs)])
 
 
-def _runs(calls: Sequence[_Call], uses: Mapping[fx.Node, int]) -> Any:
+def _runs(calls: Sequence[_Operation], uses: Mapping[fx.Node, int]) -> Any:
     lists = [_list_of(call) for call in calls]
     for begin, name in enumerate(lists):
         if not name:
@@ -289,7 +289,7 @@ def _runs(calls: Sequence[_Call], uses: Mapping[fx.Node, int]) -> Any:
             yield begin, end
 
 
-def _list_of(call: _Call) -> str:
+def _list_of(call: _Operation) -> str:
     head, _, last = call.path.rpartition(".")
     return head if call.is_module and last.isdigit() else ""
 
@@ -354,7 +354,7 @@ class _ClassWriter:
         members = _Members(self, scope)
         return _Instance(scope, members.found, _forward(scope, members))
 
-    def module_of(self, call: _Call, name: str) -> _Member:
+    def module_of(self, call: _Operation, name: str) -> _Member:
         if call.chain:
             return _Member(name, "nn.Sequential", parts=[self.module_of(part, "") for part in call.chain])
         if call.body is not None:
@@ -424,7 +424,7 @@ _EVALUATION_ONLY = """
 
 
 def _sort_by_height(scope: _Scope, levels: dict[int, list[_Scope]]) -> int:
-    def below(calls: Sequence[_Call]) -> list[_Scope]:
+    def below(calls: Sequence[_Operation]) -> list[_Scope]:
         return [own for call in calls for own in (below(call.chain) if call.chain else [call.body] if call.body else [])]
 
     height = 1 + max((_sort_by_height(inner, levels) for inner in below(scope.calls)), default=-1)
@@ -506,7 +506,7 @@ class _Members:
         self.found: list[_Member] = []
         self._names: dict[str, str] = {}
 
-    def of_call(self, call: _Call) -> str:
+    def of_call(self, call: _Operation) -> str:
         return self._named(call.path, lambda name: self.writer.module_of(call, name))
 
     def of_tensor(self, path: str) -> str:
@@ -548,7 +548,7 @@ class _Names:
     def of(self, node: fx.Node) -> str:
         return self.nested.get(node) or next(name for name, value in self._holds.items() if value is node)
 
-    def nest(self, call: _Call, text: str) -> None:
+    def nest(self, call: _Operation, text: str) -> None:
         self.nested[call.value] = text
         own = [self._needs[source] if source in self.nested else {self.of(source)} for source in call.inputs]
         self._needs[call.value] = set().union(*own)
@@ -599,7 +599,7 @@ def _forward(scope: _Scope, members: _Members) -> list[str]:
     return [*lines, f"{indent}return {operand(scope.result)}"]
 
 
-def _text(call: _Call, operand: Callable[[fx.Node], str], members: _Members) -> str:
+def _text(call: _Operation, operand: Callable[[fx.Node], str], members: _Members) -> str:
     if call.path:
         arguments = ", ".join(literal(value, operand) for value in call.value.args) if not call.body and not call.chain else None
         return f"self.{members.of_call(call)}({arguments if arguments is not None else operand(call.inputs[0])})"

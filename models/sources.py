@@ -21,7 +21,7 @@ OFFLINE = "without network, put the file there beforehand"
 
 
 @dataclass(frozen=True)
-class Source:
+class Provider:
     """Where networks come from. `build(name, num_classes, pretrained)` gets a name that `knows` holds for, without prefix."""
 
     names: Callable[[], Collection[str]]
@@ -30,7 +30,7 @@ class Source:
     build: Callable[[str, int, bool], nn.Module]
 
 
-def split_name(name: str) -> tuple[Source | None, str]:
+def split_name(name: str) -> tuple[Provider | None, str]:
     """The source that a name's prefix says, and the rest of it; None and the whole name where it has no such prefix."""
     prefix, slash, rest = name.partition("/")
     return (SOURCES[prefix], rest) if slash and prefix in SOURCES else (None, name)
@@ -158,8 +158,8 @@ def _build_timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
 
 
 SOURCES = {
-    "timm": Source(_timm_names, _knows_timm, _timm_has_weights, _build_timm),
-    "torchvision": Source(
+    "timm": Provider(_timm_names, _knows_timm, _timm_has_weights, _build_timm),
+    "torchvision": Provider(
         _torchvision_names, lambda name: name in _torchvision_names(), _torchvision_has_weights, _build_torchvision
     ),
 }

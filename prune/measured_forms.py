@@ -24,7 +24,7 @@ TIME = "compact in masked steps"
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """What the table knows a training step by: where and how it runs, and the widths of the small network.
 
     `macs` is what is left of the dense network's multiply-accumulates.
@@ -47,10 +47,10 @@ def trains_faster_small(choose: FilterChoice, selection: Selection, *, steps: in
     except UserError:  # of a network that has no small form, which the proof says of it
         return True
     widths = {"multiple": multiple_of(selection, choose.layers), "coupled": choose.coupled, "macs": macs}
-    return is_faster_small(Step(choose.data.device.type, amp=amp, compiled=compiled, **widths))
+    return is_faster_small(TrainingStep(choose.data.device.type, amp=amp, compiled=compiled, **widths))
 
 
-def is_faster_small(step: Step, *, table: Path = TABLE) -> bool:
+def is_faster_small(step: TrainingStep, *, table: Path = TABLE) -> bool:
     """Whether training the small network takes less time than the large one with zeros.
 
     It does if it did on every machine that measured such a step with as many multiply-accumulates left, or the next more; where
@@ -77,7 +77,7 @@ def multiple_of(selection: Selection, layers: Sequence[PrunableLayer]) -> int:
     return next(multiple for multiple in MULTIPLES if all(width % multiple == 0 for width in widths))
 
 
-def record(times: Mapping[Step, float], *, hardware: str, network: str, table: Path = TABLE) -> None:
+def record(times: Mapping[TrainingStep, float], *, hardware: str, network: str, table: Path = TABLE) -> None:
     """Puts the `times` of the compact form, in masked steps, into the table, in the place of those that it had of the same."""
     rows = {_key(row): row for row in (_read(table) if table.exists() else [])}
     for step, taken in times.items():

@@ -76,7 +76,7 @@ def _layers_of_uneven_sums(plan: Plan) -> set[str]:
 
 
 @dataclass(frozen=True)
-class _Origin:
+class _DenseFacts:
     """What a narrow network knows of the dense one. `state` holds shapes and types, on the meta device."""
 
     name: str
@@ -116,7 +116,7 @@ class NarrowNetwork(nn.Module):
             reuse_memory(graph, owner)
         self.__parts = _Parts(
             kept={name: list(channels) for name, channels in kept.items()},
-            origin=_origin(model, plans.values()),
+            facts=_facts_of(model, plans.values()),
             entries=entries,
             owner=owner,
             relayouts=relayouts.name,
@@ -149,7 +149,7 @@ class NarrowNetwork(nn.Module):
     def outputs(self, x: Tensor) -> Outputs:
         """What the dense network's `outputs` returns, its feature maps at full width."""
         if "outputs" not in self.__parts.functions:
-            raise UserError(f"{self.__parts.origin.name} has no feature maps: a network with outputs(x) is needed")
+            raise UserError(f"{self.__parts.facts.name} has no feature maps: a network with outputs(x) is needed")
         return self.__parts.functions["outputs"](self.__parts.owner, self.training, x)
 
     @property
@@ -187,12 +187,12 @@ class NarrowNetwork(nn.Module):
 
     def train(self, mode: bool = True) -> "NarrowNetwork":
         """As the dense network's `train(mode)`: layers that it leaves in evaluation, such as frozen batch norms, stay so."""
-        origin = self.__parts.origin
+        facts = self.__parts.facts
         if mode and not self.trainable:
-            raise UserError(f"{origin.name} {self.__parts.why_evaluation_only}: its narrow form can only be evaluated")
+            raise UserError(f"{facts.name} {self.__parts.why_evaluation_only}: its narrow form can only be evaluated")
         super().train(mode)
         modules = dict(self.named_modules())
-        for name, own_mode in origin.modes[mode].items():
+        for name, own_mode in facts.modes[mode].items():
             if name in modules:
                 modules[name].training = own_mode
         return self
@@ -211,7 +211,7 @@ class NarrowNetwork(nn.Module):
         return own, list(range(len(own))) if own.dim() else []
 
     def __home(self, key: str) -> str:
-        return self.__parts.origin.homes.get(key, key)
+        return self.__parts.facts.homes.get(key, key)
 
     def dense_state_dict(self, *, idle: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """A state dict for the dense network with which it computes the same function.
@@ -220,16 +220,16 @@ class NarrowNetwork(nn.Module):
         Tensors that no method of the dense network reads are not in this one; they come from `idle`, a dense state dict, and
         are 0 without it. The versions of the modules that the dense network's own state dict carries are carried as well.
         """
-        state, origin = self.state_dict(), self.__parts.origin
+        state, facts = self.state_dict(), self.__parts.facts
         device = next((value.device for value in state.values() if isinstance(value, Tensor)), torch.device("cpu"))
         dense: dict[str, Tensor] = OrderedDict()
-        for key, full in origin.state.items():
+        for key, full in facts.state.items():
             value = state.get(self.__home(key), full if not isinstance(full, Tensor) else None)
-            if value is None and key in origin.idle and idle is not None:
+            if value is None and key in facts.idle and idle is not None:
                 value = idle[key]
             blank = 1 if key.endswith("running_var") else 0
             dense[key] = self.widened(key, value, blank=blank).to(device) if isinstance(full, Tensor) else value
-        dense._metadata = copy.deepcopy(origin.metadata)
+        dense._metadata = copy.deepcopy(facts.metadata)
         return dense
 
     def widened(self, key: str, value: Tensor | None, *, blank: float = 0) -> Tensor:
@@ -237,7 +237,7 @@ class NarrowNetwork(nn.Module):
 
         None stands for a tensor of which nothing is left; the result is then on the CPU.
         """
-        entries, full = self.__parts.entries.get(self.__home(key)), self.__parts.origin.state[key]
+        entries, full = self.__parts.entries.get(self.__home(key)), self.__parts.facts.state[key]
         if value is None:
             return torch.full(full.shape, blank, dtype=full.dtype)
         if entries is None:
@@ -253,7 +253,7 @@ class NarrowNetwork(nn.Module):
 
     def load_dense_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes what this network keeps out of a dense network's state dict. Raises UserError for one of another network."""
-        name, dense = self.__parts.origin.name, self.__parts.origin.state
+        name, dense = self.__parts.facts.name, self.__parts.facts.state
         own: dict[str, Any] = OrderedDict()
         for key, value in self.state_dict().items():
             if isinstance(value, Tensor) and (key not in state or state[key].shape != dense[key].shape):
@@ -287,7 +287,7 @@ class _Parts:
     """What a narrow network consists of, besides its layers."""
 
     kept: dict[str, list[int]]
-    origin: _Origin
+    facts: _DenseFacts
     entries: dict[str, "Entries"]
     owner: nn.Module
     relayouts: str
@@ -298,13 +298,13 @@ class _Parts:
     why_evaluation_only: str | None
 
 
-def _origin(model: nn.Module, plans: Iterable[Plan]) -> _Origin:
+def _facts_of(model: nn.Module, plans: Iterable[Plan]) -> _DenseFacts:
     state = model.state_dict(keep_vars=True)
     read = _read_tensors(model, plans)
     names: dict[int, list[str]] = {}
     for key, value in state.items():
         names.setdefault(id(value), []).append(key)
-    return _Origin(
+    return _DenseFacts(
         name=type(model).__name__,
         state={key: value.detach().to("meta") if isinstance(value, Tensor) else value for key, value in state.items()},
         metadata=copy.deepcopy(getattr(state, "_metadata", None)),

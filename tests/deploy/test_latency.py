@@ -164,7 +164,7 @@ def test_a_time_that_was_right_by_luck_does_not_end_the_search(monkeypatch):
     """The network of the first slope takes more than its budget, whatever its first measurement says."""
     times, shares = table(), iter([0.49, 0.59, 0.47, 0.49, 0.49])
     beside = SimpleNamespace(share_of=lambda network: next(shares))
-    monkeypatch.setattr(latency, "Comparison", lambda *_: beside)
+    monkeypatch.setattr(latency, "RelativeTimer", lambda *_: beside)
     slopes = []
 
     def small():

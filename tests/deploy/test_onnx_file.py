@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from deploy.exporters import Origin
+from deploy.exporters import Provenance
 from deploy.onnx import to_onnx
 from utils.errors import UserError
 from utils.images.spec import ImageSpec
@@ -32,7 +32,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def content(network):
-    origin = Origin("tiny", IMAGES, "a-run", "folder", 50.0)
+    origin = Provenance("tiny", IMAGES, "a-run", "folder", 50.0)
     return to_onnx(network, torch.randn(2, 3, 8, 8), metadata=origin.metadata())
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from deploy.expressions import quoted
-from deploy.source import Source, network_source
+from deploy.source import PythonSource, network_source
 from models import build_model
 from models.graph import ChannelGraph
 from models.narrow import NarrowNetwork
@@ -61,11 +61,11 @@ def built(name: str) -> nn.Module:
     return model
 
 
-def source_of(network: NarrowNetwork) -> Source:
+def source_of(network: NarrowNetwork) -> PythonSource:
     return network_source(network.eval(), title="A network.", images=IMAGES, weights="small.safetensors")
 
 
-def loaded(source: Source, folder: Path) -> types.ModuleType:
+def loaded(source: PythonSource, folder: Path) -> types.ModuleType:
     """The module as its users import it, and `network`, what its `load` gives."""
     (folder / "small.py").write_text(source.text)
     safetensors.torch.save_file(source.tensors, folder / "small.safetensors")

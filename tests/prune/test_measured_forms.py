@@ -11,10 +11,10 @@ from torch import nn
 
 from benchmarks import budgets, train_forms
 from models.graph.layers import PrunableLayer
-from prune.measured_forms import TABLE, Step, is_faster_small, multiple_of, record
+from prune.measured_forms import TABLE, TrainingStep, is_faster_small, multiple_of, record
 
 RESULTS = Path(train_forms.__file__).with_name("results")
-HALF = Step("cpu", amp=False, compiled=False, multiple=8, coupled=True, macs=0.5)
+HALF = TrainingStep("cpu", amp=False, compiled=False, multiple=8, coupled=True, macs=0.5)
 
 
 @pytest.fixture

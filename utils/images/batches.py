@@ -236,7 +236,7 @@ class _StreamedSplit:
 
     def __init__(self, split: ImageFiles, dataset: Dataset, *, device: torch.device, augment: bool, workers: int):
         self.device, self.normalise = device, Normaliser(dataset, device)
-        self.plan = _Plan()
+        self.plan = _StepSampler()
         self.loader = DataLoader(
             _Files(split, _transform(dataset, augment=augment), dataset.grey_bits),
             batch_sampler=self.plan,
@@ -263,7 +263,7 @@ class _StreamedSplit:
             raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
 
 
-class _Plan:
+class _StepSampler:
     """A batch sampler that gives the steps it was told: lists of (row, seed of its augmentation)."""
 
     def __init__(self) -> None:
