@@ -67,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
     check_flags(args)
 
     from deploy.budget import describe
-    from distill.objective import session_objective
+    from distill.objective import session_objective, session_teacher
+    from models.graph import ChannelGraph
     from prune.forms import check_compact_form
     from prune.mending import Reconstruction, check_images
     from prune.networks import build_networks, images_of, network_names, read_files
@@ -93,11 +94,13 @@ def main(args: argparse.Namespace) -> None:
     session.announce(network_names(names, files))
     data = session.load_data(images_of(names, files))
     teacher, student = build_networks(names, files, data)
-    objective_of = partial(session_objective, session, distillation_settings(args), teacher=teacher)
+    graph, distillation = ChannelGraph(student.network, data.example), distillation_settings(args)
+    frozen = session_teacher(session, distillation, teacher, graph=graph)
+    objective_of = partial(session_objective, session, distillation, teacher=frozen)
     loss = objective_of(student.network).formula()  # losses that cannot compare the two say so here
     check_recalibration(student.network, session.plan.recalibrate_bn_batches)
     check_images(pruning.reconstruct, data)
-    choose = filter_choice(session, pruning, student)
+    choose = filter_choice(session, pruning, student, graph=graph)
     choose.check()
     table = latency_table(session, latency_settings(args), choose, multiple=pruning.multiple) if is_of_time(args) else None
     if table is not None:

@@ -18,6 +18,7 @@ from utils.errors import UserError, naming
 if TYPE_CHECKING:
     from torch import nn
 
+    from distill.objective import FrozenTeacher
     from distill.settings import DistillationSettings
     from models.network_file import NetworkFile
     from utils.training.objective import Objective
@@ -83,6 +84,7 @@ def main(args: argparse.Namespace) -> None:
     if args.decode is not None:
         return decode(args.decode, Path(args.output), model=args.model, force=args.force)
 
+    from distill.objective import session_teacher
     from models.network_file import check_training, load_network
     from prune.networks import read_checked
     from quantize.codebook import layer_bits
@@ -100,7 +102,9 @@ def main(args: argparse.Namespace) -> None:
     if args.t_path is not None:
         files[f"--t-path {args.t_path}"] = read_checked("--t-path", args.t_path, args.t_model)
     file, teacher = fit_for_data(session, files)
-    objective_for = partial(objective_of, session, teacher=teacher, distillation=distillation_settings(args))
+    distillation = distillation_settings(args)
+    frozen = session_teacher(session, distillation, teacher)
+    objective_for = partial(objective_of, session, teacher=frozen, distillation=distillation)
     network = small_network(session, file.network, whole_too=settings.is_int8)
     if session.is_new:
         with naming(f"--load-path {args.load_path}"):
@@ -173,7 +177,7 @@ def small_network(session: Session, network: nn.Module, *, whole_too: bool) -> n
 
 
 def objective_of(
-    session: Session, network: nn.Module, *, teacher: NetworkFile | None, distillation: DistillationSettings
+    session: Session, network: nn.Module, *, teacher: FrozenTeacher | None, distillation: DistillationSettings
 ) -> Objective:
     """The loss that the quantized network trains by; only one of int8 has a teacher."""
     from distill.objective import session_objective

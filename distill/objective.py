@@ -32,8 +32,8 @@ class FrozenTeacher:
     Without `maps` the outputs are the logits alone, by the network's own forward pass.
     No nn.Module, so that an objective that holds it neither trains, saves, moves, nor synchronises it. The copy stays on
     the network's device. `fold_batch_norm` merges batch norms into the convolutions before them, the same function up to
-    rounding, and may need an `example` of the images, see `ChannelGraph`; `channels_last` sets the layout of its weights,
-    for images of that layout.
+    rounding, and may need an `example` of the images, see `ChannelGraph`; `graph` of a network that may have the same
+    architecture spares a trace. `channels_last` sets the layout of its weights, for images of that layout.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class FrozenTeacher:
         fold_batch_norm: bool = False,
         channels_last: bool = False,
         example: Tensor | None = None,
+        graph: ChannelGraph | None = None,
     ):
         if maps and isinstance(getattr(network, "outputs", None), nn.Module):
             raise UserError(f"{type(network).__name__} has a layer `outputs`, the name of what gives the feature maps")
         network = copy.deepcopy(network).eval().requires_grad_(False)
         if fold_batch_norm:
-            _fold_batch_norms(network, example)
+            _fold_batch_norms(network, _graph_of(network, example, known=graph))
         if channels_last:
             network = network.to(memory_format=torch.channels_last)
         self.network, self.maps = network, maps
@@ -157,7 +158,7 @@ class _Rise(nn.Module):
 
 def build_objective(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | FrozenTeacher | None,
     names: Sequence[str],
     *,
     images: Tensor,
@@ -173,6 +174,7 @@ def build_objective(
 ) -> DistillationObjective:
     """The objective of the losses `names` for `student`, on the device of `images`, new parameters of the losses included.
 
+    A `teacher` that is frozen already must give feature maps where `names` read some.
     `images` (b, 3, h, w) are a sample for shapes. `betas` weighs the losses of `weighted_losses(names)`, each paper's by
     default; `alpha` weighs KD, which is there beside every other loss. `options` may hold more than these losses read. Weights
     that rise do so over `rise_epochs`, without it over each loss's share of `n_epochs`. `facts` is what is known of the run, of
@@ -184,7 +186,7 @@ def build_objective(
     maps = reads_maps(names, alpha=alpha)
     if maps:
         check_outputs(student, images)
-    frozen = FrozenTeacher(teacher, maps=maps, channels_last=True, fold_batch_norm=True, example=images)
+    frozen = teacher if isinstance(teacher, FrozenTeacher) else _training_teacher(teacher, images, maps=maps)
     samples = sample_outputs(student, images, maps=maps), frozen(images)
     with preserved_random_state():
         torch.manual_seed(derived_seed(seed, "distillers"))
@@ -216,14 +218,28 @@ def _build(name: str, student: Outputs, teacher: Outputs, options: Mapping[str, 
     return entry.build(student, teacher, **given)
 
 
+def session_teacher(
+    session: Session, settings: DistillationSettings, teacher: NetworkFile | None, *, graph: ChannelGraph | None = None
+) -> FrozenTeacher | None:
+    """The network that the losses of a run learn from, None without any; `graph` as in `FrozenTeacher`."""
+    if teacher is None or list(settings.losses) == ["none"]:
+        return None
+    maps = reads_maps(settings.losses, alpha=settings.alpha)
+    return _training_teacher(teacher.network, session.data.example, maps=maps, graph=graph)
+
+
+def _training_teacher(network: nn.Module, images: Tensor, *, maps: bool, graph: ChannelGraph | None = None) -> FrozenTeacher:
+    return FrozenTeacher(network, maps=maps, channels_last=True, fold_batch_norm=True, example=images, graph=graph)
+
+
 def session_objective(
-    session: Session, settings: DistillationSettings, student: nn.Module, teacher: NetworkFile | None
+    session: Session, settings: DistillationSettings, student: nn.Module, teacher: FrozenTeacher | None
 ) -> DistillationObjective:
     """`build_objective` as the settings of a run say, once it has its data."""
     data, training = session.data, session.settings.training
     return build_objective(
         student,
-        teacher.network if teacher is not None else None,
+        teacher,
         settings.losses,
         images=data.example,
         alpha=settings.alpha,
@@ -243,9 +259,18 @@ def sample_outputs(network: nn.Module, images: Tensor, *, maps: bool = True) -> 
     return FrozenTeacher(network, maps=maps)(images)
 
 
-def _fold_batch_norms(network: nn.Module, example: Tensor | None) -> None:
+def _graph_of(network: nn.Module, example: Tensor | None, *, known: ChannelGraph | None) -> ChannelGraph:
+    if known is None:
+        return ChannelGraph(network, example)
     try:
-        pairs = ChannelGraph(network, example).conv_norm_pairs
+        return known.rebound(network)
+    except UserError:  # of another architecture
+        return ChannelGraph(network, example)
+
+
+def _fold_batch_norms(network: nn.Module, graph: ChannelGraph) -> None:
+    try:
+        pairs = graph.conv_norm_pairs
     except UserError:  # a network without a graph runs as it is
         return
     for conv_name, norm_name in pairs.items():

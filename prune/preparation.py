@@ -18,9 +18,8 @@ from utils.runs.folder import SENSITIVITY
 from utils.training.session import Session
 
 
-def filter_choice(session: Session, settings: PruningSettings, student: NetworkFile) -> FilterChoice:
+def filter_choice(session: Session, settings: PruningSettings, student: NetworkFile, *, graph: ChannelGraph) -> FilterChoice:
     """What chooses the filters of the student that stay; the best channel multiple counts as 1 until times are known."""
-    graph = ChannelGraph(student.network, session.data.example)
     layers = graph.prunable_layers(linear=settings.linear)
     return FilterChoice(
         graph,

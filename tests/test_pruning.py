@@ -352,12 +352,13 @@ def test_without_rates_no_filter_is_pruned_and_another_architecture_may_teach(tr
     assert lines[0].startswith("no filter is pruned")
 
 
-def test_a_run_traces_its_network_once_for_each_method(prune, monkeypatch):
+@pytest.mark.parametrize("distill", ["none", "hap"])
+def test_a_run_traces_its_network_once_for_each_method(prune, distill, monkeypatch):
     traced = []
     trace = channel_graph.trace_network
     monkeypatch.setattr(
         channel_graph, "trace_network", lambda network, method, **given: traced.append(method) or trace(network, method, **given)
     )
-    folder = prune("--budget", "macs=0.5", "--couple-channels", "--prune-mode", "filter-a", rates=())
+    folder = prune("--budget", "macs=0.5", "--couple-channels", "--prune-mode", "filter-a", "--distill", distill, rates=())
     assert (folder / "model_compact.pt").exists()
     assert sorted(traced) == ["forward", "outputs"]
