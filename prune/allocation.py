@@ -19,6 +19,7 @@ from utils.errors import ParameterError
 
 FLOOR = 0.1  # of its groups that every family keeps under a budget
 RATIO_STEPS = 1000
+_FLOOR_STEP = round(FLOOR * RATIO_STEPS)
 CLOSE = 0.02  # of the dense cost: so near a budget is met
 
 
@@ -160,15 +161,21 @@ def _fewest(families: Sequence[Family]) -> Counts:
     return tuple(family.most if family.is_fixed else family.floor for family in families)
 
 
-def _uniform_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) -> list[Counts]:
-    """The counts at every proportion, from the floor to the whole network."""
-    return [
-        tuple(
-            family.most if family.is_fixed else min(family.most, max(family.floor, family.count(step / RATIO_STEPS)))
-            for family in families
+class _UniformLadder(Sequence[Counts]):
+    """The counts at every proportion, from the floor to the whole network, each worked out when it is asked for."""
+
+    def __init__(self, families: Sequence[Family], cost: Callable[[Counts], int]):
+        self._families = families
+
+    def __len__(self) -> int:
+        return RATIO_STEPS - _FLOOR_STEP + 1
+
+    def __getitem__(self, rung: int) -> Counts:
+        keep_ratio = (_FLOOR_STEP + range(len(self))[rung]) / RATIO_STEPS
+        return tuple(
+            family.most if family.is_fixed else min(family.most, max(family.floor, family.count(keep_ratio)))
+            for family in self._families
         )
-        for step in range(round(FLOOR * RATIO_STEPS), RATIO_STEPS + 1)
-    ]
 
 
 def _global_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) -> list[Counts]:
@@ -197,7 +204,7 @@ def _global_ladder(families: Sequence[Family], cost: Callable[[Counts], int]) ->
     return ladder
 
 
-_LADDERS = {"uniform": _uniform_ladder, "global": _global_ladder}
+_LADDERS = {"uniform": _UniformLadder, "global": _global_ladder}
 
 
 def _exchanged(ladder: Sequence[Counts], highest: int, fits: Callable[[Counts], bool]) -> Counts | None:
