@@ -39,6 +39,9 @@ def get_args_parser() -> cli.Parser:
     parser.checks["model"] = check_model
     cli.counts_in_training(parser, "pretrained")
     parser.counts_only("pretrained", where=lambda args: args.load_path is None, only="without --load-path, which has the weights")
+    parser.leads_with(
+        *("model", "pretrained", "dataset", "data_dir", "recipe", "n_epochs", "lr", "batch_size", "run_name", "resume")
+    )
     return parser
 
 

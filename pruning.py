@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.flags import add_latency_flags, is_of_time, latency_settings
-from distill.flags import add_distillation_flags, check_distillation, distillation_settings
+from distill.flags import add_distillation_flags, check_distillation, distillation_settings, losses_list
 from models import NAMES, check_model
-from prune.flags import AUTO, add_pruning_flags, network_settings, prunes, pruning_settings, rates_file, say_what_trains
+from prune.flags import (
+    AUTO,
+    add_pruning_flags,
+    criteria_list,
+    network_settings,
+    prunes,
+    pruning_settings,
+    rates_file,
+    say_what_trains,
+)
 from prune.settings import SOFT_CRITERIA, NetworkSettings, PruningSettings, check_sensitivity_file
 from utils import cli
 from utils.errors import UserError
@@ -48,6 +57,13 @@ def get_args_parser() -> cli.Parser:
     say_which_networks_count(parser)
     parser.checks |= {"t_model": check_model, "s_model": check_model}
     say_what_trains(parser)
+    parser.leads_with(
+        *("t_model", "t_path", "s_copy_t", "prune_rates", "budget", "prune_mode", "distill", "dataset", "n_epochs", "run_name"),
+        lists={
+            "criteria, by --prune-mode (source; what it looks at)": criteria_list(),
+            "losses, by --distill (source; what it compares)": losses_list(),
+        },
+    )
     return parser
 
 

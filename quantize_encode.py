@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.flags import add_distillation_flags, check_distillation, distillation_settings
+from distill.flags import add_distillation_flags, check_distillation, distillation_settings, losses_list
 from models import check_model
 from quantize.flags import add_quantization_flags, codec_settings, quantization_settings
 from quantize.settings import INT8, TRELLIS, CodecSettings, QuantizationSettings
@@ -52,6 +52,10 @@ def get_args_parser() -> cli.Parser:
     parser.checks |= {"model": check_model, "t_model": check_model}
     cli.counts_in_training(parser, *cli.names_of(teacher))
     say_what_counts(parser)
+    parser.leads_with(
+        *("load_path", "quan_mode", "quan_bits", "codec", "dataset", "n_epochs", "distill", "t_path", "run_name", "evaluate"),
+        lists={"losses, by --distill, for --quan-mode int8 (source; what it compares)": losses_list()},
+    )
     return parser
 
 

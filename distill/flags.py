@@ -11,7 +11,8 @@ from utils.errors import UserError
 
 def add_distillation_flags(parser: cli.Parser) -> None:
     group = parser.add_argument_group("distillation")
-    group.add_argument("--distill", nargs="+", default=["none"], choices=("none", *DISTILLERS), help="distillation losses")
+    group.add_argument("--distill", nargs="+", default=["none"], choices=("none", *DISTILLERS), metavar="NAME",
+                       help=f"distillation losses: none, {', '.join(DISTILLERS)}")  # fmt: skip
     group.add_argument("--alpha", type=cli.non_negative_float,
                        help="weight of KD (default: 0.9, or 0 beside a loss that takes KD's place)")  # fmt: skip
     group.add_argument("--ce-weight", type=cli.non_negative_float, default=1.0, help="weight of the cross-entropy beside them")
@@ -27,6 +28,11 @@ def add_distillation_flags(parser: cli.Parser) -> None:
     parser.parameters["loss"] = "distill"
     cli.counts_in_training(parser, *cli.names_of(group))
     _say_what_counts(parser)
+
+
+def losses_list() -> list[tuple[str, str]]:
+    """A line on each loss for `--help`: its paper and what it looks at."""
+    return [(name, f"{entry.paper}; {entry.compares}") for name, entry in DISTILLERS.items()]
 
 
 def check_distillation(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""HAP: hierarchical attention-preserving distillation, the loss that this repository proposes.
+"""HAP: the loss that this repository proposes, hierarchical attention-preserving distillation.
 
     a = normalize(vec(mean_c f^2))  (b, hw)    G = rownorm(a a^T)  (b, b)
     L = mean over pairs (i, j) of mean((S_i - T_j)^2)

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.citations import source_of
 from utils.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from models.outputs import Outputs
 
 STEP_FACTS = ("labels", "indices", "epochs")  # what `Distiller` says that a loss may be told
+WORDS = {"labels": "labels", "indices": "which image it is", "epochs": "how far training is"}
 RUN_FACTS = {"train_labels": "the classes of all training images"}
 
 
@@ -39,7 +43,7 @@ class DistillerEntry:
 
     `replaces_kd`: the loss takes KD's place, whose alpha is 0 then unless it is given. `rise` is the share of the epochs
     over which the weight rises linearly to beta. `title` is what tables call it, its name in capitals by default. `needs`
-    names what it asks for beside outputs, of STEP_FACTS and RUN_FACTS.
+    names what it asks for beside outputs, of STEP_FACTS and RUN_FACTS. Without `reads_maps` it compares logits alone.
     """
 
     place: str
@@ -49,6 +53,20 @@ class DistillerEntry:
     rise: float = 0.0
     title: str | None = None
     needs: frozenset[str] = frozenset()
+    reads_maps: bool = True
+
+    @property
+    def paper(self) -> str:
+        """Authors, venue and year as its file says after its name, which is not imported for it."""
+        spec = find_spec(self.place.partition(":")[0], __package__)
+        docstring = Path(spec.origin).read_text(encoding="utf-8").partition('"""')[2]
+        return source_of(docstring.partition(": ")[2])
+
+    @property
+    def compares(self) -> str:
+        """What it looks at, in words."""
+        facts = [WORDS[fact] for fact in STEP_FACTS if fact in self.needs]
+        return ", ".join(["feature maps" if self.reads_maps else "logits", *facts])
 
     @property
     def weights(self) -> list[str]:
@@ -60,11 +78,6 @@ class DistillerEntry:
         """The class of the loss, imported when it is asked for."""
         module, _, name = self.place.partition(":")
         return getattr(import_module(module, __package__), name)
-
-    @property
-    def reads_maps(self) -> bool:
-        """Whether the loss compares feature maps, not logits alone."""
-        return self.kind.reads_maps
 
     def build(self, student: Outputs, teacher: Outputs, **options: Any) -> Distiller:
         """The loss for two networks of which these are sample outputs; options that are not given have their defaults."""
@@ -99,6 +112,7 @@ DISTILLERS: dict[str, DistillerEntry] = {
     ),
     "ctkd": DistillerEntry(
         ".ctkd:CTKD",
+        reads_maps=False,
         beta=0.9,
         options={"ctkd_epochs": Option(10, "first epochs, over which CTKD's temperature learns more and more against KD")},
         replaces_kd=True,
@@ -106,6 +120,7 @@ DISTILLERS: dict[str, DistillerEntry] = {
     ),
     "dist": DistillerEntry(
         ".dist:DIST",
+        reads_maps=False,
         beta=1.0,
         options={
             "kd_t": TEMPERATURE,
@@ -116,6 +131,7 @@ DISTILLERS: dict[str, DistillerEntry] = {
     ),
     "dkd": DistillerEntry(
         ".dkd:DKD",
+        reads_maps=False,
         beta=1.0,
         options={
             "kd_t": TEMPERATURE,
@@ -137,9 +153,10 @@ DISTILLERS: dict[str, DistillerEntry] = {
     "hap": DistillerEntry(
         ".hap:HAP", beta=700.0, options={"hap_ts": Option(3, "how many of the teacher's last blocks HAP compares with")}
     ),
-    "kd": DistillerEntry(".kd:KD", beta=None, options={"kd_t": TEMPERATURE, "kd_standardize": STANDARDIZE}),
+    "kd": DistillerEntry(".kd:KD", beta=None, options={"kd_t": TEMPERATURE, "kd_standardize": STANDARDIZE}, reads_maps=False),
     "nkd": DistillerEntry(
         ".nkd:NKD",
+        reads_maps=False,
         beta=1.0,
         options={
             "nkd_t": Option(3.0, "temperature of NKD's other classes"),
@@ -167,6 +184,7 @@ DISTILLERS: dict[str, DistillerEntry] = {
     "sp": DistillerEntry(".sp:SP", beta=3000.0),
     "wttm": DistillerEntry(
         ".wttm:WTTM",
+        reads_maps=False,
         beta=4.0,
         options={"wttm_gamma": Option(0.2, "exponent of the teacher's probabilities in WTTM")},
         replaces_kd=True,

@@ -10,22 +10,13 @@ from models.graph.walk import Inputs
 from models.narrow import NarrowNetwork, Selection
 from prune.choice import FilterChoice, small_network
 from prune.criteria import CRITERIA as SCORES
+from prune.criteria import aliases
 from prune.masks import keep_ratios
 from prune.settings import parse_budget
 from utils.errors import UserError, shown
 from utils.modes import preserved_modes
 
-CRITERIA = {
-    "random": "filter-r",
-    "l1": "filter-a",
-    "l2": "filter-l2",
-    "fpgm": "filter-gm",
-    "nggm": "filter-nggm",
-    "taylor": "filter-taylor",
-    "bn": "filter-bn",
-    "hrank": "filter-hrank",
-    "chip": "filter-chip",
-}
+CRITERIA = aliases()
 
 
 def prune(network: nn.Module, example: Inputs, **how: Any) -> NarrowNetwork:

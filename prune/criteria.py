@@ -1,9 +1,10 @@
 """Filter criteria: a conv weight in, one score a filter out; the filters with the lowest scores are pruned.
 
-A new criterion is one function under `@criterion("filter-...", title="...")`; nothing else changes. It takes the weight and, by
-name, what it needs of `grad`, `importance`, `bn_weight`, `feature_maps`, `gamma`, `generator` and `gm_distance`, and returns (F,)
-scores. It is called without autograd and in float64: its scores are rounded to float32 afterwards, so that the same weights rank
-alike on every device. `feature_maps` is a mean over images: the decorator says of what, as it does of `importance`.
+A new criterion is one function under `@criterion("filter-...", title="...")`; nothing else changes. It is known by that name
+and by a shorter `alias`, which is what follows `filter-` unless another is given. It takes the weight and, by name, what it
+needs of `grad`, `importance`, `bn_weight`, `feature_maps`, `gamma`, `generator` and `gm_distance`, and returns (F,) scores. It
+is called without autograd and in float64: its scores are rounded to float32 afterwards, so that the same weights rank alike on
+every device. `feature_maps` is a mean over images: the decorator says of what, as it does of `importance`.
 
 What is registered is known without torch, which a function that needs more than the methods of tensors imports itself.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from utils.citations import source_of
 from utils.errors import ParameterError, UserError
 
 if TYPE_CHECKING:
@@ -39,6 +41,21 @@ class Criterion:
     inputs: frozenset[str]
     importance_of: str | None = None
     of_maps: Callable[[Tensor], Tensor] | None = None
+    alias: str = ""
+
+    @property
+    def paper(self) -> str:
+        """Authors, venue and year, or whatever else its docstring begins with."""
+        return source_of(self.score.__doc__ or "")
+
+    @property
+    def needs(self) -> str:
+        """What it looks at, in words."""
+        if self.inputs & {"grad", "importance"}:
+            return "labelled images"
+        if self.needs_maps:
+            return "images"
+        return "batch norm" if "bn_weight" in self.inputs else "the weights" if "generator" not in self.inputs else "nothing"
 
     @property
     def needs_gradient(self) -> bool:
@@ -112,6 +129,7 @@ class Criterion:
 
 
 CRITERIA: dict[str, Criterion] = {}
+PREFIX = "filter-"
 _INPUTS = frozenset(("grad", "importance", "bn_weight", "feature_maps", "gamma", "generator", "gm_distance"))
 
 
@@ -120,8 +138,18 @@ def criteria_with(*inputs: str) -> list[str]:
     return [name for name, entry in CRITERIA.items() if entry.inputs & set(inputs)]
 
 
+def aliases() -> dict[str, str]:
+    """The short names of the criteria, and what each stands for: `{"fpgm": "filter-gm", ...}`."""
+    return {entry.alias: name for name, entry in CRITERIA.items()}
+
+
 def criterion(
-    name: str, *, title: str, importance_of: str | None = None, of_maps: Callable[[Tensor], Tensor] | None = None
+    name: str,
+    *,
+    title: str,
+    alias: str | None = None,
+    importance_of: str | None = None,
+    of_maps: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Registers the decorated score function as `--prune-mode name`. Its parameters say what it needs beside the weight.
 
@@ -138,13 +166,13 @@ def criterion(
             raise ValueError(f"criterion {name!r}: feature_maps and of_maps, which says what of them is meant, come together")
         if ("importance" in inputs) != (importance_of is not None):
             raise ValueError(f"criterion {name!r}: importance and importance_of, which says whose, come together")
-        CRITERIA[name] = Criterion(name, title, score, inputs, importance_of, of_maps)
+        CRITERIA[name] = Criterion(name, title, score, inputs, importance_of, of_maps, alias or name.removeprefix(PREFIX))
         return score
 
     return register
 
 
-@criterion("filter-r", title="Random")
+@criterion("filter-r", title="Random", alias="random")
 def random_scores(weight: Tensor, *, generator: torch.Generator | None) -> Tensor:
     """The random baseline: uniform in [0, 1). Without a generator, from torch's default one of the CPU."""
     import torch
@@ -154,7 +182,7 @@ def random_scores(weight: Tensor, *, generator: torch.Generator | None) -> Tenso
     return torch.rand(len(weight), generator=generator, device=device, dtype=weight.dtype)
 
 
-@criterion("filter-a", title="PFEC")
+@criterion("filter-a", title="PFEC", alias="l1")
 def l1_norm(weight: Tensor) -> Tensor:
     """Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017: `sum |w_i|`."""
     return weight.abs().flatten(1).sum(1)
@@ -166,7 +194,7 @@ def l2_norm(weight: Tensor) -> Tensor:
     return weight.square().flatten(1).sum(1).sqrt()
 
 
-@criterion("filter-gm", title="FPGM")
+@criterion("filter-gm", title="FPGM", alias="fpgm")
 def geometric_median(weight: Tensor, *, gm_distance: str) -> Tensor:
     """He et al., "Filter Pruning via Geometric Median", CVPR 2019: `sum_j |w_i - w_j|`, distances not squared.
 
@@ -185,9 +213,10 @@ def geometric_median(weight: Tensor, *, gm_distance: str) -> Tensor:
 
 @criterion("filter-nggm", title="NGGM")
 def norm_of_gradient_and_geometric_median(weight: Tensor, *, grad: Tensor, gamma: float, gm_distance: str) -> Tensor:
-    """`gamma * minmax(GM_i) + (1 - gamma) * minmax(sum |g_i|)`, g the gradient of the mean cross-entropy.
+    """The criterion that this repository proposes: `gamma * minmax(GM_i) + (1 - gamma) * minmax(sum |g_i|)`.
 
-    Both terms are brought to [0, 1] within their layer, so `gamma` in [0, 1] weighs them whatever their units are.
+    g is the gradient of the mean cross-entropy. Both terms are brought to [0, 1] within their layer, so `gamma` in [0, 1]
+    weighs them whatever their units are.
     """
     if not 0 <= gamma <= 1:
         raise ParameterError("gamma", gamma, "must be from 0 (gradient alone) to 1 (geometric median alone)")
@@ -207,7 +236,7 @@ def taylor(weight: Tensor, *, importance: Tensor) -> Tensor:
 
 @criterion("filter-taylor-weight", title="Taylor (weights)", importance_of="weights")
 def taylor_of_weights(weight: Tensor, *, importance: Tensor) -> Tensor:
-    """The same paper on weights (method 0 of its code): `sum_w (w g)^2`, over the batches."""
+    """The same on weights (method 0 of its code): `sum_w (w g)^2`, over the batches."""
     return importance
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from prune.criteria import CRITERIA, GM_DISTANCES, criteria_with
+from prune.criteria import CRITERIA, GM_DISTANCES, aliases, criteria_with
 from prune.settings import ALLOCATIONS, SENSITIVITY_SUFFIX, TRAIN_FORMS, NetworkSettings, PruningSettings, parse_budget
 from utils import cli
 
@@ -46,9 +46,8 @@ def add_pruning_flags(parser: cli.Parser) -> None:
                        help="channels that meet in sums and the like go together, residual streams as well")  # fmt: skip
     group.add_argument("--prune-linear", action="store_true",
                        help="hidden units of MLPs, between two linear layers, are pruned as filters are")  # fmt: skip
-    group.add_argument(
-        "--prune-mode", default="filter-nggm", choices=CRITERIA, help="which filters go: those that it scores lowest"
-    )
+    group.add_argument("--prune-mode", default="filter-nggm", choices=CRITERIA, metavar="NAME",
+                       help=f"which filters go, those that it scores lowest: {', '.join(aliases())}")  # fmt: skip
     group.add_argument("--soft-prune", action="store_true", help="SFP: pruned filters may grow back")
     group.add_argument(
         "--prune-interval", type=cli.positive_int, metavar="EPOCHS", help="epochs between soft prunings (default: 1)"
@@ -72,6 +71,7 @@ def add_pruning_flags(parser: cli.Parser) -> None:
     group.add_argument("--train-form", default="auto", choices=TRAIN_FORMS,
                        help="hard pruning trains the small network or the large one with zeros; auto: the faster")  # fmt: skip
     parser.parameters |= CALLED
+    parser.spellings["prune_mode"] = aliases()
     cli.counts_in_training(parser, *cli.names_of(group))
     _say_what_counts(parser)
 
@@ -104,6 +104,11 @@ def pruning_settings(args: argparse.Namespace) -> PruningSettings:
 def network_settings(args: argparse.Namespace) -> NetworkSettings:
     """Which networks the flags name."""
     return cli.settings_of(NetworkSettings, args)
+
+
+def criteria_list() -> list[tuple[str, str]]:
+    """A line on each criterion for `--help`: its paper and what it looks at."""
+    return [(entry.alias, f"{entry.paper}; {entry.needs}") for entry in CRITERIA.values()]
 
 
 def criterion_flags(name: str) -> list[str]:

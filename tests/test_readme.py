@@ -38,7 +38,7 @@ def parser_of(script):
 
 def flags_of(script):
     flags = {flag for action in parser_of(script)._actions for flag in action.option_strings if flag.startswith("--")}
-    return sorted(flags - {"--help"})
+    return sorted(flags - {"--help", "--help-all", "--version"})
 
 
 def test_every_flag_is_explained_once_and_no_other():

@@ -30,7 +30,7 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--mistyped", 2)])
+@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--version", 0), ("--mistyped", 2)])
 def test_flags_are_parsed_before_anything_heavy_is_imported(script, flag, status):
     command = [sys.executable, "-c", RUN.format(heavy=HEAVY), script, flag]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

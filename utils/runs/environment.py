@@ -2,7 +2,6 @@
 
 import platform
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 import torchvision
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from utils.version import git_sha
 
 
 def describe_environment() -> dict[str, Any]:
@@ -27,19 +26,6 @@ def describe_environment() -> dict[str, Any]:
             "numpy": np.__version__,
         },
     }
-
-
-def git_sha() -> str | None:
-    """The commit of this repository, with `+` behind it if tracked files were changed; None outside a checkout."""
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-    try:
-        head, changes = (
-            subprocess.run(["git", "-C", str(REPOSITORY), *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changes else "")
 
 
 def cpu_name() -> str:
