@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from utils.errors import UserError
+from utils.own_imports import use_own_imports
 from utils.untrusted import MAX_TEXT_BYTES, read_whole
 
 _NAME = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)", re.DOTALL)
@@ -51,7 +52,8 @@ def check_function(name: str) -> None:
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function of `FILE.py:FUNCTION`; the file runs once in a process. Its folder is the last place that it imports from.
+    """The function of `FILE.py:FUNCTION`; the file runs once in a process. Its folder is the last place that it imports from,
+    but that folders called as ours are, such as `models/`, come before ours.
 
     Raises UserError, with file and line, for whatever goes wrong.
     """
@@ -98,6 +100,7 @@ def _load_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
+    use_own_imports(module, path.parent)
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -81,3 +81,36 @@ def test_a_file_runs_once_and_imports_its_neighbours(tmp_path):
     path = write(tmp_path, "from neighbour_of_nets import WIDTH\ndef small(): return WIDTH\nlarge = small\n")
     assert load_function(f"{path}:small")() == 7
     assert load_function(f"{path}:small") is load_function(f"{path}:large")
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project whose `models/` and `utils/` are called as ours, with imports at once, relative, and while it runs."""
+    write(tmp_path, "def double(x): return 2 * x\n", name="helper_of_nets.py")
+    for name in ("models", "utils"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "models", "from .tiny import net\n", name="__init__.py")
+    write(tmp_path / "models", "import utils.files\ndef net(): return utils.files.WIDTH\n", name="tiny.py")
+    write(tmp_path / "models", "WIDTH = 5\n", name="late.py")
+    write(tmp_path / "utils", "from helper_of_nets import double\nWIDTH = double(4)\n", name="files.py")
+    late = "def late():\n    from models.late import WIDTH\n    return WIDTH\n"
+    return write(tmp_path, f"import json\nfrom models import net\nfrom models.tiny import net as same\n{late}")
+
+
+def test_its_models_and_utils_mean_its_own_files(project):
+    import models
+    import utils.files
+
+    ours = models.__file__, utils.files.__file__
+    assert load_function(f"{project}:net")() == 8
+    assert load_function(f"{project}:net") is load_function(f"{project}:same")
+    assert load_function(f"{project}:late")() == 5
+    assert (sys.modules["models"].__file__, sys.modules["utils.files"].__file__) == ours
+    assert load_function(f"{project}:net").__module__ in sys.modules
+
+
+def test_a_folder_without_python_takes_no_place_of_ours(tmp_path):
+    import models
+
+    (tmp_path / "models").mkdir()
+    assert load_function(f"{write(tmp_path, 'from models import build_model')}:build_model") is models.build_model
