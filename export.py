@@ -38,6 +38,7 @@ def get_args_parser() -> cli.Parser:
                       help="training images that show between which bounds activations lie")  # fmt: skip
     int8.add_argument("--int8-tolerance", type=cli.non_negative_float, default=0.5, metavar="POINTS",
                       help="top-1 accuracy that int8 may cost")  # fmt: skip
+    cli.add_config_flag(parser)
     cli.add_data_flags(parser)
     parser.counts_only("int8", where=lambda args: args.format == "onnx", only="with --format onnx")
     parser.counts_only("calibration_images", "int8_tolerance", where=lambda args: args.int8, only="with --int8")

@@ -32,6 +32,7 @@ def get_args_parser() -> cli.Parser:
     )
     parser.add_argument("--load-path", metavar="FILE", help="checkpoint to fine-tune, or that --evaluate scores")
     cli.add_recipe_flag(parser)
+    cli.add_config_flag(parser)
     cli.add_data_flags(parser)
     cli.add_training_flags(parser, lr=0.01, n_epochs=200, schedule=(1, 60, 120, 160), lr_drops=(10, 0.2, 0.2, 0.2))
     cli.add_averaging_flags(parser)

@@ -48,6 +48,7 @@ def get_args_parser() -> cli.Parser:
     add_pruning_flags(parser)
     add_latency_flags(parser)
     add_distillation_flags(parser)
+    cli.add_config_flag(parser)
     cli.add_data_flags(parser)
     cli.add_training_flags(
         parser, lr=0.01, n_epochs=200, schedule=(60, 120, 160), lr_drops=(0.2, 0.2, 0.2), may_skip_training=True

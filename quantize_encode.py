@@ -46,6 +46,7 @@ def get_args_parser() -> cli.Parser:
     files.add_argument("--output", metavar="FILE", help="checkpoint that --decode writes")
     files.add_argument("--force", action="store_true", help="let --decode replace an existing --output")
     files.add_argument("--inspect", metavar="FILE", help="only print where the bytes of an archive go")
+    cli.add_config_flag(parser)
     cli.add_data_flags(parser)
     cli.add_training_flags(parser, lr=0.001, n_epochs=20, schedule=(), lr_drops=())
     cli.add_run_flags(parser, log_name="quantize_encode.txt")

@@ -190,7 +190,7 @@ def l1_norm(weight: Tensor) -> Tensor:
 
 @criterion("filter-l2", title="L2")
 def l2_norm(weight: Tensor) -> Tensor:
-    """The norm of the official code of He et al., "Soft Filter Pruning", IJCAI 2018: `sqrt(sum w_i^2)`."""
+    """The norm of the code of He et al., "Soft Filter Pruning", IJCAI 2018: `sqrt(sum w_i^2)`."""
     return weight.square().flatten(1).sum(1).sqrt()
 
 

@@ -10,6 +10,7 @@ from utils.cli.exits import execute, run_script
 from utils.cli.flags import (
     PLACES,
     add_averaging_flags,
+    add_config_flag,
     add_data_flags,
     add_recipe_flag,
     add_run_flags,
@@ -34,6 +35,7 @@ __all__ = [
     "PLACES",
     "Parser",
     "add_averaging_flags",
+    "add_config_flag",
     "add_data_flags",
     "add_recipe_flag",
     "add_run_flags",

@@ -15,8 +15,10 @@ from utils.cli.resumption import parse_flags
 from utils.errors import Interrupted, NonFiniteLoss, UserError, printable
 from utils.memory import keep_freed_memory
 from utils.streams import NAMES, outlive_lost_streams, print_error, take_losses
+from utils.version import REPOSITORY
 
 SILENCE_SECONDS = 5.0
+REQUIRED = frozenset(("torch", "torchvision", "numpy", "sklearn", "PIL", "matplotlib", "tqdm", "safetensors"))  # requirements.txt
 
 
 def run_script(
@@ -35,6 +37,7 @@ def run_script(
 def execute(main: Callable[[], None]) -> NoReturn:
     """Runs an entry script's `main` and exits: 2 for bad input, 1 for a failed training, 128 + number for a signal.
 
+    A package that everything needs and that is not installed is bad input as well.
     Output that got lost is a failure (1, or as if by SIGPIPE) where no run has it in its text log.
     """
     status: Any = 0
@@ -49,6 +52,10 @@ def execute(main: Callable[[], None]) -> NoReturn:
         if error.filename is None:
             raise
         status = _complain(f"{printable(os.fsdecode(error.filename))}: {error.strerror}", status=2)
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIRED:
+            raise
+        status = _complain(_how_to_install(error.name), status=2)
     except NonFiniteLoss as error:
         status = _complain(error, status=1)
     except Interrupted as error:
@@ -63,6 +70,15 @@ def execute(main: Callable[[], None]) -> NoReturn:
         first_line = str(error).partition("\n")[0]
         status = _complain(f"another process has ended, its own message says why ({first_line})", status=1, is_echo=True)
     sys.exit(status or _output_status())
+
+
+def _how_to_install(module: str) -> str:
+    """What to type where a package that everything needs is not installed."""
+    environment = REPOSITORY / ".venv"
+    if (environment / "bin" / "activate").exists() and Path(sys.prefix).resolve() != environment.resolve():
+        return f"{sys.executable} has no {module}, the environment in .venv may have: source {environment}/bin/activate"
+    make = "python3 -m venv .venv && source .venv/bin/activate && pip install -r requirements.txt"
+    return f"{sys.executable} has no {module}; make the environment in {REPOSITORY}: {make}"
 
 
 def _leave_group() -> None:

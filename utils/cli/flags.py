@@ -48,7 +48,7 @@ def settings_of(kind: type[T], args: argparse.Namespace) -> T:
 def session_settings(script: str, args: argparse.Namespace) -> SessionSettings:
     """What the flags of a script that trains say of its run."""
     data, training, run = (settings_of(kind, args) for kind in (DataSettings, TrainingSettings, RunSettings))
-    return SessionSettings(script, data, training, run, flags=flags_of(args), defaults=args.defaults)
+    return SessionSettings(script, data, training, run, flags=flags_of(args), defaults=args.defaults, given=args.given)
 
 
 def add_data_flags(parser: Parser) -> None:
@@ -73,6 +73,12 @@ def add_data_flags(parser: Parser) -> None:
                        only=f"with --dataset {'|'.join(sorted(FOLDER_DATASETS))}")  # fmt: skip
     group.add_argument("--limit-batches", type=positive_int, help="at most so many batches an epoch, in training and in testing")
     parser.set_defaults(may_download=True)  # False where it is a recorded --data-dir that would be written to
+
+
+def add_config_flag(parser: Parser) -> None:
+    """A file in the place of any flags; `parse_flags` puts them in front of the command line."""
+    parser.add_argument("--config", metavar="FILE.toml",
+                        help="take flags from here, such as a run's config.toml; any flag beside it wins")  # fmt: skip
 
 
 def add_training_flags(

@@ -108,7 +108,7 @@ class Parser(argparse.ArgumentParser):
         value = super()._get_value(action, text)
         return self.spellings.get(action.dest, {}).get(value, value)
 
-    def _nearest_flags(self, words: Sequence[str]) -> str:
+    def nearest_flags(self, words: Sequence[str]) -> str:
         """What a word that is no flag may have been meant for, as the end of a message."""
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         mistyped = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
@@ -158,7 +158,7 @@ class Parser(argparse.ArgumentParser):
             _check_text(flag, value)
         parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            raise UserError(f"unrecognized arguments: {printable(' '.join(unknown))}{self._nearest_flags(unknown)}")
+            raise UserError(f"unrecognized arguments: {printable(' '.join(unknown))}{self.nearest_flags(unknown)}")
         for flag, value in pairs:  # afterwards: a long number is no number of its flag, and that says more
             _check_length(flag, value)
         return parsed

@@ -12,7 +12,7 @@ from utils.errors import UserError, shown
 
 # save_dir and run_name are recorded as well, but a resumed run writes into its folder wherever that lies by now
 UNTAKEN_FLAGS = frozenset(
-    ("help", "resume", "auto_resume", "accept_data", "dry_run", "evaluate", "inspect", "decode", "output", "force")
+    ("help", "config", "resume", "auto_resume", "accept_data", "dry_run", "evaluate", "inspect", "decode", "output", "force")
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.cli.config_file import check_together, take_config
 from utils.cli.effects import check_effects, flag_of, given_flags, typed
 from utils.cli.parser import Parser, spaced
 from utils.cli.recipes import recipes, with_recipe
@@ -16,16 +17,17 @@ from utils.runs.folder import CONFIG, SUMMARY, is_unfinished, read_config
 from utils.runs.settings import MOVABLE_FLAGS, PLACEMENT_FLAGS
 from utils.world import world_from_environment
 
-NO_SETTINGS = frozenset(("resume", "auto_resume", "accept_data", "dry_run", "defaults", "may_download"))
+NO_SETTINGS = frozenset(("resume", "auto_resume", "accept_data", "dry_run", "defaults", "may_download", "config", "given"))
 
 
 def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of a new run, or with `--resume` those that the run was started with.
 
     `defaults` among them holds what each flag is where nobody gives it: what a run of an older version meant that does not
-    know the flag. Raises UserError for bad flags, and for a given one that has no effect beside the others.
+    know the flag. `given` has those of the command line, and of its --config. Raises UserError for bad flags, and for a given one
+    that has no effect beside the others.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words, file = take_config(parser, list(sys.argv[1:] if argv is None else argv))
     args, given = parser.parse_args(words), given_flags(parser, words)
     if getattr(args, "recipe", None) is not None and args.resume is None:
         args = with_recipe(parser, words, args, given)
@@ -42,9 +44,11 @@ def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.N
     defaults = parser.parse_args([])
     for flags in (args, defaults):
         _complete(parser, flags)
+    if file is not None:
+        check_together(parser, file, args, given)
     check_effects(parser.rules, args, given)
     parser.check(args)
-    args.defaults = vars(defaults)
+    args.defaults, args.given = vars(defaults), given
     return args
 
 
@@ -90,12 +94,13 @@ def _begun_flags(parser: Parser, args: argparse.Namespace, given: Mapping[str, A
     if not (folder / CONFIG).exists():
         _check_sources(args)
         return args
-    saved, resumed = _resumed_flags(parser, str(folder), {name: given[name] for name in given.keys() - {"auto_resume", *_WHERE}})
+    own = {name: given[name] for name in given.keys() - {"auto_resume", "config", *_WHERE}}
+    saved, resumed = _resumed_flags(parser, str(folder), own)
     asked, found = (argparse.Namespace(**vars(flags)) for flags in (args, resumed))
     for flags in (asked, found):
         _complete(parser, flags)
     for name, value in vars(asked).items():
-        may_differ = PLACEMENT_FLAGS | {"auto_resume", "may_download", "n_epochs", *_WHERE}
+        may_differ = PLACEMENT_FLAGS | {"auto_resume", "config", "may_download", "n_epochs", *_WHERE}
         is_moved = name in MOVABLE_FLAGS and value is not None and vars(found)[name] is not None
         if name not in may_differ and not is_moved and value != vars(found)[name]:
             flag = flag_of(name)

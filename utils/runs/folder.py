@@ -15,13 +15,13 @@ from utils.files import TEMPORARY_PREFIX, current_umask, read_json, write_json
 
 BEST, LAST, PREVIOUS, COMPACT = "model_best.pt", "model_last.pt", "model_previous.pt", "model_compact.pt"
 AVERAGE, TRAINED = "model_average.pt", "model_trained.pt"  # with --ema, the one that is not shipped
-CONFIG, METRICS, SUMMARY, LOCK, TENSORBOARD = "config.json", "metrics.jsonl", "summary.json", "lock", "log"
+CONFIG, GIVEN, METRICS, SUMMARY, LOCK, TENSORBOARD = "config.json", "config.toml", "metrics.jsonl", "summary.json", "lock", "log"
 LEASE_PREFIX = "lease-"
 KEPT_FILTERS, BEFORE_TRAINING, ARCHIVE = "kept_filters.json", "before_training.json", "model.huff"
 LATENCY_TABLE, SENSITIVITY, HITS = "latency_table.json", "sensitivity.json", "hits.json"
 RECONSTRUCTION = "reconstruction.json"
 FILES = (BEST, LAST, PREVIOUS, COMPACT, AVERAGE, TRAINED, ARCHIVE, CONFIG, METRICS, SUMMARY, KEPT_FILTERS, BEFORE_TRAINING, LOCK)
-FILES += (LATENCY_TABLE, SENSITIVITY, HITS, RECONSTRUCTION)
+FILES += (GIVEN, LATENCY_TABLE, SENSITIVITY, HITS, RECONSTRUCTION)
 UNNAMED_PREFIX, DEAD_AFTER_SECONDS = f"{TEMPORARY_PREFIX}run-", 3600
 NAME_BYTES = 200  # of the 255 that file systems allow; temporary names are longer
 STAMP = "%Y-%m-%d %H:%M:%S"  # what every line of a text log begins with

@@ -150,6 +150,11 @@ class Run:
             self._lease.check()
             write_json(self.folder / name, value)
 
+    def save_text(self, name: str, text: str) -> None:
+        if self._lease is not None:
+            self._lease.check()
+            write_atomic(self.folder / name, text.encode())
+
     def resume_command(self) -> str:
         """What goes on with this run, for a shell."""
         launcher = [_interpreter()] if self.world.size == 1 else ["torchrun", *self.world.launch_flags()]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils.checkpoints import digest
+from utils.cli.config_file import config_text
 from utils.cli.plan import print_plan
 from utils.device import choose_device, device_name, to_device
 from utils.distributed import join, leave
@@ -20,7 +21,7 @@ from utils.images.batches import ImageData
 from utils.images.choice import Origins
 from utils.images.loading import load_images, of_state
 from utils.runs.environment import describe_environment
-from utils.runs.folder import CONFIG, check_entries, check_save_dir, check_text_log
+from utils.runs.folder import CONFIG, GIVEN, check_entries, check_save_dir, check_text_log
 from utils.runs.lease import Lease
 from utils.runs.run import Run
 from utils.runs.state import check_best, check_state, read_state
@@ -177,7 +178,9 @@ class Session:
             "processes": self.world.size,
             "images": self._images(),
         }
-        return Run.create(run.save_dir, name=run.run_name, log_name=run.log_name, config=config, world=self.world)
+        created = Run.create(run.save_dir, name=run.run_name, log_name=run.log_name, config=config, world=self.world)
+        created.save_text(GIVEN, config_text(self.settings.script, self.settings.given))
+        return created
 
     def _images(self) -> dict[str, Any]:
         """Which images the run works on, so that others are noticed when it goes on."""

@@ -32,7 +32,8 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """All that a run is made of. `flags` is what its config.json records, `defaults` what each is where nobody gives it."""
+    """All that a run is made of. `flags` is what its config.json records, `defaults` what each is where nobody gives it,
+    `given` what its config.toml says, the flags that somebody gave."""
 
     script: str
     data: DataSettings
@@ -40,3 +41,4 @@ class SessionSettings:
     run: RunSettings
     flags: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)

@@ -62,7 +62,8 @@ class TestResume:
     def test_needs_no_other_flag(self, parser, tmp_path):
         folder = start_run(tmp_path, parser, *self.WORDS.split())
         resumed, first = cli.parse_flags(parser, ["--resume", folder]), cli.parse_flags(parser, self.WORDS.split())
-        assert vars(resumed) == {**vars(first), "resume": folder, "may_download": False}
+        own = {"resume": folder, "may_download": False, "given": {"resume": folder}}
+        assert vars(resumed) == {**vars(first), **own}
 
     def test_flags_that_came_later_have_their_defaults(self, parser, tmp_path):
         folder = start_run(tmp_path, parser, *self.WORDS.split())
@@ -130,6 +131,16 @@ class TestExecute:
         assert ended.value.code == status
         what = "" if isinstance(error, Interrupted) else "error: "  # who stops a run knows that it is none
         assert capsys.readouterr().err == f"train.py: {what}{error}\n"
+
+    def test_without_an_environment_it_says_how_to_make_one(self, capsys):
+        def main():
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+        with pytest.raises(SystemExit) as ended:
+            cli.execute(main)
+        line = capsys.readouterr().err
+        assert ended.value.code == 2 and line.count("\n") == 1
+        assert " has no torch" in line and (".venv/bin/activate" in line)
 
     def test_a_message_of_many_lines_becomes_one(self, capsys):
         def fail() -> None:
