@@ -17,7 +17,7 @@ from reporting.naming import model_label
 from reporting.tables import bytes_text, markdown_table, markdown_text, pflops_text, scaled_text
 from utils.errors import UserError, shown
 
-BETTER, WORSE, SAME = "better", "worse", "not told apart"
+BETTER, WORSE, SAME = "better", "worse", "not significant"
 SEPARATOR = "|"
 HEADINGS = ("method", "n", "last top-1 %", "difference", "p", "verdict", "MACs", "PFLOPs", "compact file")
 
@@ -111,8 +111,8 @@ def _caption(found: Comparison, compared: Sequence[Group], left_out: Sequence[st
     sentences = [
         f"Top-1 after the last epoch with its {LEVEL:.0%} interval over the seeds {seeds}. Differences are from "
         f"{found.baseline}, in points, paired by seed; their errors are those of {images}.",
-        f"Intervals and p hold for all {count} of the table together ({LEVEL:.0%}, Bonferroni). Not told apart: the interval has "
-        f"0 in it{here}.",
+        f"Intervals and p hold for all {count} of the table together ({LEVEL:.0%}, Bonferroni). Not significant: the interval "
+        f"contains 0{here}.",
         f"The best epoch as picked on the test set would add up to {picked:.2f} points.",
     ]
     if 0 < len(found.without_images) < count:

@@ -113,6 +113,15 @@ def update_readme(path: Path, groups: Sequence[Group], *, figures: Path, picture
     print(f"{len(groups)} methods, {len(pictures)} pictures -> {path}")
 
 
+def fill_blocks(text: str, groups: Sequence[Group], *, origin: Path) -> str:
+    """The text with headlines, comparisons and published figures where its comments ask for them, as `update_readme` has them.
+
+    Raises UserError, which names `origin`, for a block that does not end.
+    """
+    _check_blocks(origin, text)
+    return _filled(text, groups)
+
+
 def _check_blocks(path: Path, text: str) -> None:
     """Raises UserError unless every block that begins ends as well, before another one begins."""
     for name, block in BLOCKS.items():

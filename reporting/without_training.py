@@ -112,6 +112,14 @@ def _table(rows: Sequence[Row]) -> str:
     return markdown_table(["criterion", *FORMS, "MACs left"], body, text_columns=1)
 
 
+def table_of(rows: Sequence[Row], *, size: str, layout: str) -> str:
+    """The table of one size, such as `macs=0.5`, and layout, `coupled` or `by layer`. Raises UserError where none is measured."""
+    own = [row for row in rows if (row["size"], row["layout"]) == (size, layout) and "top1" in row]
+    if not own:
+        raise UserError(f"without training: {size}, {layout} is not measured")
+    return f"{_table(own)}\n"
+
+
 def _figure(values: Sequence[float]) -> str:
     if not values:
         return "-"

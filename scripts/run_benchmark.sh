@@ -116,7 +116,7 @@ hard() {
   leading
 }
 
-# leading: what did best in criteria and losses (docs/benchmark.md), and the baselines.
+# leading: what did best in criteria and losses (docs/results.md), and the baselines.
 leading() {
   local row
   for row in r:none a:none nggm:none nggm:kd nggm:hap gm:hap nggm:at nggm:afd nggm:reviewkd; do

@@ -1,7 +1,7 @@
 """The entry script from its flags to its files, and the committed results."""
 
+import importlib.util
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -11,8 +11,7 @@ from saved_runs import write_pruned, write_unpruned
 
 import report
 from reporting.gather import gather
-from reporting.naming import README_PICTURES
-from reporting.publish import BEGIN, END, update_readme
+from reporting.publish import BEGIN, END
 from reporting.tables import headings
 from utils import cli
 
@@ -98,32 +97,47 @@ def test_a_thousand_runs_take_less_than_20_seconds(tmp_path):
     assert (tmp_path / "report" / "table.csv").read_text().count("\n") == 1 + 250
 
 
+def results_writer():
+    spec = importlib.util.spec_from_file_location("write_results", ROOT / "docs" / "write_results.py")
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    return writer
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_documents_have_the_committed_results(name):
+    page = ROOT / name
+    text = page.read_text()
+    assert "<!-- study: benchmark -->\n" in text
+    emptied = re.sub(r"(<!-- (?:headline|comparison|without training): .* -->\n)(?:.*\n)*?(<!-- .*:end -->)", r"\1\2", text)
+    assert len(emptied) < len(text)
+    assert results_writer().filled(emptied, origin=page) == text, "run python docs/write_results.py"
+
+
+def test_the_pictures_of_the_results_are_drawn_by_the_same_command():
+    writer = results_writer()
+    for name in writer.pictures():
+        assert f"(figures/{name})" in (ROOT / "docs" / "results.md").read_text()
+        assert (ROOT / "docs" / "figures" / name).is_file()
+
+
 @pytest.mark.parametrize(
-    ("name", "runs", "figures", "pictures"),
+    ("study", "method", "baseline", "said"),
     [
-        ("README.md", "docs/studies/benchmark.jsonl.gz", "docs/figures", README_PICTURES),
-        ("docs/benchmark.md", "docs/studies/benchmark.jsonl.gz", "docs/figures/benchmark", ["accuracy_macs", "accuracy_pflops"]),
-        ("docs/allocation.md", "docs/studies/allocation.jsonl.gz", "docs/figures/allocation", ["kept_filters"]),
-        ("docs/hard_budget.md", "docs/studies/hard_budget.jsonl.gz", "docs/figures/hard_budget", ["accuracy_macs"]),
-        ("docs/tiny_imagenet.md", "docs/studies/tiny_imagenet.jsonl.gz", "docs/figures/tiny_imagenet", ["accuracy_macs"]),
-        ("docs/results.md", "docs/studies/results.jsonl.gz", "docs/figures", README_PICTURES),
-        ("docs/ablation.md", "docs/studies/ablation.jsonl.gz", "docs/figures/ablation", ["accuracy_macs"]),
-        ("docs/sensitivity.md", "docs/studies/sensitivity.jsonl.gz", "docs/figures", ["sensitivity"]),
-        (
-            "docs/soft_pruning.md",
-            "docs/studies/soft_pruning.jsonl.gz",
-            "docs/figures/soft_pruning",
-            ["accuracy_macs", "learning_curves"],
-        ),
+        ("benchmark", "unpruned", "NGGM + HAP + KD, macs=0.45", "the unpruned network is {:.2f} points better"),
+        ("tiny_imagenet", "NGGM, macs=0.45", "NGGM + KD, macs=0.45", "KD gains {:.2f} points over no loss"),
+        ("allocation", "NGGM + HAP + KD, macs=0.45, coupled", "NGGM + HAP + KD, macs=0.45", "({:.2f} points on NGGM,"),
+        ("allocation", "PFEC + HAP + KD, macs=0.45, coupled", "PFEC + HAP + KD, macs=0.45", " {:.2f} on PFEC)"),
+        ("allocation", "NGGM + HAP + KD, macs=0.45 global, coupled", "NGGM + HAP + KD, macs=0.45", "by {:.2f} and 2.83 points"),
+        ("allocation", "PFEC + HAP + KD, macs=0.45 global, coupled", "PFEC + HAP + KD, macs=0.45", " and {:.2f} points"),
+        ("allocation", "NGGM + HAP + KD, latency=0.7, coupled", "NGGM + HAP + KD, macs=0.45", "costs {:.2f} points on NGGM"),
     ],
 )
-def test_documents_have_the_committed_results(tmp_path, name, runs, figures, pictures):
-    copy = tmp_path / name
-    copy.parent.mkdir(exist_ok=True)
-    shutil.copyfile(ROOT / name, copy)
-    assert BEGIN in copy.read_text() or "<!-- headline: " in copy.read_text()
-    update_readme(copy, gather([ROOT / runs]).groups, figures=tmp_path / figures, picture_names=pictures)
-    assert copy.read_text() == (ROOT / name).read_text()
+def test_differences_in_the_text_of_the_results_are_those_of_the_studies(study, method, baseline, said):
+    groups = {group.name: group for group in gather([ROOT / "docs" / "studies" / f"{study}.jsonl.gz"]).groups}
+    top1 = [groups[name].statistic("last_top1").mean for name in (method, baseline)]
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert said.format(abs(top1[0] - top1[1])) in text
 
 
 @pytest.mark.parametrize("study", sorted(path.name for path in (ROOT / "docs" / "studies").iterdir()))
