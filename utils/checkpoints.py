@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from utils.errors import UserError, shown
 from utils.files import is_archive, write_atomic
-from utils.untrusted import check_before_loading, check_loaded, open_regular
+from utils.untrusted import check_before_loading, check_loaded, inert_globals, open_regular, read_whole
 
 FORMAT = 1
+SAFETENSORS = ".safetensors"
 DIGEST_KEY, FORMAT_KEY = "sha256", "format"
 
 
@@ -75,17 +77,18 @@ def _unshared(value: Any) -> Any:
 
 
 def load_checkpoint(path: str | os.PathLike, *, flag: str = "") -> dict[str, Any]:
-    """Reads a dict that torch wrote, onto the CPU, without ever running code from it, and checks its digest if it has one.
+    """Reads a dict that torch or safetensors wrote, onto the CPU, without ever running code from it, and checks its digest.
 
     `flag` is the command-line flag that named the file; it opens every message. Raises UserError for a file that is
     missing, truncated, damaged, no torch file, of a newer format, or that holds anything but tensors and plain values.
     """
     prefix = f"{flag} {path}" if flag else str(path)
-    if is_archive(path):
+    is_safetensors = str(path).lower().endswith(SAFETENSORS)
+    if is_archive(path) and not is_safetensors:
         decode = f"python3 quantize_encode.py --decode {path} --output FILE.pt"
         raise UserError(f"{prefix}: an archive, expected a checkpoint; decode it first: {decode}")
     try:
-        checkpoint = _read_tensors(path)
+        checkpoint = _read_safetensors(path) if is_safetensors else _read_tensors(path)
     except UserError as error:
         raise UserError(f"{prefix}: {error}") from error
     except FileNotFoundError as error:
@@ -112,9 +115,18 @@ def _read_tensors(path: str | os.PathLike) -> Any:
     with open_regular(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other kinds of file torch warns before it raises: the error is what is shown
         check_before_loading(file)
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(inert_globals()):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         check_loaded(checkpoint, file_bytes=os.fstat(file.fileno()).st_size)
         return checkpoint
+
+
+def _read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, which holds nothing else that counts; its reader takes no more than the file has."""
+    data = read_whole(path)
+    tensors = load_safetensors(data)
+    check_loaded(tensors, file_bytes=len(data))
+    return tensors
 
 
 def _is_whole(checkpoint: dict[Any, Any]) -> bool:

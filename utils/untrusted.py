@@ -53,6 +53,36 @@ PLAIN_GLOBALS = frozenset(
         *(dtype.replace(".", " ") for dtype in PLAIN_DTYPES),
     )
 )
+# What trainers write beside tensors, settings and scores: read as objects without content (`Inert`), nothing of it is called
+INERT_GLOBALS = frozenset(
+    (
+        "argparse Namespace",
+        "pathlib PosixPath",
+        "pathlib WindowsPath",
+        "numpy dtype",
+        "numpy ndarray",
+        *(f"numpy.{core}.multiarray {name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    )
+)
+ENCODE, LATIN = "_codecs encode", "latin1"  # how Python 3 writes bytes for torch's pickle
+
+
+class Inert:
+    """What stands in a loaded file for an object of INERT_GLOBALS: nothing of what the file says of it is kept."""
+
+    def __new__(cls, *_: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any):
+        """The arguments of the object that it stands for are dropped."""
+
+    def __setstate__(self, _: Any) -> None:
+        """So is its state."""
+
+
+def inert_globals() -> list[tuple[type, str]]:
+    """As `torch.serialization.safe_globals` takes them."""
+    return [(Inert, name.replace(" ", ".")) for name in sorted(INERT_GLOBALS)]
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
@@ -165,7 +195,13 @@ class _Name(str):
     """Something that a pickle imports."""
 
 
+class _InertName(_Name):
+    """Something in whose place an `Inert` is put, whatever it is given."""
+
+
 _MARK, _PLAIN, _MADE, _SHARED = "a mark", "a plain value", "a container or result", "one that was made before"
+_INERT, _LATIN, _OLD, _BYTES = "an inert object", "the name of a code", "a plain value from before", "a text and its code"
+_AGAIN = {_MADE: _SHARED, _BYTES: _SHARED, _PLAIN: _OLD}  # what something is where it occurs again
 _TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 _CONTAINERS = frozenset((*_TUPLES, "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "LIST", "DICT", "FROZENSET", "BINPERSID", "PERSID"))
 # What puts a plain number on the stack and does nothing else: None, True, False, whole numbers of 1, 2 and 4 bytes, floats
@@ -202,23 +238,31 @@ class _Pickle:
         raise UserError(f"{REFUSAL}: more than {MAX_PICKLE_OPERATIONS:,} operations of its pickle")
 
     def _follow(self, operation: pickletools.OpcodeInfo, argument: Any) -> None:
-        if operation.name == "GLOBAL" and argument in PLAIN_GLOBALS:
+        if operation.name == "GLOBAL" and argument in INERT_GLOBALS:
+            self.stack.append(_InertName(argument))
+        elif operation.name == "GLOBAL" and (argument in PLAIN_GLOBALS or argument == ENCODE):
             self.stack.append(_Name(argument))
         elif operation.name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX"):
             raise UserError(f"{REFUSAL}: {printable(str(argument).replace(' ', '.'), SHOWN_NAME)}")
         elif operation.name in ("REDUCE", "NEWOBJ"):
             self._call()
-        elif operation.name == "BUILD" and self.stack.pop() is _SHARED:
+        elif operation.name == "BUILD" and self.stack.pop() is _SHARED and self.stack[-1] is not _INERT:
             raise UserError(f"{REFUSAL}: a state that was used before")
         elif operation.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.stack[-1]
         elif operation.name in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(_SHARED if self.memo[argument] is _MADE else self.memo[argument])
+            self.stack.append(_AGAIN.get(self.memo[argument], self.memo[argument]))
+        elif operation.name == "BINUNICODE" and argument == LATIN:
+            self.stack.append(_LATIN)
         elif operation.name != "BUILD":
             self._apply(operation)
 
     def _call(self) -> None:
         arguments, called = self.stack.pop(), self.stack.pop()
+        if isinstance(called, _InertName):
+            return self.stack.append(_INERT)
+        if called == ENCODE and arguments is not _BYTES:  # a text of the file, once: others would grow with each call
+            raise UserError(f"{REFUSAL}: {ENCODE.replace(' ', '.')}")
         if not isinstance(called, _Name) or arguments is _SHARED:
             raise UserError(f"{REFUSAL}: a call")
         self.stack.append(_MADE)
@@ -242,6 +286,8 @@ class _Pickle:
         made = _MARK if operation.name == "MARK" else _MADE if operation.name in _CONTAINERS else _PLAIN
         if operation.name in _TUPLES and _SHARED in taken:
             made = _SHARED
+        if operation.name == "TUPLE2" and taken == [_LATIN, _PLAIN]:
+            made = _BYTES
         self.stack += [made] * len(operation.stack_after)
 
 

@@ -1,5 +1,6 @@
 """Files that claim to be larger than they are: each refused in one line, within a second and 500 MB."""
 
+import argparse
 import collections
 import io
 import os
@@ -9,7 +10,9 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from bounded import run_bounded
 
@@ -22,6 +25,7 @@ from utils.errors import UserError
 from utils.files import read_json
 from utils.python_file import check_function
 from utils.runs.metrics_file import read_metrics
+from utils.untrusted import Inert
 
 SECONDS = 10.0  # of the process's own time; well below 1 where the machine does nothing else
 GIGABYTES_25 = 25 * 10**9
@@ -94,6 +98,14 @@ def legacy(value) -> bytes:
     return torch_file(value, _use_new_zipfile_serialization=False)
 
 
+def encoded_again(count: int) -> bytes:
+    """One long text, turned into bytes as often as the file says."""
+    code = b"X\x06\x00\x00\x00latin1q\x02"
+    text = b"X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"q\x01"
+    body = text + code + b"\x86h\x00h\x01h\x02\x86R" * count
+    return b"\x80\x02c_codecs\nencode\nq\x00}X\x01\x00\x00\x00a(" + body + b"ls."
+
+
 ONE = torch.zeros(1)
 WIDE = ONE.expand(GIGABYTES_25 // 4)
 SHARED = torch.zeros(250_000)
@@ -114,6 +126,7 @@ ATTACKS = {
     "bytearray of any size": lambda: with_pickle(called("builtins", "bytearray", GIGABYTES_25)),
     "bytearray of any size, old form": lambda: torch_legacy_with(called("builtins", "bytearray", GIGABYTES_25)),
     "hexadecimal digits of hexadecimal digits": lambda: with_pickle(nested_hex(40)),
+    "a text made into bytes again and again": lambda: with_pickle(encoded_again(50_000)),
     "a list copied as often as it is long": lambda: with_pickle(many_copies(20_000)),
     "a shape copied as often as it is long": lambda: with_pickle(huge_shapes(50_000)),
     "doubled": lambda: torch_file({"a": doubled(200)}),
@@ -186,11 +199,35 @@ def test_keys_that_are_no_names_are_refused(key, tmp_path):
         {"weight": torch.nn.Parameter(WEIGHT), "again": WEIGHT.t(), "shape": WEIGHT.shape, "dtype": torch.float16},
         {"optimizer": torch.optim.Adam([torch.nn.Parameter(WEIGHT)]).state_dict(), "milestones": collections.Counter([30, 60])},
         {"state_dict": {"a": torch.ones(3).bfloat16(), "b": torch.zeros(0, 3), "c": torch.tensor(True)}, "best": 93.5},
+        {"a": WEIGHT, "best": np.float64(93.5), "top5": np.float64(99.0), "epoch": np.int64(3), "history": np.arange(30.0)},
+        {"a": WEIGHT, "args": argparse.Namespace(lr=0.1, folder=Path("x"), lrs=[1, 2]), "again": argparse.Namespace(lr=0.1)},
     ],
 )
 def test_what_people_save_is_read(content, form, tmp_path):
     torch.save(content, tmp_path / "a.pt", **form)
     assert load_checkpoint(tmp_path / "a.pt").keys() == content.keys()
+
+
+def test_settings_and_scores_beside_tensors_are_read_without_their_content(tmp_path):
+    torch.save({"a": WEIGHT, "args": argparse.Namespace(lr=0.1), "best": np.float64(93.5)}, tmp_path / "a.pt")
+    read = load_checkpoint(tmp_path / "a.pt")
+    assert (type(read["args"]), vars(read["args"]), type(read["best"])) == (Inert, {}, Inert)
+
+
+@pytest.mark.parametrize("code", ["hex", "utf-7"])
+def test_bytes_are_read_in_one_code_alone(code, tmp_path):
+    (tmp_path / "a.pt").write_bytes(with_pickle(called("_codecs", "encode", "text", code)))
+    with pytest.raises(UserError, match=r"holds more than tensors and plain values: _codecs\.encode"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_safetensors(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(safetensors.torch.save({"a": WEIGHT}))
+    assert torch.equal(load_checkpoint(path)["a"], WEIGHT)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="damaged or truncated, not a readable checkpoint"):
+        load_checkpoint(path)
 
 
 def test_pickles_of_all_our_states_are_plain(trained_run):
