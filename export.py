@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.settings import FORMAT_NAMES, output_paths
+from deploy.settings import FORMAT_NAMES, INT8_TARGETS, output_paths
 from models import check_model
 from utils import cli
 from utils.errors import UserError, naming
@@ -38,10 +38,12 @@ def get_args_parser() -> cli.Parser:
                       help="training images that show between which bounds activations lie")  # fmt: skip
     int8.add_argument("--int8-tolerance", type=cli.non_negative_float, default=0.5, metavar="POINTS",
                       help="top-1 accuracy that int8 may cost")  # fmt: skip
+    int8.add_argument("--int8-for", default="any", choices=tuple(INT8_TARGETS),
+                      help="processors: any has weights of 7 bits; vnni has 8, which overflow on x86 without VNNI")  # fmt: skip
     cli.add_config_flag(parser)
     cli.add_data_flags(parser)
     parser.counts_only("int8", where=lambda args: args.format == "onnx", only="with --format onnx")
-    parser.counts_only("calibration_images", "int8_tolerance", where=lambda args: args.int8, only="with --int8")
+    parser.counts_only("calibration_images", "int8_tolerance", "int8_for", where=lambda args: args.int8, only="with --int8")
     parser.checks["model"] = check_model
     parser.parameters["tolerance"] = "int8_tolerance"
     return parser
@@ -72,10 +74,10 @@ def main(args: argparse.Namespace) -> None:
 
     if args.int8:
         with naming(named):
-            simulated = Int8Network.with_ranges(small, file.int8).requires_grad_(False) if file.int8 else None
-        content, remark = export_int8(
-            dense, small, simulated, data, provenance=provenance, images=args.calibration_images, tolerance=args.int8_tolerance
-        )
+            bits = INT8_TARGETS[args.int8_for]
+            simulated = Int8Network.with_ranges(small, file.int8, weight_bits=bits).requires_grad_(False) if file.int8 else None
+        asked = {"images": args.calibration_images, "tolerance": args.int8_tolerance, "weight_bits": bits}
+        content, remark = export_int8(dense, small, simulated, data, provenance=provenance, **asked)
         files = {Path(args.output).suffix: content}
     else:
         export = EXPORTERS[args.format](dense, small, data.example, provenance=provenance, output=Path(args.output))

@@ -28,19 +28,22 @@ def export_int8(
     provenance: Provenance,
     images: int,
     tolerance: float,
+    weight_bits: int,
 ) -> tuple[bytes, str]:
     """The ONNX file of `small` in eight bits, and what to say of it; prints it beside float and dense ones.
 
     `simulated` is the network as it was trained for int8; without one, so many training `images` show between which bounds
-    activations lie. Raises ParameterError where int8 costs more than `tolerance` points of accuracy.
+    activations lie. `weight_bits` are those of `to_int8_onnx` and, where there is one, of `simulated`.
+
+    Raises ParameterError where int8 costs more than `tolerance` points of accuracy.
     """
     shown = calibration_images(data, images)
-    content, remark = _int8_file(dense, small, simulated, data, shown)
+    content, remark = _int8_file(dense, small, simulated, data, shown, weight_bits=weight_bits)
     wide = Selection(ChannelGraph(dense, data.example), {}).shrink()
     files = {
         "dense, float": to_onnx(wide, data.example),
         SMALL_FLOAT: to_onnx(small, data.example),
-        "dense, int8": to_int8_onnx(wide, data.example, shown),
+        "dense, int8": to_int8_onnx(wide, data.example, shown, weight_bits=weight_bits),
         SMALL_INT8: content,
     }
     rows, predictions = measure_files(files, data)
@@ -53,17 +56,24 @@ def export_int8(
         same = 100 * float((expected == predictions["onnxruntime", SMALL_INT8]).float().mean())
         print(f"onnxruntime gives the class that was simulated in training to {same:.2f} % of the test images")
     top1 = scores["onnxruntime", SMALL_INT8]
-    return with_metadata(content, replace(provenance, top1=top1, more={"precision": "int8"}).metadata()), remark
+    said = {"precision": "int8", "weight_bits": weight_bits}
+    return with_metadata(content, replace(provenance, top1=top1, more={**provenance.more, **said}).metadata()), remark
 
 
 def _int8_file(
-    dense: nn.Module, small: NarrowNetwork, simulated: Int8Network | None, data: ImageData, images: list[Tensor]
+    dense: nn.Module,
+    small: NarrowNetwork,
+    simulated: Int8Network | None,
+    data: ImageData,
+    images: list[Tensor],
+    *,
+    weight_bits: int,
 ) -> tuple[bytes, str]:
     """As it was simulated, or else in the faster of its forms."""
     if simulated is not None:
-        return to_int8_onnx(simulated, data.example, images), ""
+        return to_int8_onnx(simulated, data.example, images, weight_bits=weight_bits), ""
     networks = forms_of(dense, small, data.example)
-    forms = {name: to_int8_onnx(network, data.example, images) for name, network in networks.items()}
+    forms = {name: to_int8_onnx(network, data.example, images, weight_bits=weight_bits) for name, network in networks.items()}
     form, remark = fastest_form({name: onnxruntime_session(content) for name, content in forms.items()}, data.example)
     return forms[form], remark
 

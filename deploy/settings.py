@@ -6,6 +6,7 @@ from pathlib import Path
 
 RUNTIME_NAMES = ("torch", "onnxruntime", "openvino")  # `deploy.runtimes` has them
 FORMAT_NAMES = ("onnx", "pt2", "python")  # `deploy.exporters` writes them
+INT8_TARGETS = {"any": 7, "vnni": 8}  # bits of a weight that a processor multiplies by uint8 without overflow
 ONNX_SUFFIX, SAFETENSORS = ".onnx", ".safetensors"
 
 

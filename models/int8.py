@@ -1,10 +1,10 @@
 """A network as runtimes compute it in eight bits, simulated in float, so that it can be trained: Jacob et al., CVPR 2018.
 
-Weights of convolutions and linear layers are rounded to int8, symmetric, with a scale for each output channel, after the
-batch norm behind them was folded into them with its running statistics; biases to int32. Activations are rounded to uint8
-between bounds that follow what training shows: where a convolution, a linear layer or a sum reads them, and what a convolution
-or a sum gives, behind the ReLU where one follows. The logits are not rounded. Gradients pass through the rounding as if it
-were not there, but for activations out of bounds.
+Weights of convolutions and linear layers are rounded to int8, or 7 bits of it, symmetric, with a scale for each output
+channel, after the batch norm behind them was folded into them with its running statistics; biases to int32. Activations are
+rounded to uint8 between bounds that follow what training shows: where a convolution, a linear layer or a sum reads them, and
+what a convolution or a sum gives, behind the ReLU where one follows. The logits are not rounded. Gradients pass through the
+rounding as if it were not there, but for activations out of bounds.
 """
 
 import math
@@ -24,7 +24,9 @@ from models.narrow.reuse import is_relu, is_sum
 from models.outputs import Outputs
 from utils.errors import UserError, shown
 
-UINT8_MAX, INT8_MAX = 255, 127
+UINT8_MAX = 255
+WEIGHT_MAX = {7: 64, 8: 127}  # the largest weight by its bits: 2 * 64 * 255 is within 16 bits
+LEAST_WEIGHT_STEP = 1e-30  # weights that need a smaller one are rounded to zero: its reciprocal overflows
 MOMENTUM = 0.01  # of the bounds of activations
 LEAST_STEP = 1e-8  # between two values of an activation that is always zero
 NORMS = (nn.BatchNorm2d, UnevenBatchNorm2d)
@@ -70,8 +72,9 @@ class _SimulatedLayer(nn.Module):
     Both stay modules of the network that they come from: this one holds no tensor of its own.
     """
 
-    def __init__(self, layer: nn.Module, norm: nn.Module | None, given: Bounds):
+    def __init__(self, layer: nn.Module, norm: nn.Module | None, given: Bounds, *, weight_bits: int):
         super().__init__()
+        self._largest = WEIGHT_MAX[weight_bits]
         self._others = (layer, norm, given)  # in a tuple, so that they are not submodules
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
@@ -87,13 +90,13 @@ class _SimulatedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (None if own is None else own.float() for own in self.folded())
-        scale = weight.detach().abs().amax(dim=tuple(range(1, weight.dim()))) / INT8_MAX
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        scale = weight.detach().abs().amax(dim=tuple(range(1, weight.dim()))) / self._largest
+        scale = torch.where(scale > LEAST_WEIGHT_STEP, scale, torch.ones_like(scale))
         given = self._others[2].scale_and_zero()[0]
         step = scale * given  # of a bias, and of what the layer gives
         if torch.is_grad_enabled():
             zero = torch.zeros_like(scale, dtype=torch.int32)
-            weight = torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -INT8_MAX, INT8_MAX)
+            weight = torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -self._largest, self._largest)
             bias = None if bias is None else bias + ((bias / step).round() * step - bias).detach()
             return self._run(x, weight, bias)
         # whole numbers, of which float holds every sum exactly that runtimes form in 32 bits, unless it is huge
@@ -136,10 +139,10 @@ class Int8Network(nn.Module):
     """`network` in simulated eight bits: the same `forward` and `outputs`. What it trains are the network's own parameters.
 
     The bounds of its activations are buffers, of 0 until batches were seen in training mode. Raises UserError for a network
-    in which no layer can be rounded.
+    in which no layer can be rounded. Weights of 8 bits are those of processors with VNNI, of 7 those of any (`WEIGHT_MAX`).
     """
 
-    def __init__(self, network: NarrowNetwork):
+    def __init__(self, network: NarrowNetwork, *, weight_bits: int = 8):
         super().__init__()
         self.network = network
         methods = ("forward", "outputs") if network.has_outputs else ("forward",)
@@ -159,15 +162,15 @@ class Int8Network(nn.Module):
         owner.simulated_ = nn.ModuleDict()
         for name, norm in first.layers.items():
             pair = (network.get_submodule(name), network.get_submodule(norm) if norm else None)
-            owner.simulated_[_key(name)] = _SimulatedLayer(*pair, self.bounds[first.given[name]])
+            owner.simulated_[_key(name)] = _SimulatedLayer(*pair, self.bounds[first.given[name]], weight_bits=weight_bits)
         self._others = (owner,)  # in a tuple, so that it is no submodule
         self.functions = {method: GraphFunction(plan.graph) for method, plan in plans.items()}
         self.train(network.training)
 
     @classmethod
-    def with_ranges(cls, network: NarrowNetwork, ranges: Mapping[str, Any]) -> "Int8Network":
+    def with_ranges(cls, network: NarrowNetwork, ranges: Mapping[str, Any], *, weight_bits: int = 8) -> "Int8Network":
         """In evaluation, with the bounds that `ranges` gave. Raises UserError for those of another network."""
-        own = cls(network).eval()
+        own = cls(network, weight_bits=weight_bits).eval()
         own.load_ranges(ranges)
         return own
 

@@ -225,7 +225,7 @@ def test_int8_is_checked_beside_float_in_each_runtime(checkpoints, run_export, t
         assert [re.split(" {2,}", row)[1] for row in rows] == ["dense, float", "small, float", "dense, int8", "small, int8"]
         assert "1.00 (1.00x)" in rows[0] and "int8 takes 0." in printed
         said = {entry.key: json.loads(entry.value) for entry in onnx.load(output).metadata_props}
-        assert said["precision"] == "int8" and said["class_names"][0] == "0"
+        assert said["precision"] == "int8" and said["weight_bits"] == 7 and said["class_names"][0] == "0"
         written = output.read_bytes()
         with mock.patch.object(int8_export, "measure_files", worse_in_int8):
             status, _, errors = run_export(*words, "--int8-tolerance", "2.9", "--force")

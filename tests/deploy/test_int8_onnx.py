@@ -38,7 +38,7 @@ def test_what_runs_is_what_was_simulated(kept, runtime):
         pytest.skip(f"{runtime} is not installed")
     images = torch.randn(16, 3, 32, 32)
     network = small_resnet(**kept)
-    own = simulated(network, images)
+    own = simulated(network, images, weight_bits=7)
     content = to_int8_onnx(own, images, [images])
     found = SESSIONS[runtime](content)(images)
     with torch.no_grad():
@@ -61,11 +61,12 @@ class Shallow(nn.Module):
         return self.head((x + self.second(x)).relu().mean((2, 3)))
 
 
-def test_onnxruntime_gives_the_very_numbers():
+@pytest.mark.parametrize("bits", [7, 8])
+def test_onnxruntime_gives_the_very_numbers(bits):
     torch.manual_seed(5)
     images = torch.randn(64, 3, 8, 8)
-    own = simulated(narrow(Shallow(), {}), images)
-    found = SESSIONS["onnxruntime"](to_int8_onnx(own, images, [images]))(images)
+    own = simulated(narrow(Shallow(), {}), images, weight_bits=bits)
+    found = SESSIONS["onnxruntime"](to_int8_onnx(own, images, [images], weight_bits=bits))(images)
     with torch.no_grad():
         same = torch.isclose(found, own(images), rtol=1e-4, atol=1e-5).all(1)
     assert same.float().mean() > 0.9
@@ -98,3 +99,22 @@ def test_bounds_are_measured_where_a_network_has_none():
     with torch.no_grad():
         assert largest_difference(found, network(images)) < 0.1
     assert len(content) < 0.35 * len(to_onnx(network, images))
+
+
+def test_weights_of_seven_bits_are_right_in_a_default_session():
+    """As large as they can be, where pairs of products would overflow 16 bits if the weights had eight."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(4)).eval()
+    network(torch.zeros(1, 16, 4, 4))
+    network[0].weight.data.fill_(0.5)
+    images = torch.rand(8, 16, 4, 4) / 4 + 0.75
+    content = to_int8_onnx(narrow(network, {}, example=images), images, [images])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"x": images.numpy()})[0])
+    with torch.no_grad():
+        assert largest_difference(found, network(images)) < 0.03
+    model = onnx.load_from_string(content)
+    weights = [onnx.numpy_helper.to_array(each) for each in model.graph.initializer if each.data_type == onnx.TensorProto.INT8]
+    assert max(abs(values.astype(int)).max() for values in weights) == 64

@@ -16,9 +16,9 @@ def small_resnet(**kept: list[int]) -> NarrowNetwork:
     return narrow(model.eval(), {name.replace("__", "."): channels for name, channels in kept.items()})
 
 
-def simulated(network: NarrowNetwork, images: torch.Tensor) -> Int8Network:
+def simulated(network: NarrowNetwork, images: torch.Tensor, *, weight_bits: int = 8) -> Int8Network:
     """With the bounds that the images show."""
-    own = Int8Network(network).train()
+    own = Int8Network(network, weight_bits=weight_bits).train()
     with torch.no_grad():
         own(images)
     return own.eval()
