@@ -59,13 +59,17 @@ def main(args: argparse.Namespace) -> None:
     from models.int8 import Int8Network
     from models.network_file import load_network
     from prune.compact import TOLERANCE, relative_difference
-    from utils.training.evaluation import evaluate, print_remarks
+    from utils.training.evaluation import check_score, evaluate, print_remarks
 
     named = f"--load-path {args.load_path}"
     file = load_network(args.load_path, flag="--load-path", model=args.model)
     data = fitting_data(cli.settings_of(DataSettings, args), file, origin=named, test_only=not args.int8)
     dense, small = dense_and_small(file, data, origin=named)
-    scores = {"dense": evaluate(dense, data)["top1"], "compact": evaluate(small, data)["top1"]}
+    scores = {}
+    for role, network in (("dense", dense), ("compact", small)):
+        result = evaluate(network, data)
+        check_score(result, origin=named)
+        scores[role] = result["top1"]
     difference = relative_difference(dense, small, (batch.images for batch in data.test_batches()))
     check_difference(named, "compact", difference, tolerance=TOLERANCE)
     provenance = provenance_of(file, data, Path(args.load_path), top1=scores["compact"])

@@ -27,6 +27,7 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     from deploy.latency import LatencyTable
     from deploy.settings import LatencySettings
+    from distill.settings import DistillationSettings
     from models.network_file import NetworkFile
     from prune.choice import FilterChoice
     from prune.schedule import PruningSchedule
@@ -109,9 +110,12 @@ def main(args: argparse.Namespace) -> None:
     session.seed()
     files = read_files(names)
     session.announce(network_names(names, files))
-    data = session.load_data(images_of(names, files))
-    teacher, student = build_networks(names, files, data)
-    graph, distillation = ChannelGraph(student.network, data.example), distillation_settings(args)
+    distillation = distillation_settings(args)
+    any_teacher = not names.s_copy_t and learns_from_maps(distillation)
+    others = [f"--t-path {names.t_path}"] if any_teacher else []
+    data = session.load_data(images_of(names, files), other_classes=others)
+    teacher, student = build_networks(names, files, data, any_teacher=any_teacher)
+    graph = ChannelGraph(student.network, data.example)
     frozen = session_teacher(session, distillation, teacher, graph=graph)
     objective_of = partial(session_objective, session, distillation, teacher=frozen)
     loss = objective_of(student.network).formula()  # losses that cannot compare the two say so here
@@ -151,6 +155,14 @@ def main(args: argparse.Namespace) -> None:
         head, config = session.summary_head(), session.settings.flags
         finish(run, result, graph=choose.graph, model=student.model, data=data.alone(), config=config, head=head)
     run.close()
+
+
+def learns_from_maps(settings: DistillationSettings) -> bool:
+    """Whether the teacher is one of feature maps alone, whatever classes it knows."""
+    from distill.registry import active_losses, compares_logits
+
+    weighed = {"alpha": settings.alpha}
+    return bool(active_losses(settings.losses, **weighed)) and not compares_logits(settings.losses, **weighed)
 
 
 def check_flags(args: argparse.Namespace) -> None:

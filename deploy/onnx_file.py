@@ -22,7 +22,7 @@ from deploy import onnx_process
 from deploy.onnx import PRODUCER
 from deploy.runtimes import Runner
 from utils.errors import UserError, naming, printable, shown
-from utils.images.spec import FIELDS, ImageSpec, read_image_spec
+from utils.images.spec import FIELDS, GREY_BITS_FIELD, ImageSpec, read_image_spec
 from utils.untrusted import read_whole
 
 MAX_BYTES = 2 << 30  # of a protobuf message
@@ -71,7 +71,7 @@ def read_onnx(path: str | os.PathLike, *, flag: str, seconds: float = SECONDS, m
 
 def _fields(metadata: dict[str, str], *names: str) -> dict[str, object]:
     found = {}
-    for name in names or FIELDS:
+    for name in names or (*FIELDS, GREY_BITS_FIELD):
         if name in metadata:
             try:
                 found[name] = json.loads(metadata[name])

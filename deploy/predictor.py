@@ -29,7 +29,10 @@ class Predictor:
 def predictions(
     predictor: Predictor, paths: Sequence[str], *, batch_size: int, top: int
 ) -> Iterator[tuple[str, list[tuple[str, float]] | UserError]]:
-    """Each path with its most probable classes and their probabilities, or with what keeps it from being read."""
+    """Each path with its most probable classes and their probabilities, or with what keeps it from being read.
+
+    Raises UserError for a network whose logits are no finite numbers.
+    """
     transform, normalise = test_transform(predictor.images.image_size), Normaliser(predictor.images, predictor.device)
 
     def read(path: str) -> Tensor | UserError:
@@ -46,6 +49,8 @@ def predictions(
             rows = iter(())
             if good:
                 logits = predictor.logits(normalise(torch.stack(good).to(predictor.device)))
+                if not logits.isfinite().all():
+                    raise UserError("the network of --load-path gives logits that are NaN or infinite")
                 rows = iter(zip(*logits.softmax(1).cpu().topk(top), strict=True))
             for path, image in zip(batch, images, strict=True):
                 if isinstance(image, UserError):

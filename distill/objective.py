@@ -191,7 +191,10 @@ def build_objective(
     with preserved_random_state():
         torch.manual_seed(derived_seed(seed, "distillers"))
         given = {**(options or {}), **(facts or {})}
-        built = {name: _build(name, *samples, given).to(images.device) for name in dict.fromkeys([*names, "kd"])}
+        built = {
+            name: _build(name, *samples, given).to(images.device)
+            for name in dict.fromkeys([*names, *(["kd"] if alpha > 0 else [])])
+        }
     weighted = weighted_losses(names)
     betas = betas or [DISTILLERS[name].beta for name in weighted]
     losses = [(name, built[name], beta) for name, beta in zip(weighted, betas, strict=True)]

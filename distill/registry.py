@@ -231,6 +231,11 @@ def reads_maps(names: Sequence[str], *, alpha: float) -> bool:
     return any(DISTILLERS[name].reads_maps for name in active_losses(names, alpha=alpha))
 
 
+def compares_logits(names: Sequence[str], *, alpha: float) -> bool:
+    """Whether one of these losses compares logits, so that the teacher must know the student's classes."""
+    return any(not DISTILLERS[name].reads_maps for name in active_losses(names, alpha=alpha))
+
+
 def flags_read(names: Sequence[str]) -> list[str]:
     """The flags that a student reads which is taught by `names` at their usual weights, of those that say how it is taught."""
     if list(names) == ["none"]:

@@ -52,10 +52,12 @@ def network_names(settings: NetworkSettings, files: Mapping[str, NetworkFile]) -
 
 
 def build_networks(
-    settings: NetworkSettings, files: Mapping[str, NetworkFile], data: ImageData
+    settings: NetworkSettings, files: Mapping[str, NetworkFile], data: ImageData, *, any_teacher: bool = False
 ) -> tuple[NetworkFile | None, NetworkFile]:
-    """Teacher, if there is one, and student, on the device, fit for the dataset."""
+    """Teacher, if there is one, and student, on the device, fit for the dataset; `any_teacher` may know other classes."""
     for flag, file in files.items():
+        if any_teacher and flag == "--t-path":
+            continue
         check_classes(file.num_classes, data, origin=f"{flag} {settings.files[flag][0]}")
     teacher = files.get("--t-path")
     student = student_file(settings, files)
@@ -67,5 +69,5 @@ def build_networks(
     student = replace(as_dense(student), images=data.dataset.images)
     for file in filter(None, (teacher, student)):
         to_device(file.network, data.device)
-        check_images(file.network, data, origin=f"the {file.model}", trains=file is student)
+        check_images(file.network, data, origin=f"the {file.model}", trains=file is student, num_classes=file.num_classes)
     return teacher, student

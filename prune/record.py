@@ -23,7 +23,7 @@ from utils.modes import evaluating
 from utils.profile import compare_networks, comparison_table
 from utils.runs.folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, LATENCY_TABLE, SUMMARY
 from utils.runs.run import Run
-from utils.training.evaluation import evaluate
+from utils.training.evaluation import check_score, evaluate
 from utils.training.metrics import Sums
 from utils.training.recalibration import recalibrated_batch_norm
 
@@ -41,7 +41,11 @@ def log_accuracy(
         if file is None:
             continue
         known = scores.get("teacher") if is_copy else None
+        if file.num_classes != len(data.dataset.classes):
+            run.log(f"{role} {file.model}: knows {file.num_classes} other classes, it has no accuracy on {data.dataset.name}")
+            continue
         scores[role] = known or {"model": file.model, **evaluate(file.network, data)}
+        check_score(scores[role], origin=f"{role} {file.model}")
         run.log(f"{role} {file.model}: top1 {scores[role]['top1']:.2f}, loss {scores[role]['loss']:.4f}")
         if role == "teacher" and scores[role]["top1"] <= CHANCE_MARGIN * chance:
             run.warn(f"the teacher scores at chance ({chance:.1f}) on {data.dataset.name}: is --t-path the right file?")

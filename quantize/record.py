@@ -21,7 +21,7 @@ from utils.modes import evaluating
 from utils.profile import compare_networks
 from utils.runs.folder import ARCHIVE, BEFORE_TRAINING, BEST, COMPACT, SUMMARY
 from utils.runs.run import Run
-from utils.training.evaluation import evaluate
+from utils.training.evaluation import check_score, evaluate
 
 CALIBRATION_BATCHES = 10  # that show the bounds of activations before the training
 
@@ -54,6 +54,7 @@ def simulate(run: Run, network: NarrowNetwork, data: ImageData, *, is_new: bool)
 
 def log_before(run: Run, scores: Mapping[str, Any]) -> None:
     for name, result in scores.items():
+        check_score(result, origin=f"{name} network")
         run.log(f"{name}, before fine-tuning: top1 {result['top1']:.2f}, loss {result['loss']:.4f}")
     run.save_json(BEFORE_TRAINING, scores)
 

@@ -1,6 +1,8 @@
 """`--amp` and `--compile` change how fast a step is, not what it learns; and no step waits for the device."""
 
 import json
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from utils.checkpoints import save_checkpoint
 from utils.errors import UserError
 from utils.images.batches import ImageData
 from utils.images.datasets import load_dataset
-from utils.training.step import check_acceleration
+from utils.training.step import amp_remarks, check_acceleration
 from utils.training.trainer import Trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -225,3 +227,12 @@ def test_switches_on_a_gpu(teacher, switches):
     flags = ("--prune-mode", "filter-nggm", "--samp-batches", "1", "--distill", "hap")
     plain = train(teacher, "plain", *flags, device="cuda")
     assert train(teacher, "fast", *flags, *switches, device="cuda") == pytest.approx(plain, rel=0.1)
+
+
+def test_a_processor_without_arithmetic_of_bfloat16_is_named_at_the_start():
+    path = Path("/proc/cpuinfo")
+    flags = set(path.read_text().split()) if path.exists() and platform.machine() == "x86_64" else {"avx512_bf16"}
+    device, has = torch.device("cpu"), bool(flags & {"avx512_bf16", "amx_tile"})
+    assert amp_remarks(device, amp=False) == [] and amp_remarks(torch.device("cuda", 0), amp=True) == []
+    found = amp_remarks(device, amp=True)
+    assert found == [] if has else found[0].startswith("--amp: this processor has no arithmetic of bfloat16")

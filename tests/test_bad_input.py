@@ -397,3 +397,33 @@ def test_unknown_flags_in_config_are_refused(places, tmp_path, run_script):
 
 def test_the_table_is_long_enough():
     assert len(COMMANDS) >= 100
+
+
+@pytest.fixture
+def exploding(places, tmp_path) -> Path:
+    """A checkpoint whose numbers are finite and whose logits are not."""
+    checkpoint = load_checkpoint(places["teacher"])
+    state = checkpoint["state_dict"]
+    for name in [name for name in state if name.endswith("weight") and state[name].dim() == 4]:
+        state[name] = torch.full_like(state[name], 1e30)
+    save_checkpoint(tmp_path / "exploding.pt", checkpoint)
+    return tmp_path / "exploding.pt"
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        ("initial_train", "--evaluate --load-path FILE"),
+        ("initial_train", "--load-path FILE --save-dir SAVES"),
+        ("quantize_encode", "--evaluate --load-path FILE"),
+        ("pruning", "--t-path FILE --s-copy-t --prune-rates 0.5 --save-dir SAVES"),
+        ("export", "--load-path FILE --output SAVES.onnx"),
+        ("predict", "--load-path FILE IMAGES"),
+    ],
+)
+def test_logits_that_are_no_numbers_are_an_error(script, command, exploding, tmp_path, run_script, image_writer):
+    image_writer(tmp_path / "images", sizes=(32,))
+    places = {"FILE": exploding, "SAVES.onnx": tmp_path / "a.onnx", "SAVES": tmp_path / "saves", "IMAGES": tmp_path / "images"}
+    ended = run_script(script, *(str(places.get(word, word)) for word in command.split()))
+    assert ended.status == 2 and "gives logits that are NaN or infinite" in ended.errors, ended.errors
+    assert ended.errors.count("\n") == 1 and not (tmp_path / "saves").exists() and not (tmp_path / "a.onnx").exists()

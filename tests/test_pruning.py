@@ -9,8 +9,9 @@ import torch
 from selections import prunable_layers
 
 from deploy import budget, latency
+from models import build_model
 from models.graph import channel_graph
-from models.network_file import load_network
+from models.network_file import describe_network, load_network
 from prune.criteria import CRITERIA, Criterion
 from prune.masks import keep_count
 from utils.checkpoints import load_checkpoint, save_checkpoint
@@ -260,6 +261,21 @@ def test_a_teacher_of_another_depth(prune, tmp_path, run_script):
     ended = run_script("pruning", *teacher, *flags, "--distill", "afd", "hap", "--betas", "200", "700", "--run-name", "run")
     assert ended.status == 0, ended.errors
     assert load_network(tmp_path / "run" / "model_best.pt", flag="--s-path").model == "resnet8"
+
+
+def test_a_teacher_of_other_classes_shows_feature_maps_alone(tmp_path, run_script):
+    path = tmp_path / "seven.pt"
+    description = describe_network(build_model("resnet8", num_classes=7).state_dict(), model="resnet8", num_classes=7, config={})
+    save_checkpoint(
+        path, {**description, "class_names": list("abcdefg"), "image_size": [32, 32], "mean": [0.1] * 3, "std": [0.3] * 3}
+    )
+    flags = ["--t-path", str(path), "--s-model", "resnet8", *TINY, *RATES, "--distill", "at"]
+    ended = run_script("pruning", *flags, "--save-dir", str(tmp_path), "--run-name", "knows")
+    assert ended.status == 2 and "its 7 classes are a, b" in ended.errors
+    ended = run_script("pruning", *flags, "--alpha", "0", "--save-dir", str(tmp_path), "--run-name", "looks")
+    assert ended.status == 0, ended.errors
+    assert "teacher resnet8: knows 7 other classes" in ended.output
+    assert load_network(tmp_path / "looks" / "model_best.pt", flag="--s-path").images.mean == (0.1,) * 3
 
 
 def test_excluded_layers_and_multiples(prune):

@@ -203,3 +203,15 @@ def test_names_that_would_become_one_are_refused():
 
     with pytest.raises(UserError, match=r"differ in \. and _ alone"):
         Int8Network(narrow(Net(), {}))
+
+
+def test_weights_too_small_for_a_scale_are_zero_in_training_as_well():
+    images = torch.randn(4, 3, 8, 8)
+    network = narrow(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval(), {}, example=images)
+    with torch.no_grad():
+        network.get_submodule("0").weight.mul_(1e-36)
+    own = Int8Network(network).train()
+    logits = own(images)
+    logits.sum().backward()
+    assert logits.isfinite().all()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in own.parameters())

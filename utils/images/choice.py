@@ -40,7 +40,7 @@ def agreed_normalisation(files: Origins, flagged: Normalisation | None) -> Norma
 
 
 def check_class_names(origin: str, spec: ImageSpec | None, dataset: Dataset) -> None:
-    """Raises UserError if the file of `origin` says that its classes are called otherwise than the dataset's, or ordered so."""
+    """Raises UserError if the file of `origin` says that its classes are called or ordered otherwise than the dataset's."""
     if spec is None or spec.class_names == dataset.classes:
         return
     pairs = zip(spec.class_names, dataset.classes, strict=False)

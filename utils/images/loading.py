@@ -1,6 +1,6 @@
 """The images of a run, as its networks have seen them before, and whether its networks fit them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -27,19 +27,22 @@ def load_images(
     world: World,
     files: Origins | None = None,
     resumed: Origins | None = None,
+    other_classes: Collection[str] = (),
     test_only: bool = False,
     may_write: bool = True,
 ) -> ImageData:
     """The dataset in batches on `device`, as the networks of `files`, or the run that goes on, have seen it.
 
     `resumed` is what that run says (`of_state`), and then alone counts; None for a new one. Where the set has to be downloaded,
-    and `may_write` allows it, the main process does that while the others wait. Raises UserError for files that disagree.
+    and `may_write` allows it, the main process does that while the others wait. The files of `other_classes` may know other
+    classes than the dataset. Raises UserError for files that disagree.
     """
     files, flagged = files or {}, flagged_normalisation(settings.mean, settings.std)
     known = files if resumed is None else resumed
     dataset = _read(settings, known=known, world=world, test_only=test_only, may_write=may_write)
     for origin, spec in {**files, **known}.items():
-        check_class_names(origin, spec, dataset)
+        if origin not in other_classes:
+            check_class_names(origin, spec, dataset)
     data = ImageData(
         dataset,
         batch_size=settings.batch_size,
@@ -98,21 +101,28 @@ def check_classes(num_classes: int, data: ImageData, *, origin: str) -> None:
 
 
 @torch.no_grad()
-def check_images(network: nn.Module, data: ImageData, *, origin: str, trains: bool = False) -> None:
-    """Raises UserError if the network of `origin` (flag and value) gives no logits for images of the dataset's size.
+def check_images(
+    network: nn.Module, data: ImageData, *, origin: str, trains: bool = False, num_classes: int | None = None
+) -> None:
+    """Raises UserError if the network of `origin` (flag and value) gives no finite logits for images of the dataset.
 
-    One that `trains` may give more beside its logits in training, which is remarked once. The network is left as it was.
+    `num_classes` are those of a network that knows others than the dataset. One that `trains` may give
+    more beside its logits in training, which is remarked once. The network is left as it was.
     """
     with without_trace(network):
         result = _result_for_example(network.eval(), data, origin)
-        if not _are_logits(result, data):
-            raise UserError(f"{origin}: must return {_logits_wanted(data)}, not {_found(result)}")
+        if not _are_logits(result, data, num_classes):
+            raise UserError(f"{origin}: must return {_logits_wanted(data, num_classes)}, not {_found(result)}")
+        if not result.isfinite().all():
+            raise UserError(f"{origin}: gives logits that are NaN or infinite for images of --dataset {data.dataset.name}")
         if trains:
             with naming(origin):
                 network.train()
             result = _result_for_example(network, data, origin)
-    if not _are_logits(logits_of(result), data):
-        raise UserError(f"{origin}: must return {_logits_wanted(data)} in training too, or first of all, not {_found(result)}")
+    if not _are_logits(logits_of(result), data, num_classes):
+        raise UserError(
+            f"{origin}: must return {_logits_wanted(data, num_classes)} in training too, or first of all, not {_found(result)}"
+        )
     if not isinstance(result, Tensor):
         data.remarks += (f"{origin} returns {_found(result)} in training: it trains by the first entry, the logits",)
 
@@ -129,12 +139,16 @@ def _result_for_example(network: nn.Module, data: ImageData, origin: str) -> Any
         ) from error
 
 
-def _are_logits(result: Any, data: ImageData) -> bool:
-    return isinstance(result, Tensor) and result.shape == (len(data.example), len(data.dataset.classes))
+def _are_logits(result: Any, data: ImageData, num_classes: int | None) -> bool:
+    return isinstance(result, Tensor) and result.shape == _shape_of_logits(data, num_classes)
 
 
-def _logits_wanted(data: ImageData) -> str:
-    return f"logits of shape {(len(data.example), len(data.dataset.classes))} for {len(data.example)} images"
+def _shape_of_logits(data: ImageData, num_classes: int | None) -> tuple[int, int]:
+    return len(data.example), num_classes or len(data.dataset.classes)
+
+
+def _logits_wanted(data: ImageData, num_classes: int | None) -> str:
+    return f"logits of shape {_shape_of_logits(data, num_classes)} for {len(data.example)} images"
 
 
 def _found(result: Any) -> str:

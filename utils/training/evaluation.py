@@ -1,9 +1,13 @@
 """How right a network is over the test images of all processes."""
 
+import math
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.errors import UserError
 from utils.images.batches import ImageData
 from utils.training.hits import TestHits, gather_hits
 from utils.training.metrics import Sums
@@ -37,8 +41,15 @@ def _evaluate(network: nn.Module, data: ImageData, *, amp: bool) -> tuple[Sums, 
     return sums, all_labels, hits
 
 
+def check_score(result: Mapping[str, float], *, origin: str) -> None:
+    """Raises UserError for the result of `evaluate` of a network that gave NaN or infinite logits."""
+    if not math.isfinite(result["loss"]):
+        raise UserError(f"{origin}: gives logits that are NaN or infinite for some of the test images, it has no accuracy")
+
+
 def print_score(model: str, data: ImageData, result: dict[str, float]) -> None:
-    """The accuracy of a network, after what a user should know of the images that it was given."""
+    """The accuracy of a network, after what a user should know of the images that it was given; see `check_score`."""
+    check_score(result, origin=f"{model} on {data.dataset.name}")
     if data.world.is_main:
         print_remarks(data)
         print(

@@ -1,7 +1,7 @@
 """One run of an entry script that trains, from its settings to its summary: what the recipes of all of them share."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from utils.seed import seed_everything
 from utils.training.learning_rate import LearningRate
 from utils.training.pruning import Pruning
 from utils.training.settings import SessionSettings
-from utils.training.step import check_acceleration, prepare_step, sgd
+from utils.training.step import amp_remarks, check_acceleration, prepare_step, sgd
 from utils.training.trainer import Trainer, TrainingPlan
 from utils.world import world_from_environment
 
@@ -123,7 +123,7 @@ class Session:
         if world.is_main and not self.settings.run.dry_run and _is_watched():
             print(self._announced, flush=True)
 
-    def load_data(self, files: Origins | None = None) -> ImageData:
+    def load_data(self, files: Origins | None = None, *, other_classes: Collection[str] = ()) -> ImageData:
         """The images, as the networks of `files` or the state of the run say; see `load_images`."""
         run = self.settings.run
         self.data = load_images(
@@ -133,6 +133,7 @@ class Session:
             world=self.world,
             files=files,
             resumed=of_state(self.state, origin=f"--resume {run.resume}") if self.state is not None else None,
+            other_classes=other_classes,
             test_only=run.evaluate,
             may_write=not run.dry_run,
         )
@@ -159,7 +160,8 @@ class Session:
         self.run = self._create(digests) if self.settings.run.resume is None else self._reopen(digests)
         say = self.run.note if _is_watched() else self.run.log
         say(self._announced)
-        for remark in (*self.data.remarks, *filter(None, [self._fallback]), *self.plan.learning_rate.remarks()):
+        rate, amp = self.plan.learning_rate.remarks(), amp_remarks(self.device, amp=self.plan.amp)
+        for remark in (*self.data.remarks, *filter(None, [self._fallback]), *rate, *amp):
             self.run.warn(remark)
         return self.run
 

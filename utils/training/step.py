@@ -1,5 +1,6 @@
 """One step of a training: the optimizer, precision, compilation, several processes. Nothing in it waits for the device."""
 
+import platform
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -37,6 +38,20 @@ def check_acceleration(*, device: torch.device, amp: bool, compiled: bool, sync_
         raise ParameterError("compile", None, "Triton is not installed or does not support this GPU; leave it out")
     if sync_bn and device.type != "cuda":
         raise ParameterError("sync_bn", None, f"needs CUDA devices, this run is on {device.type}; leave it out")
+
+
+def amp_remarks(device: torch.device, *, amp: bool) -> list[str]:
+    """What a user of `--amp` should know: a CPU without arithmetic of bfloat16 converts every number there and back."""
+    if not amp or device.type != "cpu" or _has_bfloat16_arithmetic():
+        return []
+    return ["--amp: this processor has no arithmetic of bfloat16, steps may take several times as long as without it"]
+
+
+def _has_bfloat16_arithmetic() -> bool:
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True  # not known of others
+    return any(getattr(torch.cpu, name)() for name in asked if hasattr(torch.cpu, name))
 
 
 def prepare_step(objective: nn.Module, *, device: torch.device, world: World, compiled: bool) -> Callable[..., Any]:
