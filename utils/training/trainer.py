@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from utils.distributed import any_process, broadcast_from_main
 from utils.errors import Interrupted, NonFiniteLoss, UserError, printable
@@ -26,6 +25,7 @@ from utils.training.learning_rate import LearningRate
 from utils.training.metrics import Sums, first_non_finite
 from utils.training.pruning import Pruning
 from utils.training.recalibration import recalibrated_batch_norm
+from utils.training.reporting import EpochReport
 from utils.training.signals import StopSignals
 from utils.training.step import train_step
 from utils.world import World
@@ -77,6 +77,7 @@ class Trainer:
         self.step = prepare(objective)
         self.optimizer, self.data, self.run, self.plan = optimizer, data, run, plan
         self.pruning = pruning or Pruning()
+        self.report = EpochReport(run, data, n_epochs=plan.n_epochs)
         self.epoch, self.batch = 0, 0  # epochs and, in the current one, batches that are done
         self.sums = Sums(data.device)
         self.average = WeightAverage(network, plan.ema_decay) if plan.ema_decay is not None else None
@@ -119,7 +120,7 @@ class Trainer:
         self.objective.train()
         self._began, self._began_batch = time.monotonic(), self.batch
         batches = self.data.train_batches(self.epoch, start=self.batch)
-        with self._progress_bar() as bar:
+        with self.report.progress_bar(self.epoch, done=self.batch) as bar:
             for batch in batches:
                 self._train_step(batch)
                 self.batch += 1
@@ -141,11 +142,6 @@ class Trainer:
         if self.average is not None:
             self.average.update()
         self.sums.add({"loss": loss, **terms}, logits, batch.labels, step=self.batch)
-
-    def _progress_bar(self) -> tqdm:
-        description = f"epoch {self.epoch + 1}/{self.plan.n_epochs}"
-        disable = None if self.run.world.is_main else True  # None: quiet where stderr is no terminal
-        return tqdm(total=self.data.train_steps, initial=self.batch, desc=description, disable=disable, leave=False, unit="step")
 
     def _save_within_epoch(self, signals: StopSignals) -> None:
         """Saves if `--checkpoint-minutes` have passed or a signal came; in step with all other processes."""
@@ -196,9 +192,14 @@ class Trainer:
             self.best = self.last if is_best else self.best
             checkpoint = self._checkpoint(kept)
         beside = self._score_other()
-        self._record("train", train, seconds, images=train["images"] * (1 - self._began_batch / self.data.train_steps))
-        self._record("test", {**test, **beside}, test_seconds, images=test["images"])
-        self._report(train, {**test, **beside}, seconds + test_seconds)
+        self.report.epoch(
+            self.epoch,
+            {"train": train, "test": {**test, **beside}},
+            lr=self.optimizer.param_groups[0]["lr"],
+            seconds={"train": seconds, "test": test_seconds},
+            skipped_steps=self._began_batch,
+            best=self.best,
+        )
         if is_best:
             self.run.save(BEST, checkpoint)
         if self.epoch + 1 == self.plan.n_epochs:
@@ -268,24 +269,6 @@ class Trainer:
     def _checkpoint(self, kept: Mapping[str, Tensor]) -> dict[str, Any]:
         return {**self.describe(self.network, kept), "epoch": self.last["epoch"] if self.last else -1, "metrics": self.last or {}}
 
-    def _record(self, split: str, values: Mapping[str, float], seconds: float, *, images: float) -> None:
-        rate = images / max(seconds, 1e-9)
-        lr = self.optimizer.param_groups[0]["lr"]
-        values = {name: value for name, value in values.items() if name != "images"}
-        self.run.record({"epoch": self.epoch, "split": split, **values, "lr": lr, "seconds": seconds, "images_per_second": rate})
-
-    def _report(self, train: Mapping[str, float], test: Mapping[str, float], seconds: float) -> None:
-        steps = self.data.train_steps - self._began_batch
-        left = (self.plan.n_epochs - self.epoch - 1) * seconds * self.data.train_steps / max(steps, 1)
-        rate = steps / self.data.train_steps * self.data.train_images / seconds
-        beside = [f"{name.partition('_')[0]} top1 {value:.2f}  " for name, value in test.items() if name.endswith("_top1")]
-        self.run.log(
-            f"epoch {self.epoch + 1}/{self.plan.n_epochs}  lr {self.optimizer.param_groups[0]['lr']:.4g}  "
-            f"train loss {train['loss']:.4f} top1 {train['top1']:.2f}  test loss {test['loss']:.4f} top1 {test['top1']:.2f} "
-            f"top5 {test['top5']:.2f}  {''.join(beside)}best {self.best['top1']:.2f}  "
-            f"{seconds:.1f} s, {rate:.0f} images/s, {_clock(left)} left"
-        )
-
     def _save_last(self, checkpoint: dict[str, Any] | None = None) -> None:
         if checkpoint is None:
             with self._shipped() as kept:
@@ -335,8 +318,3 @@ def _gather(value: Any, world: World) -> list[Any]:
     values: list[Any] = [None] * world.size
     dist.all_gather_object(values, value)
     return values
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
