@@ -12,6 +12,7 @@ from utils import cli
 from utils.errors import UserError, naming
 from utils.files import check_output, write_atomic
 from utils.images.settings import DataSettings
+from utils.runs.found import SHIPPED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +27,9 @@ SCRIPT = "export.py"
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog=SCRIPT, description="Write the small network of a checkpoint in a form that others run.")
-    parser.add_argument("--load-path", metavar="FILE", help="checkpoint: dense, pruned or compact")
+    parser.add_argument(
+        "--load-path", type=cli.network_path(SHIPPED), metavar="FILE", help="checkpoint: dense, pruned or compact"
+    )
     parser.add_argument("--model", metavar="NAME",
                         help="its network (default: the one that its file names, unless that is FILE.py:FUNCTION)")  # fmt: skip
     parser.add_argument("--format", default="onnx", choices=FORMAT_NAMES, help="what to write")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from models import NAMES, check_model
 from utils import cli
 from utils.errors import UserError, naming
+from utils.runs.found import SHIPPED
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,7 +31,9 @@ def get_args_parser() -> cli.Parser:
     parser.add_argument(
         "--pretrained", action="store_true", help="start from the weights that torchvision or timm publish for it"
     )
-    parser.add_argument("--load-path", metavar="FILE", help="checkpoint to fine-tune, or that --evaluate scores")
+    parser.add_argument(
+        "--load-path", type=cli.network_path(SHIPPED), metavar="FILE", help="checkpoint to fine-tune, or that --evaluate scores"
+    )
     cli.add_recipe_flag(parser)
     cli.add_config_flag(parser)
     cli.add_data_flags(parser)

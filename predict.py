@@ -15,6 +15,7 @@ from models import check_model
 from utils import cli
 from utils.errors import UserError, printable, spreadsheet_text
 from utils.files import check_output, is_archive, write_atomic
+from utils.runs.found import SHIPPED
 from utils.streams import print_error
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ SHOWN_PATH, SHOWN_BROKEN = 200, 10  # characters, files
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog=SCRIPT, description="Name the classes of images.")
     parser.add_argument("paths", nargs="*", metavar="IMAGE", help="images, or folders, which are searched for images")
-    parser.add_argument("--load-path", metavar="FILE", help="the network: a checkpoint, an archive or an ONNX file of export.py")
+    parser.add_argument(
+        "--load-path",
+        type=cli.network_path(SHIPPED),
+        metavar="FILE",
+        help="the network: a checkpoint, an archive or an ONNX file of export.py",
+    )
     parser.add_argument("--model", metavar="NAME",
                         help="its network (default: the one that its file names, unless that is FILE.py:FUNCTION)")  # fmt: skip
     parser.add_argument("--top", type=cli.positive_int, default=1, metavar="N", help="how many classes to name for an image")

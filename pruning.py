@@ -23,6 +23,7 @@ from prune.flags import (
 from prune.settings import SOFT_CRITERIA, NetworkSettings, PruningSettings, check_sensitivity_file
 from utils import cli
 from utils.errors import UserError
+from utils.runs.found import TRAINED
 
 if TYPE_CHECKING:
     from deploy.latency import LatencyTable
@@ -40,10 +41,12 @@ def get_args_parser() -> cli.Parser:
     parser = cli.Parser(prog=SCRIPT, description="Prune the filters of a network and fine-tune it with distillation.")
     networks = parser.add_argument_group("networks")
     networks.add_argument("--t-model", metavar="NAME", help=f"the teacher, unpruned: {NAMES}")
-    networks.add_argument("--t-path", metavar="FILE", help="checkpoint of the teacher")
+    networks.add_argument("--t-path", type=cli.network_path(TRAINED), metavar="FILE", help="checkpoint of the teacher")
     networks.add_argument("--s-model", metavar="NAME",
                           help="the student: the network that is pruned (default: --t-model)")  # fmt: skip
-    networks.add_argument("--s-path", metavar="FILE", help="checkpoint of the student (default: new weights)")
+    networks.add_argument(
+        "--s-path", type=cli.network_path(TRAINED), metavar="FILE", help="checkpoint of the student (default: new weights)"
+    )
     networks.add_argument("--s-copy-t", action="store_true", help="the student starts as a copy of the teacher")
     cli.add_recipe_flag(parser)
     add_pruning_flags(parser)

@@ -14,6 +14,7 @@ from quantize.flags import add_quantization_flags, codec_settings, quantization_
 from quantize.settings import INT8, TRELLIS, CodecSettings, QuantizationSettings
 from utils import cli
 from utils.errors import UserError, naming
+from utils.runs.found import SHIPPED, TRAINED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,13 +34,18 @@ def get_args_parser() -> cli.Parser:
     network.add_argument("--model", metavar="NAME",
                          help="the network (default: the one that its file names, unless that is FILE.py:FUNCTION)")  # fmt: skip
     network.add_argument(
-        "--load-path", metavar="FILE", help="its checkpoint: dense, pruned or compact; for --evaluate also an archive"
+        "--load-path",
+        type=cli.network_path(SHIPPED),
+        metavar="FILE",
+        help="its checkpoint: dense, pruned or compact; for --evaluate also an archive",
     )
     add_quantization_flags(parser)
     teacher = parser.add_argument_group("teacher, for int8")
     teacher.add_argument("--t-model", metavar="NAME",
                          help="its network (default: the one that its file names)")  # fmt: skip
-    teacher.add_argument("--t-path", metavar="FILE", help="its checkpoint, such as the unpruned network")
+    teacher.add_argument(
+        "--t-path", type=cli.network_path(TRAINED), metavar="FILE", help="its checkpoint, such as the unpruned network"
+    )
     add_distillation_flags(parser)
     files = parser.add_argument_group("archives")
     files.add_argument("--decode", metavar="FILE", help="only write the network of an archive into --output")

@@ -47,6 +47,9 @@ def get_args_parser() -> cli.Parser:
     )
     instead.add_argument("--collect", type=Path, metavar="DIR",
                          help="only copy what a report reads of the runs to here, into one file if a .jsonl.gz")  # fmt: skip
+    instead.add_argument(
+        "--list", action="store_true", help="only list the runs, newest first: name, network, method, accuracy, state"
+    )
     instead.add_argument("--readme", type=Path, metavar="FILE", help="only renew the results in this Markdown file")
     parser.add_argument("--images", type=cli.non_negative_int, nargs="+", metavar="POSITION",
                         help="test images for --attention (default: the first of each of four classes)")  # fmt: skip
@@ -63,6 +66,8 @@ def get_args_parser() -> cli.Parser:
     parser.counts_only(
         "pictures", "output", where=lambda args: args.collect is None, only="without --collect, which draws nothing"
     )
+    drawn = ("output", "skip_missing", "title", "pictures", "compare")
+    parser.counts_only(*drawn, where=lambda args: not args.list, only="without --list, which draws nothing")
     parser.counts_only(
         "title",
         "compare",
@@ -73,6 +78,10 @@ def get_args_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.list:
+        from reporting.listing import listing
+
+        return print(listing(args.runs or [Path("saves")]))
     from reporting.gather import gather
     from reporting.publish import check_output, collect, update_readme, write_report
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reporting.measures import measures_of
-from reporting.naming import ORIGIN_FLAGS, flag_label, method_label
+from reporting.naming import ORIGIN_FLAGS, flag_label, method_label, model_label
 from reporting.run_files import FolderFiles, RunFiles, is_study, read_study
 from reporting.settings import check_flags
 from utils.errors import UserError, naming, printable, shown
@@ -167,6 +167,21 @@ def gather(paths: Iterable[str | os.PathLike], *, skip_missing: bool = False) ->
     return Results(_with_dense_sizes(groups), skipped + repeated)
 
 
+class ListedRun(NamedTuple):
+    """A run that need not be finished, as far as its small files tell; `top1` is that of the last epoch so far."""
+
+    network: str
+    method: str
+    top1: float | None
+    epochs: int
+    n_epochs: str
+
+
+def listed(files: RunFiles) -> ListedRun:
+    """What a list says of a run. Raises UserError for one that is damaged."""
+    return _Reader().listed(files)
+
+
 def _runs(path: Path) -> Sequence[RunFiles]:
     return read_study(path) if path.exists() and is_study(path) else [FolderFiles(folder) for folder in _run_folders(path)]
 
@@ -205,6 +220,22 @@ class _Reader:
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"damaged, not what a run writes ({type(error).__name__}: {printable(str(error))})") from error
 
+    def listed(self, files: RunFiles) -> ListedRun:
+        """Raises UserError for a run whose files are not those of a run."""
+        try:
+            config = self._config(files)
+            flags, summary = config["flags"], _clean(files.read(SUMMARY)) if files.has(SUMMARY) else {}
+            curve = {_count(line["epoch"], "an epoch"): line["top1"] for line in files.metrics() if line["split"] == "test"}
+            settings = self._settings(files, config, seed=_text(flags.get("seed")), depth=ORIGIN_DEPTH)
+            top1 = _accuracy(curve[max(curve)]) if curve else None
+            return ListedRun(
+                model_label(_model(flags, summary)), method_label(settings), top1, len(curve), _text(flags.get("n_epochs"))
+            )
+        except UserError:
+            raise
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise UserError(f"damaged, not what a run writes ({type(error).__name__}: {printable(str(error))})") from error
+
     def _config(self, files: RunFiles) -> dict[str, Any]:
         if files.place not in self._configs:
             config = _clean(files.read(CONFIG))
@@ -229,7 +260,7 @@ class _Reader:
                 "commit": re.sub(r"^(\w{7})\w+", r"\1", _text(config.get("git_sha"))),
             },
             dataset=_dataset_name(flags),
-            model=_text(summary.get("model") or flags.get("s_model") or flags.get("t_model") or flags["model"]),
+            model=_model(flags, summary),
             seed=flags["seed"],
             command=_text(config.get("command", ""), TEXT_LENGTH),
             measures=measures_of(summary),
@@ -272,6 +303,10 @@ def _clean(value: Any) -> Any:
 
 def _text(value: Any, length: int = NAME_LENGTH) -> str:
     return printable(str(value), length)
+
+
+def _model(flags: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    return _text(summary.get("model") or flags.get("s_model") or flags.get("t_model") or flags.get("model") or "?")
 
 
 def _dataset_name(flags: Mapping[str, Any]) -> str:

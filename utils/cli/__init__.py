@@ -23,6 +23,7 @@ from utils.cli.resumption import flags_of, parse_flags
 from utils.cli.values import (
     checked,
     keep_proportion,
+    network_path,
     non_negative_float,
     non_negative_int,
     option_kind,
@@ -47,6 +48,7 @@ __all__ = [
     "flags_of",
     "keep_proportion",
     "names_of",
+    "network_path",
     "non_negative_float",
     "non_negative_int",
     "option_kind",

@@ -24,6 +24,7 @@ from utils.cli.values import (
     positive_float,
     positive_int,
     process_count,
+    run_path,
     seed_value,
     share_value,
     smoothing_value,
@@ -152,7 +153,7 @@ def add_run_flags(parser: Parser, *, log_name: str) -> None:
     group.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     group.add_argument("--compile", action="store_true", help="torch.compile the training step")
     group.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes (CUDA)")
-    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; needs no other flag")
+    group.add_argument("--resume", type=run_path, metavar="RUN", help="go on with the run in this folder; needs no other flag")
     group.add_argument(
         "--accept-data", action="store_true", help="with --resume, go on with other images than the run began with"
     )

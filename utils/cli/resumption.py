@@ -11,6 +11,7 @@ from utils.cli.effects import check_effects, flag_of, given_flags, typed
 from utils.cli.parser import Parser, spaced
 from utils.cli.recipes import recipes, with_recipe
 from utils.cli.recorded import recorded_words
+from utils.cli.sources import data_words
 from utils.errors import UserError, printable
 from utils.python_file import names_function
 from utils.runs.folder import CONFIG, SUMMARY, is_unfinished, read_config
@@ -29,8 +30,14 @@ def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.N
     """
     words, file = take_config(parser, list(sys.argv[1:] if argv is None else argv))
     args, given = parser.parse_args(words), given_flags(parser, words)
+    found, brings_folder = data_words(parser, given)
+    if found:
+        words = [*found, *words]
+        args = parser.parse_args(words)
+        args.may_download = not brings_folder
     if getattr(args, "recipe", None) is not None and args.resume is None:
         args = with_recipe(parser, words, args, given)
+        args.may_download = not brings_folder
         if args.dry_run and world_from_environment().is_main:
             print(recipes()[args.recipe].described(without=given))
     if getattr(args, "auto_resume", False) and not args.evaluate:

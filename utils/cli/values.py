@@ -2,11 +2,13 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from utils.errors import UserError, shown
 from utils.images.spec import MIN_STD, is_mean, is_std
+from utils.runs.found import network_in, run_in
 
 # bounds that nothing sensible meets: counts fit into 64 bits, squares of factors into float32
 LARGEST_INT, LARGEST_FLOAT, SMALLEST_FLOAT = 2**63 - 1, 1e18, 1e-18
@@ -62,6 +64,24 @@ def checked(check: Callable[[str], None]) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def network_path(files: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: a file with a network, or the folder of a run, of which the first of `files` is taken."""
+    return _converted(partial(network_in, files=files))
+
+
+def _converted(convert: Callable[[str], str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        try:
+            return convert(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+run_path = _converted(run_in)
 
 
 def option_kind(default: bool | int | float, *, may_be_zero: bool = False) -> dict[str, Any]:
