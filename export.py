@@ -118,7 +118,7 @@ def fitting_data(settings: DataSettings, file: NetworkFile, *, origin: str, test
 
     place = {"device": torch.device("cpu"), "world": World()}
     data = load_images(settings, seed=0, **place, files={origin: file.images}, test_only=test_only)
-    check_classes(file.num_classes, data, origin=origin)
+    check_classes(file.num_classes, data, origin=origin, remark=file.remark)
     check_images(file.network, data, origin=origin)
     return data
 

@@ -101,18 +101,24 @@ def new_network(session: Session, model: str, *, pretrained: bool) -> NetworkFil
 
 
 def given_network(session: Session, file: NetworkFile, *, origin: str) -> NetworkFile:
-    """The network of a file on the device, without the filters pruned there: at full width its zeros would grow back."""
+    """The network of a file on the device, without the filters pruned there: at full width its zeros would grow back.
+
+    Of a file for other classes it is everything but the classifier.
+    """
     from dataclasses import replace
 
     from models.graph import ChannelGraph
     from models.narrow import Selection
-    from models.network_file import check_training, example_images
+    from models.network_file import check_training, example_images, transferred
     from prune.compact import check_pruned_zeros
     from utils.device import to_device
     from utils.images.loading import check_classes, check_images
 
     images = session.data.dataset.images
-    check_classes(file.num_classes, session.data, origin=origin)
+    if file.num_classes != len(images.class_names):
+        with naming(origin):
+            file = transferred(file, num_classes=len(images.class_names))
+    check_classes(file.num_classes, session.data, origin=origin, remark=file.remark)
     if file.kept and not file.compact:
         with naming(origin):
             check_pruned_zeros(file.network.state_dict(), file.kept)
@@ -165,7 +171,7 @@ def score(session: Session, path: str, *, model: str | None) -> None:
     origin = f"--load-path {path}"
     file = load_network(path, flag="--load-path", model=model)
     data = session.load_data({origin: file.images})
-    check_classes(file.num_classes, data, origin=origin)
+    check_classes(file.num_classes, data, origin=origin, remark=file.remark)
     print_score(file.model, data, evaluate(to_device(file.network, session.device), data, amp=session.settings.run.amp))
 
 

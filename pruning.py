@@ -300,7 +300,7 @@ def score(session: Session, names: NetworkSettings) -> None:
     flag, path, model = names.scored
     file = read_checked(flag, path, model)
     data = session.load_data({f"{flag} {path}": file.images})
-    check_classes(file.num_classes, data, origin=f"{flag} {path}")
+    check_classes(file.num_classes, data, origin=f"{flag} {path}", remark=file.remark)
     print_score(file.model, data, evaluate(to_device(file.network, session.device), data, amp=session.settings.run.amp))
 
 

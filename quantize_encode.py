@@ -165,7 +165,7 @@ def fit_for_data(session: Session, files: Mapping[str, NetworkFile]) -> tuple[Ne
 
     data = session.load_data({origin: file.images for origin, file in files.items()})
     for origin, file in files.items():
-        check_classes(file.num_classes, data, origin=origin)
+        check_classes(file.num_classes, data, origin=origin, remark=file.remark)
         if not file.compact:
             with naming(origin):
                 check_pruned_zeros(file.network.state_dict(), file.kept)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from distill.base import Distiller, full_precision
-from distill.registry import DISTILLERS, check_facts, reads_maps, weighted_losses
+from distill.registry import DISTILLERS, active_losses, check_facts, reads_maps, weighted_losses
 from distill.settings import DistillationSettings
 from models.batch_norm import UnevenBatchNorm2d
 from models.graph import ChannelGraph
@@ -18,7 +18,7 @@ from models.graph.roles import BATCH_NORMS
 from models.narrow.proof import check_outputs
 from models.network_file import NetworkFile
 from models.outputs import Outputs
-from utils.errors import UserError
+from utils.errors import ParameterError, UserError
 from utils.seed import derived_seed, preserved_random_state
 from utils.training.objective import Objective, cross_entropy_formula, logits_of
 from utils.training.session import Session
@@ -221,12 +221,23 @@ def _build(name: str, student: Outputs, teacher: Outputs, options: Mapping[str, 
     return entry.build(student, teacher, **given)
 
 
+_UNTAUGHT = "the teacher was trained for other classes, so its classifier is new and its logits teach nothing"
+
+
 def session_teacher(
     session: Session, settings: DistillationSettings, teacher: NetworkFile | None, *, graph: ChannelGraph | None = None
 ) -> FrozenTeacher | None:
-    """The network that the losses of a run learn from, None without any; `graph` as in `FrozenTeacher`."""
+    """The network that the losses of a run learn from, None without any; `graph` as in `FrozenTeacher`.
+
+    Raises UserError where they compare logits and the teacher's classifier is new.
+    """
     if teacher is None or list(settings.losses) == ["none"]:
         return None
+    by_logits = sorted(loss for loss in active_losses(settings.losses, alpha=settings.alpha) if not DISTILLERS[loss].reads_maps)
+    if teacher.transferred and by_logits == ["kd"] and list(settings.losses) != ["kd"]:
+        raise ParameterError("alpha", settings.alpha, f"{_UNTAUGHT}: choose 0")
+    if teacher.transferred and by_logits:
+        raise ParameterError("loss", by_logits[0], f"{_UNTAUGHT}: choose losses of feature maps, and an alpha of 0")
     maps = reads_maps(settings.losses, alpha=settings.alpha)
     return _training_teacher(teacher.network, session.data.example, maps=maps, graph=graph)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models import NAMES, build_model, build_on_meta, check_model, trusted_model
+from models.foreign import count_classes, find_tensors, take
 from models.graph import ChannelGraph, output_channels
 from models.narrow import NarrowNetwork, Selection
 from models.narrow.proof import check_equal_training, pruned_rows
@@ -35,7 +36,8 @@ class NetworkFile:
     """A network that was read from `path`; `kept` is empty for an unpruned one.
 
     `images` is what it must be given and what its answers mean; None where the file does not say. `int8` has the bounds of
-    activations of a network that was trained in simulated eight bits (`models.int8`).
+    activations of a network that was trained in simulated eight bits (`models.int8`). `remark` says which tensors of somebody
+    else's file were taken, where that had to be found; `transferred`: for other classes than the file's, its classifier is new.
     """
 
     network: nn.Module
@@ -46,6 +48,8 @@ class NetworkFile:
     metrics: dict[str, Any] = field(default_factory=dict)
     images: ImageSpec | None = None
     int8: dict[str, Any] = field(default_factory=dict)
+    remark: str | None = None
+    transferred: bool = False
 
 
 def describe_network(
@@ -125,6 +129,24 @@ def as_dense(file: NetworkFile) -> NetworkFile:
     return replace(file, network=network.eval(), compact=False)
 
 
+def transferred(file: NetworkFile, *, num_classes: int) -> NetworkFile:
+    """The network of a file for other classes, at full width: what depends on their number is new, all else the file's.
+
+    Its weights are drawn from torch's global generator. Raises UserError where nothing of it depends on that number.
+    """
+    dense = as_dense(file).network
+    network, state = build_model(file.model, num_classes=num_classes), dense.state_dict()
+    new = [name for name, value in network.state_dict().items() if value.shape != state[name].shape]
+    if not new:
+        raise UserError(f"has {file.num_classes} classes, and {file.model} with {num_classes} has the same shapes")
+    kept = {name: value for name, value in state.items() if name not in new}
+    network.load_state_dict({**network.state_dict(), **kept})
+    said = f"everything was taken but {', '.join(new)}: it has {file.num_classes} classes, not {num_classes}"
+    remark = f"{file.remark}; {said}" if file.remark else said
+    changes = {"network": network.eval(), "num_classes": num_classes, "compact": False, "images": None}
+    return replace(file, **changes, remark=remark, transferred=True)
+
+
 def check_training(file: NetworkFile, small: nn.Module, images: Tensor) -> None:
     """Raises UserError unless `small` trains as the network of `file` would at full width, its pruned filters held at 0.
 
@@ -179,15 +201,15 @@ def _checked_state(state: Any, origin: str) -> dict[str, Tensor]:
     return with_versions(state, like=state)
 
 
-def with_versions(state: Mapping[str, Tensor], *, like: Any, without: str = "") -> dict[str, Tensor]:
-    """`state` with the versions of the modules that the state dict `like` carries, by their paths `without` a prefix.
+def with_versions(state: Mapping[str, Tensor], *, like: Any) -> dict[str, Tensor]:
+    """`state` with the versions of the modules that the state dict `like` carries.
 
     `load_state_dict` hands them to the modules, some of which read older versions in another way.
     """
     versions = getattr(like, "_metadata", None)
     state = OrderedDict(state)
     if isinstance(versions, Mapping) and all(_is_version(path, entry) for path, entry in versions.items()):
-        state._metadata = OrderedDict((path.removeprefix(without), dict(entry)) for path, entry in versions.items())
+        state._metadata = OrderedDict((path, dict(entry)) for path, entry in versions.items())
     return state
 
 
@@ -223,24 +245,31 @@ def _check_layers(network: nn.Module, kept: Mapping[str, Sequence[int]], origin:
 
 
 def _load_bare(checkpoint: Mapping[str, Any], origin: str, model: str | None, model_flag: str) -> NetworkFile:
-    """A state_dict of other people's: as it is or under `state_dict` or `model`, with or without DataParallel's `module.`."""
-    state = next((checkpoint[key] for key in ("state_dict", "model") if key in checkpoint), checkpoint)
-    state = _checked_state(state, origin)
+    """A state_dict of other people's, under whichever key, with or without what their trainers put around and beside it."""
+    found, path, others = find_tensors(checkpoint)
+    state = _checked_state(found, origin)
     if model is None:
         raise UserError(f"{origin}: does not say which network it holds; name it with {model_flag}")
     with naming(model_flag):
         check_model(model)
-    state = with_versions({name.removeprefix("module."): value for name, value in state.items()}, like=state, without="module.")
+    state, remark = take(state, path=path, others=others, model=model)
+    num_classes = count_classes(state, model=model)
+    if num_classes is None:
+        num_classes = _rows_of_last_matrix(state, origin, model)
+    if num_classes < 1:
+        raise UserError(f"{origin}: its classifier has no rows, so it has no classes")
+    network = _build(model, num_classes, state, origin)
+    _load_state(network, state, origin, model)
+    return NetworkFile(network.eval(), model, num_classes, remark=remark)
+
+
+def _rows_of_last_matrix(state: Mapping[str, Tensor], origin: str, model: str) -> int:
+    """The number of classes of a network whose shapes do not tell it."""
     weights = [value for value in state.values() if value.ndim >= 2]
     classifiers = [value for value in weights if value.ndim == 2] or weights[-1:]  # or a convolution
     if not classifiers:
         raise UserError(f"{origin}: holds no linear layer, so it is no {model}")
-    num_classes = len(classifiers[-1])
-    if num_classes == 0:
-        raise UserError(f"{origin}: its last linear layer has no rows, so it has no classes")
-    network = _build(model, num_classes, state, origin)
-    _load_state(network, state, origin, model)
-    return NetworkFile(network.eval(), model, num_classes)
+    return len(classifiers[-1])
 
 
 def _load_state(network: nn.Module, state: Mapping[str, Tensor], origin: str, model: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from models import build_model
 from models.copies import copied
-from models.network_file import NetworkFile, as_dense, load_network
+from models.network_file import NetworkFile, as_dense, load_network, transferred
 from prune.compact import check_pruned_zeros
 from prune.settings import NetworkSettings
 from utils.device import to_device
@@ -54,11 +54,19 @@ def network_names(settings: NetworkSettings, files: Mapping[str, NetworkFile]) -
 def build_networks(
     settings: NetworkSettings, files: Mapping[str, NetworkFile], data: ImageData, *, any_teacher: bool = False
 ) -> tuple[NetworkFile | None, NetworkFile]:
-    """Teacher, if there is one, and student, on the device, fit for the dataset; `any_teacher` may know other classes."""
+    """Teacher, if there is one, and student, on the device, fit for the dataset; `any_teacher` may know other classes.
+
+    A teacher that the student copies gets a new classifier where it knows other ones.
+    """
+    files, classes = dict(files), len(data.dataset.classes)
     for flag, file in files.items():
+        origin = f"{flag} {settings.files[flag][0]}"
         if any_teacher and flag == "--t-path":
             continue
-        check_classes(file.num_classes, data, origin=f"{flag} {settings.files[flag][0]}")
+        if settings.s_copy_t and file.num_classes != classes:
+            with naming(origin):
+                files[flag] = file = transferred(file, num_classes=classes)
+        check_classes(file.num_classes, data, origin=origin, remark=file.remark)
     teacher = files.get("--t-path")
     student = student_file(settings, files)
     if student is None:

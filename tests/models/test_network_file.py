@@ -1,9 +1,13 @@
 """Checkpoint files to networks and back, and what is refused with a message that says what differs."""
 
+import argparse
 import copy
 
+import numpy as np
 import pytest
 import torch
+from classes_elsewhere import FILE
+from safetensors.torch import save_file
 from selections import narrow
 
 from models import build_model
@@ -14,6 +18,12 @@ from utils.images.spec import ImageSpec
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 KEPT = {"stage_1.0.conv_a": [0, 3, 7], "stage_1.0.bn_a": [0, 3, 7]}
+
+ONE = torch.ones(1)
+
+
+def named(prefix: str, state) -> dict:
+    return {prefix + name: value for name, value in state.items()}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +119,56 @@ class TestBareStateDict:
         state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
         torch.save(state, tmp_path / "a.pt")
         assert torch.equal(load_network(tmp_path / "a.pt", flag="--t-path", model="resnet8").network(IMAGES), network(IMAGES))
+
+    @pytest.mark.parametrize(
+        ("wrap", "remark"),
+        [
+            (lambda state: {"epoch": 3, "model": state}, "model"),
+            (lambda state: {"net": named("module.", state), "acc": np.float64(91.2)}, "net, names without module."),
+            (lambda state: {"params": state, "params_ema": state}, "params, not params_ema"),
+            (lambda state: {"model_state_dict": state, "args": argparse.Namespace(lr=0.1)}, "model_state_dict"),
+            (lambda state: {"state_dict_ema": state}, "state_dict_ema"),
+            (lambda state: {"model": {"state_dict": state}}, "state_dict of model"),
+            (
+                lambda state: {"state_dict": {**named("model.", state), "loss.weight": ONE}},
+                "names without model., not loss.weight",
+            ),
+            (lambda state: named("_orig_mod.module.", state), "names without _orig_mod.module."),
+            (lambda state: named("backbone.", state), "names without backbone."),
+            (lambda state: {**named("module.", state), "n_averaged": ONE}, "names without module., not n_averaged"),
+            (lambda state: {**state, "total_ops": ONE, "bn_1.total_params": ONE}, "not total_ops, bn_1.total_params"),
+            (
+                lambda state: {**named("module.teacher.", state), **named("module.student.", state)},
+                "names without module.student.",
+            ),
+            (lambda state: {key.replace("stage_1.", "stage_1._orig_mod."): value for key, value in state.items()}, "inside"),
+        ],
+    )
+    def test_as_others_trainers_write_it(self, wrap, remark, network, tmp_path):
+        torch.save(wrap(network.state_dict()), tmp_path / "a.pt")
+        file = load_network(tmp_path / "a.pt", flag="--t-path", model="resnet8")
+        assert file.num_classes == 7
+        assert torch.equal(file.network(IMAGES), network(IMAGES))
+        assert remark in file.remark and "\n" not in file.remark and file.remark.startswith("took ")
+
+    def test_nothing_is_said_of_a_plain_one(self, network, tmp_path):
+        torch.save(network.state_dict(), tmp_path / "a.pt")
+        assert load_network(tmp_path / "a.pt", flag="--t-path", model="resnet8").remark is None
+
+    def test_safetensors(self, network, tmp_path):
+        save_file(network.state_dict(), tmp_path / "a.safetensors")
+        file = load_network(tmp_path / "a.safetensors", flag="--t-path", model="resnet8")
+        assert torch.equal(file.network(IMAGES), network(IMAGES))
+
+    @pytest.mark.parametrize("name", ["conv_head", "head_first", "recurrent", "projected", "cosine", "wrapped"])
+    def test_classes_are_counted_by_fitting(self, name, tmp_path):
+        """The last matrix of these networks is none of the classifier's, or their own names begin as wrappers do."""
+        model = f"{FILE}:{name}"
+        network = build_model(model, num_classes=10).eval()
+        torch.save(named("module.", network.state_dict()), tmp_path / "a.pt")
+        file = load_network(tmp_path / "a.pt", flag="--t-path", model=model)
+        assert file.num_classes == 10
+        assert torch.equal(file.network(IMAGES), network(IMAGES))
 
     def test_needs_the_name_of_its_network(self, network, tmp_path):
         torch.save(network.state_dict(), tmp_path / "a.pt")

@@ -40,8 +40,11 @@ def agreed_normalisation(files: Origins, flagged: Normalisation | None) -> Norma
 
 
 def check_class_names(origin: str, spec: ImageSpec | None, dataset: Dataset) -> None:
-    """Raises UserError if the file of `origin` says that its classes are called or ordered otherwise than the dataset's."""
-    if spec is None or spec.class_names == dataset.classes:
+    """Raises UserError if the file of `origin` says that its classes are called or ordered otherwise than the dataset's.
+
+    Another number of them is `check_classes`'s to refuse, for a network may be trained on for other classes.
+    """
+    if spec is None or spec.class_names == dataset.classes or len(spec.class_names) != len(dataset.classes):
         return
     pairs = zip(spec.class_names, dataset.classes, strict=False)
     first = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), SHOWN_CLASSES)

@@ -93,11 +93,16 @@ def of_state(state: Mapping[str, Any], *, origin: str) -> Origins:
         return {origin: read_image_spec(state, num_classes=len(names) if isinstance(names, list) else 0)}
 
 
-def check_classes(num_classes: int, data: ImageData, *, origin: str) -> None:
-    """Raises UserError unless the network of `origin` (flag and file) has as many classes as the dataset."""
+def check_classes(num_classes: int, data: ImageData, *, origin: str, remark: str | None = None) -> None:
+    """Raises UserError unless the network of `origin` (flag and file) has as many classes as the dataset.
+
+    `remark`, what the user should know of how the file was read, goes to those on the images.
+    """
     expected = len(data.dataset.classes)
     if num_classes != expected:
         raise UserError(f"{origin}: has {num_classes} classes, but --dataset {data.dataset.name} has {expected}")
+    if remark is not None:
+        data.remarks += (f"{origin}: {remark}",)
 
 
 @torch.no_grad()
