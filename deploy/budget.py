@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from deploy.latency import TOLERANCE, LatencyTable, RelativeTimer, Widths, calibrate, measure_table, read_table
+from deploy.latency import TOLERANCE, LatencyTable, NoisyTimes, RelativeTimer, Widths, calibrate, measure_table, read_table
 from deploy.settings import LatencySettings
 from utils.distributed import from_main
 from utils.errors import ParameterError, UserError, naming
@@ -54,7 +54,11 @@ def obtain_table(
         setting = {"runtime": settings.runtime, "batch_size": settings.batch_size, "threads": settings.threads}
         with naming(f"--budget-runtime {settings.runtime}"):
             found = measure_table(network, data.example, **setting, multiple=multiple, narrowest=narrowest)
-        calibrate(found, share, network, chosen_by(found), data.example)
+        try:
+            calibrate(found, share, network, chosen_by(found), data.example)
+        except NoisyTimes as error:
+            way_out = "measure on a quiet machine, or give another run's table by --budget-table"
+            raise ParameterError("budget", f"latency={share:g}", f"{error}; {way_out}") from error
         return found
 
     return from_main(measured)

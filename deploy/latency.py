@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from deploy.layers import LayerKind, kinds_of_layers, layer_runner, random_input
-from deploy.runtimes import RUNTIMES, Runner, median_seconds
+from deploy.runtimes import RUNTIMES, Runner, round_seconds
 from utils.errors import ParameterError, UserError, shown
 from utils.files import read_json
 from utils.runs.environment import cpu_name
-from utils.timing import timed_in_turn
+from utils.timing import median_ratio, spread, timed_in_turn
 
 FRACTIONS = (0.1, 0.25, 0.45, 0.65, 0.85, 1.0)  # of a layer's channels: the widths at which it is measured
 MULTIPLES = (1, 2, 4, 8, 16, 32)
@@ -32,6 +32,7 @@ SAME_TIME, NEGLIGIBLE = 1.02, 0.01  # a time that is no more than this beside an
 SWEEPS, ROUNDS, NETWORK_ROUNDS = 2, 3, 15
 CORRECTIONS = 6  # of the slope at most
 TOLERANCE = 0.05  # of a budget of time
+WIDEST_SPREAD, ATTEMPTS = 0.2, 3  # between the quartiles of 15 ratios: their median is then right to about the tolerance
 
 Widths = Mapping[str, tuple[int, int]]  # by layer: input and output channels
 
@@ -87,7 +88,8 @@ def measure_table(
     network, image = _where_it_runs(network, runtime), image if runtime == "torch" else image.cpu()
     images = _batch(image, batch_size)
     with _threads(threads):
-        dense = median_seconds({"dense": RUNTIMES[runtime](network, _batch(image, 2))}, images, rounds=NETWORK_ROUNDS)["dense"]
+        runner = {"dense": RUNTIMES[runtime](network, _batch(image, 2))}
+        dense = float(np.median(round_seconds(runner, images, rounds=NETWORK_ROUNDS)["dense"]))
         layers = kinds_of_layers(network, images)
         sweep = {}
         if multiple is None:
@@ -251,6 +253,10 @@ def calibrate(
         raise ParameterError("budget", f"latency={share:g}", reason)
 
 
+class NoisyTimes(UserError):
+    """Times vary so much from round to round that no budget can be met by them: something else runs on the machine."""
+
+
 class RelativeTimer:
     """Measures networks beside `dense` in the runtime of `table`."""
 
@@ -263,11 +269,18 @@ class RelativeTimer:
             return RUNTIMES[self._table.runtime](_where_it_runs(network, self._table.runtime), _batch(self._image, 2))
 
     def share_of(self, network: nn.Module) -> float:
-        """The time of `network` in units of the dense one's, in interleaved rounds."""
-        runners = {"dense": self._dense, "small": self._runner(network)}
-        with _threads(self._table.threads):
-            seconds = median_seconds(runners, _batch(self._image, self._table.batch_size), rounds=NETWORK_ROUNDS)
-        return seconds["small"] / seconds["dense"]
+        """The time of `network` in units of the dense one's, in interleaved rounds. Raises NoisyTimes where they vary much."""
+        runners, found = {"dense": self._dense, "small": self._runner(network)}, []
+        for _ in range(ATTEMPTS):
+            with _threads(self._table.threads):
+                seconds = round_seconds(runners, _batch(self._image, self._table.batch_size), rounds=NETWORK_ROUNDS)
+            found.append(spread([small / dense for small, dense in zip(seconds["small"], seconds["dense"], strict=True)]))
+            if found[-1] <= WIDEST_SPREAD:
+                return median_ratio(seconds["small"], seconds["dense"])
+        reason = (
+            f"by {100 * min(found):.0f} % of their median between quartiles, at most {100 * WIDEST_SPREAD:.0f} % can be trusted"
+        )
+        raise NoisyTimes(f"times vary from round to round {reason}: something else runs on this machine")
 
 
 @contextmanager

@@ -69,8 +69,12 @@ def repeated(images: Tensor, size: int) -> Tensor:
     return images[:1].expand(size, -1, -1, -1).contiguous()
 
 
-def median_seconds(runners: Mapping[str, Runner], images: Tensor, *, rounds: int = ROUNDS) -> dict[str, float]:
-    """The median of each runner's time for `images`, in interleaved rounds, each with its own threads awake and no others."""
+def round_seconds(runners: Mapping[str, Runner], images: Tensor, *, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Each runner's times for `images`, in interleaved rounds, each with its own threads awake and no others."""
     functions = {name: (lambda run=run: run(images)) for name, run in runners.items()}
-    seconds = interleaved_seconds(functions, device=images.device, rounds=rounds, warmups=1, pausing=True)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return interleaved_seconds(functions, device=images.device, rounds=rounds, warmups=1, pausing=True)
+
+
+def median_seconds(runners: Mapping[str, Runner], images: Tensor, *, rounds: int = ROUNDS) -> dict[str, float]:
+    """The medians of `round_seconds`."""
+    return {name: statistics.median(times) for name, times in round_seconds(runners, images, rounds=rounds).items()}

@@ -75,11 +75,11 @@ def times_by_work(monkeypatch):
 
     def of_networks(networks, images, **_):
         layers = {name: [layer for layer in net.modules() if hasattr(layer, "in_channels")] for name, net in networks.items()}
-        return {name: float(sum(layer.weight.shape[:2].numel() for layer in own)) for name, own in layers.items()}
+        return {name: [float(sum(layer.weight.shape[:2].numel() for layer in own))] for name, own in layers.items()}
 
     monkeypatch.setattr(latency, "timed_in_turn", of_layers)
     monkeypatch.setattr(latency, "RUNTIMES", {"torch": lambda network, images: network})
-    monkeypatch.setattr(latency, "median_seconds", of_networks)
+    monkeypatch.setattr(latency, "round_seconds", of_networks)
 
 
 @pytest.mark.usefixtures("times_by_work")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 PAUSE_SECONDS = 0.05  # until the threads of one runtime no longer wait for work in a loop, which would slow the next one
@@ -68,6 +69,12 @@ def _synchronise(device: torch.device) -> None:
 def median_ratio(seconds: Sequence[float], unit: Sequence[float]) -> float:
     """The median over rounds of one time in units of another that was measured in the same round."""
     return statistics.median(own / other for own, other in zip(seconds, unit, strict=True))
+
+
+def spread(values: Sequence[float]) -> float:
+    """The distance between the quartiles of positive numbers, in units of their median."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return float((high - low) / middle)
 
 
 def timed_in_turn(

@@ -147,7 +147,7 @@ def test_the_slope_is_set_until_the_network_takes_what_it_may(share, law, monkey
         return LAWS[law](sum(work.values()) / sum(inputs * outputs for _, inputs, outputs in full.values()))
 
     monkeypatch.setattr(
-        latency, "median_seconds", lambda runners, *_, **__: {"dense": 7.0, "small": 7 * share_of(runners["small"])}
+        latency, "round_seconds", lambda runners, *_, **__: {"dense": [7.0], "small": [7 * share_of(runners.get("small"))]}
     )
     monkeypatch.setattr(latency, "RUNTIMES", {"torch": lambda network, images: network})
     if LAWS[law](0.02) > share:  # about what a tenth of each layer takes
@@ -192,7 +192,7 @@ def test_measuring_a_table_leaves_the_random_streams_as_they_were(runtime, monke
         pytest.importorskip(runtime)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Dropout(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(144, 10))
     settings = LatencySettings(runtime, batch_size=2, threads=1)
-    monkeypatch.setattr(latency, "median_seconds", lambda runners, *_, **__: {name: len(name) for name in runners})
+    monkeypatch.setattr(latency, "round_seconds", lambda runners, *_, **__: {name: [len(name)] for name in runners})
     small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10)), {"0": (3, 4), "2": (4, 4)}
     data, stream = SimpleNamespace(example=torch.randn(1, 3, 8, 8)), torch.get_rng_state()
     found = obtain_table(
@@ -253,3 +253,19 @@ class TestFiles:
         path, _ = self.write(tmp_path, **changes)
         with pytest.raises(UserError, match=r"is no table of latencies|is damaged"):
             self.read(path)
+
+
+def test_times_that_vary_from_round_to_round_decide_no_budget(monkeypatch):
+    """Measured up to three times: a disturbance that passes does not matter, one that stays is said."""
+    quiet, busy = [0.5] * 15, [0.2, 0.5, 1.0] * 5
+    network, rounds = nn.Identity(), iter([busy, busy, quiet])
+    monkeypatch.setattr(latency, "round_seconds", lambda *_, **__: {"dense": [1.0] * 15, "small": next(rounds)})
+    times = table()
+    assert latency.RelativeTimer(times, network, IMAGE).share_of(network) == 0.5
+    rounds = iter([busy] * 3)
+    small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10)), {"a": (3, 4)}
+    monkeypatch.setattr("deploy.budget.measure_table", lambda *_, **__: times)
+    settings, data = LatencySettings("torch", batch_size=4, threads=1), SimpleNamespace(example=IMAGE)
+    wanted = {"recorded": None, "share": 0.5, "multiple": 1, "narrowest": 4, "chosen_by": lambda table: lambda: small}
+    with pytest.raises(UserError, match=r"budget latency=0\.5: times vary .* by \d+ % .*quiet machine, or .*--budget-table"):
+        obtain_table(settings, network, data, **wanted)
