@@ -44,7 +44,7 @@ class Lease:
         try:
             number, holder = _newest(folder)
             if holder is not None and not _has_ended(folder, number, holder, lock, is_locked=is_locked):
-                raise _alive(folder, holder)
+                raise _alive(folder, holder, may_lapse=True)
             lease = cls(folder, number + 1, lock, token=secrets.token_hex(8))
             lease._write(is_locked=is_locked)
         except BaseException:
@@ -120,7 +120,7 @@ def _newest(folder: Path) -> tuple[int, dict[str, Any] | None]:
     return number, _read(folder / f"{LEASE_PREFIX}{number}") if number else None
 
 
-_NUMBERED = re.compile(rf"{LEASE_PREFIX}([1-9]\d{{0,8}})")
+_NUMBERED = re.compile(rf"{LEASE_PREFIX}([1-9]\d{{0,199}})")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -141,7 +141,10 @@ def _has_ended(folder: Path, number: int, holder: dict[str, Any], lock: BinaryIO
         with open_regular(folder / f"{LEASE_PREFIX}{number}") as file:  # opening asks a server anew
             renewed = os.fstat(file.fileno()).st_mtime
         os.utime(lock.fileno())
-        return os.fstat(lock.fileno()).st_mtime - renewed > LAPSE_SECONDS
+        age = os.fstat(lock.fileno()).st_mtime - renewed
+        if age < -LAPSE_SECONDS:  # of a clock that was ahead: from now on it lapses as others do, and a live holder renews it
+            os.utime(folder / f"{LEASE_PREFIX}{number}", follow_symlinks=False)
+        return age > LAPSE_SECONDS
     except FileNotFoundError:
         return True
     except OSError as error:
@@ -162,9 +165,10 @@ def _remove_until(folder: Path, number: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def _alive(folder: Path, holder: dict[str, Any] | None) -> UserError:
+def _alive(folder: Path, holder: dict[str, Any] | None, *, may_lapse: bool = False) -> UserError:
     where = f" ({_name(holder)})" if holder else ""
-    return UserError(f"--resume {folder}: this run is still alive in another process{where}")
+    way_out = f"; if that one is gone, the run is free {LAPSE_SECONDS:g} s after it was heard of last" if may_lapse else ""
+    return UserError(f"--resume {folder}: this run is still alive in another process{where}{way_out}")
 
 
 def _name(holder: dict[str, Any]) -> str:

@@ -195,8 +195,22 @@ def test_what_cannot_be_understood_lives_until_it_lapses(content, tmp_path):
     Lease.take(tmp_path).release()
 
 
-@pytest.mark.parametrize("name", ["lease-0", "lease-01", "lease-x", "lease-", "lease-99999999999999"])
+@pytest.mark.parametrize("name", ["lease-0", "lease-01", "lease-x", "lease-", "lease-" + "9" * 201])
 def test_other_names_are_no_leases(name, tmp_path):
     (tmp_path / name).write_text("mine")
     Lease.take(tmp_path).release()
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_lease_of_the_future_lapses_like_any_other(tmp_path):
+    there = {"host": "there", "process": 7, "boot": "another", "locked": True, "token": "x"}
+    path = tmp_path / "lease-1000000000"
+    path.write_text(json.dumps(there))
+    age(path, -(10**9))
+    with pytest.raises(UserError, match=rf"{ALIVE} \(process 7 on there\); if that one is gone, the run is free 120 s after"):
+        Lease.take(tmp_path)
+    assert abs(path.stat().st_mtime - time.time()) < 60
+    age(path, LAPSE_SECONDS + 20)
+    mine = Lease.take(tmp_path)
+    assert [entry.name for entry in tmp_path.glob("lease-*")] == ["lease-1000000001"]
+    mine.release()
