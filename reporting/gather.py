@@ -74,6 +74,7 @@ class Record:
     kept: dict[str, int]
     filters: dict[str, int]
     hits: TestHits | None = None
+    tested_on: str = ""  # where not all test images were shown: "48 of 360 test images"
 
     @property
     def folder(self) -> Path:
@@ -270,6 +271,7 @@ class _Reader:
             kept=_counts(summary.get("kept_filters", {})),
             filters=_counts({name: layer["filters"] for name, layer in layers.items()}),
             hits=_last_hits(files, summary),
+            tested_on=_tested_on(summary.get("test_images")),
         )
 
     def _settings(self, files: RunFiles, config: dict[str, Any], *, seed: str, depth: int) -> dict[str, Any]:
@@ -344,6 +346,12 @@ def _count(value: Any, what: str) -> int:
 def _progress(files: RunFiles, flags: Mapping[str, Any]) -> str:
     epochs = {_count(line["epoch"], "an epoch") for line in files.metrics() if isinstance(line, dict) and "epoch" in line}
     return f"{len(epochs)} of {_text(flags.get('n_epochs', '?'))} epochs are done"
+
+
+def _tested_on(shown: Any) -> str:
+    if shown is None:
+        return ""
+    return f"{_count(shown['shown'], 'a number of images')} of {_count(shown['all'], 'a number of images')} test images"
 
 
 def _group(records: Sequence[Record]) -> tuple[list[Group], list[Skipped]]:

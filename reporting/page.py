@@ -130,7 +130,7 @@ def page(
         f'<div class="scroll">{_table(groups, body_rows)}</div>',
         f"<p>{escape(caption)}</p>",
         *map(_comparison, comparisons),
-        _listing("What differs within a row", notes(groups)),
+        _listing("What to know of single rows", notes(groups)),
         _listing("Left out", list(map(str, results.skipped))),
         *map(_figure, pictures),
         _commands(groups),

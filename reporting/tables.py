@@ -161,12 +161,21 @@ def comma_separated(groups: Sequence[Group]) -> str:
 
 
 def notes(groups: Iterable[Group]) -> list[str]:
-    """What the runs of one method do not have in common, a line for each such circumstance."""
-    mixed: dict[str, list[Group]] = {}
+    """What the runs of one method do not have in common, by circumstance, and scores of a part of a test set."""
+    groups, mixed = list(groups), {}
     for group in groups:
         for circumstance in group.mixed:
             mixed.setdefault(circumstance, []).append(group)
-    return [f"{_whose(found)} differ in {name}: {_values(found, name)}" for name, found in mixed.items()]
+    lines = [f"{_whose(found)} differ in {name}: {_values(found, name)}" for name, found in mixed.items()]
+    return lines + [f"{_whose(found)}: top1 of {tested_on}" for tested_on, found in _limited(groups).items()]
+
+
+def _limited(groups: Iterable[Group]) -> dict[str, list[Group]]:
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        for tested_on in sorted({record.tested_on for record in group.records} - {""}):
+            found.setdefault(tested_on, []).append(group)
+    return found
 
 
 def _whose(groups: Sequence[Group]) -> str:

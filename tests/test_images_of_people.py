@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from reporting.gather import gather
+from reporting.tables import notes
 from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.images.loading import load_images
 from utils.images.settings import DataSettings
@@ -105,6 +107,8 @@ def test_a_limited_test_is_said_to_be_one(folder, train):
     ended, run = train("set", "--limit-batches", "1")
     assert "top1 of 4 of 6 test images" in ended.output
     assert "top1 of 4 of 6 test images" in (run.parent / "initial_train.txt").read_text()
+    assert json.loads((run / "summary.json").read_text())["test_images"] == {"shown": 4, "all": 6}
+    assert notes(gather([run]).groups)[-1].endswith(": top1 of 4 of 6 test images")
 
 
 class TestResumed:

@@ -79,6 +79,7 @@ class ImageData:
         shown = min(test_length, self.test_steps * batch_size)
         if shown < test_length:
             self.remarks += (f"top1 of {shown} of {test_length} test images, as --limit-batches {limit_batches} says",)
+        self.shown_test_images = shown
         self._test_order = _fixed_order(dataset.test.labels, shown)
         if dataset.streamed:
             self._train = _StreamedSplit(dataset.train, dataset, device=device, augment=True, workers=workers)

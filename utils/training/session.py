@@ -271,17 +271,20 @@ class Session:
         return result
 
     def summary_head(self) -> dict[str, Any]:
-        """What every summary.json begins with.
+        """What every summary.json begins with; where not all test images are shown, how many of how many.
 
         `seconds` is the wall time of all epochs. What the training gave follows, `training_flops` among it: what all steps took,
         of a teacher its forward passes included, without evaluations and the pass that scores filters.
         """
+        shown, whole = self.data.shown_test_images, len(self.data.dataset.test.labels)
+        limited = {"test_images": {"shown": shown, "all": whole}} if shown < whole else {}
         return {
             "script": self.settings.script,
             "run": self.run.folder.name,
             "dataset": self.settings.data.dataset,
             "seed": self.settings.run.seed,
             "seconds": round(self.run.seconds(), 3),
+            **limited,
         }
 
 
