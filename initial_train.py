@@ -37,7 +37,10 @@ def get_args_parser() -> cli.Parser:
     cli.add_recipe_flag(parser)
     cli.add_config_flag(parser)
     cli.add_data_flags(parser)
-    cli.add_training_flags(parser, lr=0.01, n_epochs=200, schedule=(1, 60, 120, 160), lr_drops=(10, 0.2, 0.2, 0.2))
+    cli.add_training_flags(
+        parser, lr=0.01, n_epochs=200, schedule=(1, 60, 120, 160), lr_drops=(10, 0.2, 0.2, 0.2),
+        fine_tunes=lambda args: args.pretrained or args.load_path is not None,
+    )  # fmt: skip
     cli.add_averaging_flags(parser)
     cli.add_run_flags(parser, log_name="initial_train.txt")
     parser.checks["model"] = check_model
@@ -52,6 +55,7 @@ def get_args_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> None:
     from models.network_file import load_network
     from utils.training.objective import CrossEntropyObjective, cross_entropy_formula
+    from utils.training.recalibration import check_recalibration
     from utils.training.session import Session
 
     if args.evaluate or args.model is None:
@@ -68,6 +72,7 @@ def main(args: argparse.Namespace) -> None:
         file = new_network(session, args.model, pretrained=args.pretrained)
     else:
         file = given_network(session, given, origin=f"--load-path {args.load_path}")
+    check_recalibration(file.network, session.plan.recalibrate_bn_batches)
     if args.dry_run:
         return session.print_plan({"network": file.network}, [f"loss: {cross_entropy_formula(args.label_smoothing)}"])
 

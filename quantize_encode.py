@@ -69,6 +69,9 @@ def get_args_parser() -> cli.Parser:
 def say_what_counts(parser: cli.Parser) -> None:
     """Which flags count beside which: the modes that only read an archive take nothing else."""
     parser.counts_only("t_path", "t_model", "distill", where=lambda args: args.quan_mode == INT8, only="with --quan-mode int8")
+    parser.counts_only(
+        "recalibrate_bn", where=lambda args: args.quan_mode != INT8, only="where batch norms are not folded, not with int8"
+    )
     parser.counts_only("sync_bn", where=lambda args: args.quan_mode != INT8, only="where batch norms learn, not with int8")
     trains = [
         *parser.names_in("training"),
@@ -100,6 +103,7 @@ def main(args: argparse.Namespace) -> None:
     from prune.networks import read_checked
     from quantize.codebook import layer_bits
     from quantize.record import describe_quantized, share, simulate
+    from utils.training.recalibration import check_recalibration
     from utils.training.session import Session
 
     session, settings = Session(cli.session_settings(SCRIPT, args)), quantization_settings(args)
@@ -122,6 +126,7 @@ def main(args: argparse.Namespace) -> None:
             check_training(file, network, session.data.example)
     if (codec := codec_settings(args)) is not None:
         return compress_network(session, file, network, codec=codec, path=args.load_path)
+    check_recalibration(network, session.plan.recalibrate_bn_batches)
     bits = {} if settings.is_int8 else layer_bits(network, mode=settings.mode, bits=settings.bits)
     if args.dry_run:
         return print_quantization(session, network, bits, objective_for=objective_for)

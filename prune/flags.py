@@ -18,7 +18,6 @@ CALLED = {  # what functions call what these flags give
     "multiple": "channel_multiple",
     "interval": "prune_interval",
     "form": "train_form",
-    "batches": "recalibrate_bn",
     "images": "reconstruct",
 }
 READ_BY_CRITERIA = {  # flag: what a criterion asks for
@@ -54,8 +53,6 @@ def add_pruning_flags(parser: cli.Parser) -> None:
     )
     group.add_argument("--prune-steps", type=cli.positive_int, default=1, metavar="N",
                        help="hard pruning takes N equal steps, before the first N epochs")  # fmt: skip
-    group.add_argument("--recalibrate-bn", type=cli.positive_int, metavar="N",
-                       help="estimate batch norm's statistics over N training batches before each evaluation")  # fmt: skip
     group.add_argument("--reconstruct", type=image_count, metavar="N",
                        help="after the choice, mend what is left by least squares over N training images without labels, "
                             "layer by layer; auto: as many as the largest layer needs")  # fmt: skip
@@ -141,7 +138,7 @@ def prunes(args: argparse.Namespace) -> bool:
 def say_what_trains(parser: cli.Parser) -> None:
     """Refuses, beside --sensitivity, whatever only has an effect on a run; called once all flags are there."""
     names = ["soft_prune", "prune_interval", "prune_steps", "budget", "allocation", "train_form", "prune_rates"]
-    names += ["recalibrate_bn", "reconstruct"]
+    names += ["reconstruct"]
     names += ["save_dir", "run_name", "log_name", "resume", "auto_resume", "dry_run", "compile", "sync_bn"]
     names += ["checkpoint_interval", "checkpoint_minutes"]
     for title in ("training", "averaging", "distillation"):

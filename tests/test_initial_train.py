@@ -118,3 +118,27 @@ def test_fine_tuning_goes_on_only_with_the_file_it_began_with(trained_run, tmp_p
     save_checkpoint(file, checkpoint)
     ended = run_script("initial_train", "--resume", run, "--n-epochs", "3")
     assert ended.status == 2 and f"--load-path {file}: holds other weights" in ended.errors
+
+
+LAGGING = """
+from torch import nn
+
+def lagging(num_classes):
+    conv, norm = nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16, momentum=1e-4)
+    nn.init.constant_(conv.bias, -100)  # which the statistics of a batch take away, and those that lag do not
+    return nn.Sequential(conv, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, num_classes))
+"""
+
+
+def test_statistics_that_lag_are_named_and_estimated_anew(tmp_path, run_script):
+    (tmp_path / "nets.py").write_text(LAGGING)
+    words = ["--model", f"{tmp_path / 'nets.py'}:lagging", "--n-epochs", "3", "--batch-size", "64", "--lr", "0.1"]
+    words += ["--device", "cpu"]
+    words += ["--schedule", "--lr-drops", "--mean", "0", "0", "0", "--std", "1", "1", "1", "--save-dir", str(tmp_path)]
+    late = run_script("initial_train", *words, "--run-name", "late")
+    assert late.status == 0, late.errors
+    assert late.output.count("--recalibrate-bn estimates them anew") == 1
+    anew = run_script("initial_train", *words, "--run-name", "anew", "--recalibrate-bn", "4")
+    assert anew.status == 0 and "--recalibrate-bn estimates" not in anew.output
+    top1 = {name: json.loads((tmp_path / name / "summary.json").read_text())["last"]["top1"] for name in ("late", "anew")}
+    assert top1["late"] < 15 and top1["anew"] > 50

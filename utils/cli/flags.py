@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import TypeVar
@@ -33,7 +33,7 @@ from utils.errors import UserError
 from utils.images.settings import DATASET_NAMES, FOLDER_DATASETS, DataSettings, parsed_size
 from utils.images.spec import CHANNELS
 from utils.runs.settings import RunSettings
-from utils.training.learning_rate import LR_SCHEDULES
+from utils.training.learning_rate import LR_SCHEDULES, LearningRate
 from utils.training.settings import SHIPPED, SessionSettings, TrainingSettings
 from utils.world import world_from_environment
 
@@ -90,13 +90,19 @@ def add_training_flags(
     schedule: Sequence[int],
     lr_drops: Sequence[float],
     may_skip_training: bool = False,
+    fine_tunes: Callable[[argparse.Namespace], bool] = lambda args: True,
 ) -> None:
-    """The flags of a training; where it may be skipped, it may have 0 epochs."""
+    """The flags of a training; where it may be skipped, it may have 0 epochs.
+
+    The default schedule is that of `n_epochs`: of fewer it is in proportion, and the rate rises neither there, nor where
+    `fine_tunes(args)` says that training goes on with weights.
+    """
     epochs = {"type": non_negative_int, "help": "epochs of training, 0 for none"} if may_skip_training else {"type": positive_int}
     group = parser.add_argument_group("training")
     group.add_argument("--lr", type=positive_float, default=lr, help="learning rate of epoch 0")
     group.add_argument("--schedule", type=non_negative_int, nargs="*", metavar="EPOCH",
-                       help=f"epochs, from 0, where the learning rate is multiplied (default: {spaced(schedule)})")  # fmt: skip
+                       help="epochs, from 0, where the learning rate is multiplied (default: "
+                       f"{spaced(schedule) or 'none'}; of fewer than {n_epochs} epochs in proportion)")  # fmt: skip
     group.add_argument("--lr-drops", type=positive_float, nargs="*", metavar="FACTOR",
                        help=f"its factor at each epoch of --schedule, above 1 too (default: {spaced(lr_drops)})")  # fmt: skip
     group.add_argument(
@@ -115,10 +121,15 @@ def add_training_flags(
     group.add_argument(
         "--label-smoothing", type=smoothing_value, default=0.0, metavar="S", help="share of the target that all classes get alike"
     )
+    group.add_argument("--recalibrate-bn", type=positive_int, metavar="N",
+                       help="estimate batch norm's statistics over N training batches before each evaluation")  # fmt: skip
+    parser.parameters["batches"] = "recalibrate_bn"
     group.add_argument("--crop-padding", type=padding_width, metavar="PIXELS",
                        help="small images are cropped out of a frame of so many zeros (default: 4)")  # fmt: skip
     group.add_argument("--no-flip", action="store_true", help="do not mirror images: left and right mean something in this set")
-    parser.completions.append(partial(_complete_schedule, schedule=tuple(schedule), lr_drops=tuple(lr_drops)))
+    usual = LearningRate(lr, n_epochs, schedule=tuple(schedule), lr_drops=tuple(lr_drops))
+    parser.completions.append(partial(_complete_schedule, usual=usual, fine_tunes=fine_tunes))
+    parser.derived |= {"schedule", "lr_drops"}
     counts_in_training(parser, *names_of(group))
     by_itself = "with --lr-schedule steps, the others fall from step to step by themselves"
     parser.counts_only("schedule", "lr_drops", where=lambda args: args.lr_schedule == "steps", only=by_itself)
@@ -179,14 +190,16 @@ def add_run_flags(parser: Parser, *, log_name: str) -> None:
     parser.counts_only("dev_idx", where=lambda args: args.device != "cpu", only="for CUDA devices, without --device cpu")
 
 
-def _complete_schedule(args: argparse.Namespace, *, schedule: Sequence[int], lr_drops: Sequence[float]) -> None:
+def _complete_schedule(
+    args: argparse.Namespace, *, usual: LearningRate, fine_tunes: Callable[[argparse.Namespace], bool]
+) -> None:
     """Gives --schedule and --lr-drops their defaults. Raises UserError for rates that cannot be those of a training."""
     if args.warmup_epochs >= max(args.n_epochs, 1):
         raise UserError(f"--warmup-epochs {args.warmup_epochs}: must be fewer than the {args.n_epochs} of --n-epochs")
     if args.lr_schedule != "steps":
         args.schedule, args.lr_drops = [], []
     if args.schedule is None and args.lr_drops is None:
-        args.schedule, args.lr_drops = list(schedule), list(lr_drops)
+        args.schedule, args.lr_drops = usual.fitted(args.n_epochs, rises=not fine_tunes(args))
     schedule, lr_drops = args.schedule or [], args.lr_drops or []
     if len(schedule) != len(lr_drops):
         raise UserError(f"--lr-drops: {len(lr_drops)} factors for the {len(schedule)} epochs of --schedule; give one for each")

@@ -58,6 +58,7 @@ class Parser(argparse.ArgumentParser):
         self.rules: list[Rule] = []
         self.completions: list[Callable[[argparse.Namespace], None]] = []  # set the defaults that depend on other flags
         self.checks: dict[str, Callable[[Any], None]] = {}  # of single flags that take long, made once all of them are parsed
+        self.derived: frozenset[str] = frozenset()  # flags whose defaults follow from others
         self.parameters: dict[str, str] = {}  # flags by what functions call what they give, where that is another name
 
     def leads_with(self, *names: str, lists: Mapping[str, Sequence[tuple[str, str]]] | None = None) -> None:

@@ -109,7 +109,8 @@ def _begun_flags(parser: Parser, args: argparse.Namespace, given: Mapping[str, A
     for name, value in vars(asked).items():
         may_differ = PLACEMENT_FLAGS | {"auto_resume", "config", "may_download", "n_epochs", *_WHERE}
         is_moved = name in MOVABLE_FLAGS and value is not None and vars(found)[name] is not None
-        if name not in may_differ and not is_moved and value != vars(found)[name]:
+        is_derived = name in parser.derived and name not in given  # of other epochs, or by the rule of an older version
+        if name not in may_differ and not is_moved and not is_derived and value != vars(found)[name]:
             flag = flag_of(name)
             raise UserError(f"--run-name {args.run_name}: {folder} has {flag} {_shown(vars(found)[name])}, not {_shown(value)}")
     if _is_complete(folder, saved, resumed):

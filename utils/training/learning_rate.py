@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+FEW_EPOCHS = 20  # a training of at most so many has no time to rise to its rate and fall again
 LR_SCHEDULES = ("steps", "linear", "cosine")
 
 
@@ -41,6 +42,21 @@ class LearningRate:
             if epoch >= milestone:
                 lr *= factor
         return lr
+
+    def fitted(self, n_epochs: int, *, rises: bool) -> tuple[list[int], list[float]]:
+        """Epochs and factors for a training of `n_epochs`: of one that is shorter than this in proportion.
+
+        A shorter one has no factor at epoch 0, and those that come together are one. Factors above 1 are left out unless the
+        rate `rises`, and of a training of FEW_EPOCHS.
+        """
+        share = min(n_epochs / self.n_epochs, 1.0)
+        rises = rises and n_epochs > FEW_EPOCHS
+        found: dict[int, float] = {}
+        for epoch, factor in zip(self.schedule, self.lr_drops, strict=True):
+            place = max(round(share * epoch), min(epoch, 1))
+            if (factor <= 1 or rises) and (place < n_epochs or share == 1):
+                found[place] = found.get(place, 1.0) * factor
+        return list(found), list(found.values())
 
     def remarks(self) -> list[str]:
         """What its user may not have meant: epochs of the schedule that lie behind the last one, all of them."""

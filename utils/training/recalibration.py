@@ -17,12 +17,22 @@ from utils.images.batches import ImageData
 from utils.seed import preserved_random_state
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+CHANCE_MARGIN = 1.2  # times chance, up to which an accuracy is taken for that of guessing
 
 
 def check_recalibration(network: nn.Module, batches: int | None) -> None:
     """Raises ParameterError if `batches` are given for a network that has no running statistics."""
     if batches is not None and not _norms_of(network):
         raise ParameterError("batches", batches, "this network has no batch norm with running statistics; leave it out")
+
+
+def lags_behind(network: nn.Module, *, train_top1: float, test_top1: float, num_classes: int) -> bool:
+    """Whether the accuracies (%) of an epoch look like those of running statistics that are not the weights' yet.
+
+    What was trained on is known well above chance, what is tested with these statistics is not.
+    """
+    chance = 100 / num_classes
+    return bool(_norms_of(network)) and test_top1 <= CHANCE_MARGIN * chance and train_top1 - chance >= (100 - chance) / 4
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from utils.training.evaluation import evaluate, evaluate_each
 from utils.training.learning_rate import LearningRate
 from utils.training.metrics import Sums, first_non_finite
 from utils.training.pruning import Pruning
-from utils.training.recalibration import recalibrated_batch_norm
+from utils.training.recalibration import lags_behind, recalibrated_batch_norm
 from utils.training.reporting import EpochReport
 from utils.training.signals import StopSignals
 from utils.training.step import train_step
@@ -32,6 +32,7 @@ from utils.world import World
 
 READ_INTERVAL_STEPS = 50
 VOTE_INTERVAL_STEPS = 20
+LAGGING_EPOCHS = 2  # after which a test at chance is remarked
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Trainer:
         self.earlier = {"flops": 0, "epochs": 0}  # what networks took that were exchanged for others since
         self.best: dict[str, float] | None = None
         self.last: dict[str, float] | None = None
-        self._saved_at = time.monotonic()
+        self._saved_at, self._lagging_epochs = time.monotonic(), 0
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end and gives `{"last": ..., "best": ...}`, each with epoch, loss, top1, top5, and `training_flops`.
@@ -200,6 +201,7 @@ class Trainer:
             skipped_steps=self._began_batch,
             best=self.best,
         )
+        self._remark_on_lag(train["top1"], test["top1"])
         if is_best:
             self.run.save(BEST, checkpoint)
         if self.epoch + 1 == self.plan.n_epochs:
@@ -268,6 +270,19 @@ class Trainer:
 
     def _checkpoint(self, kept: Mapping[str, Tensor]) -> dict[str, Any]:
         return {**self.describe(self.network, kept), "epoch": self.last["epoch"] if self.last else -1, "metrics": self.last or {}}
+
+    def _remark_on_lag(self, train_top1: float, test_top1: float) -> None:
+        """Says once what helps where the test stays at chance for two epochs while training rises."""
+        classes = len(self.data.dataset.classes)
+        lags = self.plan.recalibrate_bn_batches is None and lags_behind(
+            self.network, train_top1=train_top1, test_top1=test_top1, num_classes=classes
+        )
+        self._lagging_epochs = self._lagging_epochs + 1 if lags else 0
+        if self._lagging_epochs == LAGGING_EPOCHS:
+            self.run.warn(
+                f"test top1 stays at chance ({100 / classes:.1f}) while training rises: batch norm's running statistics lag "
+                "behind the weights; --recalibrate-bn estimates them anew before each evaluation"
+            )
 
     def _save_last(self, checkpoint: dict[str, Any] | None = None) -> None:
         if checkpoint is None:

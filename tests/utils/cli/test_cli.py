@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import initial_train
 from utils import cli
 from utils.errors import Interrupted, NonFiniteLoss, ParameterError, UserError
 
@@ -32,6 +33,20 @@ class TestSchedule:
     def test_is_the_default_unless_given(self, parser):
         args = cli.parse_flags(parser, [])
         assert (args.schedule, args.lr_drops) == ([60, 120], [0.2, 0.2])
+
+    def test_of_fewer_epochs_it_is_in_proportion(self, parser):
+        args = cli.parse_flags(parser, ["--n-epochs", "10"])
+        assert (args.schedule, args.lr_drops) == ([3, 6], [0.2, 0.2])
+        args = cli.parse_flags(parser, ["--n-epochs", "10", "--schedule", "60", "--lr-drops", "0.2"])
+        assert (args.schedule, args.lr_drops) == ([60], [0.2])
+
+    @pytest.mark.parametrize("words", ["--pretrained", "--load-path x.pt"])
+    def test_weights_that_are_there_are_not_shaken_by_a_tenfold_rate(self, words):
+        parser = initial_train.get_args_parser()
+        args = cli.parse_flags(parser, ["--model", "resnet18", *words.split()])
+        assert (args.schedule, args.lr_drops) == ([60, 120, 160], [0.2, 0.2, 0.2])
+        args = cli.parse_flags(parser, ["--model", "resnet18"])
+        assert (args.schedule, args.lr_drops) == ([1, 60, 120, 160], [10, 0.2, 0.2, 0.2])
 
     def test_as_given(self, parser):
         args = cli.parse_flags(parser, ["--schedule", "1", "60", "--lr-drops", "10", "0.2"])

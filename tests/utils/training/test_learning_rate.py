@@ -70,3 +70,21 @@ def test_the_plan_of_a_billion_epochs_names_its_changes():
     assert rate.describe() == "0.05 from epoch 1, 0.01 from epoch 61"
     rising = LearningRate(0.1, n_epochs=10**9, kind="cosine", warmup_epochs=5)
     assert rising.describe() == "rising over 5 epochs to 0.1, then falling to 0 over the 1000000000 epochs (cosine)"
+
+
+@pytest.mark.parametrize(
+    ("n_epochs", "rises", "schedule", "drops"),
+    [
+        (200, True, [1, 60, 120, 160], [10, 0.2, 0.2, 0.2]),
+        (300, True, [1, 60, 120, 160], [10, 0.2, 0.2, 0.2]),
+        (200, False, [60, 120, 160], [0.2, 0.2, 0.2]),
+        (100, True, [1, 30, 60, 80], [10, 0.2, 0.2, 0.2]),
+        (10, True, [3, 6, 8], [0.2, 0.2, 0.2]),
+        (3, True, [1, 2], [0.2, 0.2 * 0.2]),
+        (1, True, [], []),
+        (0, False, [], []),
+    ],
+)
+def test_a_schedule_fits_the_epochs_and_no_short_training_rises(n_epochs, rises, schedule, drops):
+    usual = LearningRate(0.01, 200, schedule=(1, 60, 120, 160), lr_drops=(10, 0.2, 0.2, 0.2))
+    assert usual.fitted(n_epochs, rises=rises) == (schedule, pytest.approx(drops))
