@@ -159,11 +159,13 @@ def finish(session: Session, network: nn.Module, result: Mapping[str, Any], *, m
     """Leaves the summary of the training."""
     from utils.profile import profile_network
     from utils.runs.folder import BEST, SUMMARY
+    from utils.training.reporting import log_end
 
     best = session.run.folder / BEST
     size = {"checkpoint_bytes": best.stat().st_size, **profile_network(network, session.data.example[:1])}
     session.run.save_json(SUMMARY, {**session.summary_head(), "model": model, **result, **size})
-    session.run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {best}")
+    words = ["--t-model", model, "--t-path", str(best), "--s-copy-t", "--prune-rates", "0.5"]
+    log_end(session.run, result, written=best, following=session.following("pruning.py", *words))
 
 
 def score(session: Session, path: str, *, model: str | None) -> None:

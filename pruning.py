@@ -156,7 +156,8 @@ def main(args: argparse.Namespace) -> None:
     result = session.train(objective_of(network), network=network, describe=describe_network, pruning=schedule)
     if session.world.is_main:
         head, config = session.summary_head(), session.settings.flags
-        finish(run, result, graph=choose.graph, model=student.model, data=data.alone(), config=config, head=head)
+        then = {"head": head, "following": partial(session.following, "export.py")}
+        finish(run, result, graph=choose.graph, model=student.model, data=data.alone(), config=config, **then)
     run.close()
 
 

@@ -1,6 +1,7 @@
 """What a pruning run writes down: the accuracy before and after the choice, its checkpoints, and the proof at its end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from utils.files import read_json
 from utils.images.batches import ImageData
 from utils.modes import evaluating
 from utils.profile import compare_networks, comparison_table
+from utils.python_file import names_function
 from utils.runs.folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, LATENCY_TABLE, SUMMARY
 from utils.runs.run import Run
 from utils.training.evaluation import check_score, evaluate
 from utils.training.metrics import Sums
 from utils.training.recalibration import recalibrated_batch_norm
+from utils.training.reporting import gain_lines, log_end
 
 WHOLE = "no filter is pruned, the network stays whole (--prune-rates below 1 prunes)"
 CHANCE_MARGIN = 1.2  # a network that is right at most so many times as often as guessing is scored as guessing
@@ -76,10 +79,9 @@ def log_pruning(
     if all(layer.name not in selection.kept for layer in reported):
         run.log(WHOLE)
     else:
+        run.log(kept_line(reported, selection, file=run.folder / KEPT_FILTERS))
         for layer in reported:
-            count = len(selection.channels(layer.name))
-            run.log(f"{layer.name} keeps {count} of {layer.filters}")
-            if not count:
+            if not selection.channels(layer.name):
                 run.warn(f"{layer.name} has lost every filter")
     done = "pruned" if before is None else "pruned and reconstructed"
     run.log(f"{done}, before fine-tuning: top1 {pruned['top1']:.2f}, loss {pruned['loss']:.4f}")
@@ -89,6 +91,18 @@ def log_pruning(
     save_kept(run, layers, selection)
     reached = {"pruned": pruned} if before is None else {"pruned": before, "reconstructed": pruned}
     run.save_json(BEFORE_TRAINING, {**scores, **reached})
+
+
+def kept_line(layers: Sequence[PrunableLayer], selection: Selection, *, file: Path) -> str:
+    """What stays of the layers, in one line; `file` has it layer by layer."""
+    left = {layer.name: len(selection.channels(layer.name)) for layer in layers}
+    whole = sum(layer.filters for layer in layers)
+    cut = sum(left[layer.name] < layer.filters for layer in layers)
+    shares = [left[layer.name] / layer.filters for layer in layers]
+    return (
+        f"kept: {sum(left.values())} of {whole} filters, {cut} of {len(layers)} layers pruned, "
+        f"a layer keeps {min(shares):.2f} to {max(shares):.2f} -> {file}"
+    )
 
 
 def log_step(run: Run, layers: Sequence[PrunableLayer], selection: Selection, step: int, *, steps: int) -> None:
@@ -134,11 +148,12 @@ def finish(
     data: ImageData,
     config: Mapping[str, Any],
     head: Mapping[str, Any],
+    following: Callable[..., list[str]],
 ) -> None:
     """Removes the pruned filters of the best network, proves that nothing changed, and leaves small network and summary.
 
     `result` is what the training returned, `graph` that of the student, `model` the network's name, `head` what the summary
-    begins with. For the main process alone.
+    begins with, `following(*flags)` the command that exports a file. For the main process alone.
     """
     best = load_network(run.folder / BEST, flag="--save-dir", model=model)
     dense = to_device(best.network, data.device)
@@ -160,7 +175,9 @@ def finish(
         summary["compact"] = save_compact(run, best, graph, small, result=result, data=data, config=config)
         written = COMPACT
     run.save_json(SUMMARY, summary)
-    run.log(f"done: last top1 {result['last']['top1']:.2f}, best {result['best']['top1']:.2f} -> {run.folder / written}")
+    words = ["--load-path", str(run.folder / written), "--output", str(run.folder / "small.onnx")]
+    words += ["--model", model] if names_function(model) else []
+    log_end(run, result, written=run.folder / written, following=following(*words))
 
 
 def compare_outputs(dense: nn.Module, small: nn.Module, data: ImageData) -> tuple[float, dict[str, float]]:
@@ -215,6 +232,8 @@ def save_compact(
     run.log(comparison_table(comparison))
     run.log(f"FLOPs of the convolutions, as papers count them: {comparison['papers_flops_drop_percent']:.1f} % less")
     run.log(f"steps between layers that store different channels: {small.relayout_count}")
+    for line in gain_lines(comparison, relayouts=small.relayout_count):
+        run.log(line)
     if table := whole_layers_table(best.kept, small):
         run.log(table)
     run.log(f"top1 of the dense network {accuracy['dense']:.2f}, of the compact {accuracy['compact']:.2f}")

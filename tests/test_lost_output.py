@@ -36,7 +36,7 @@ def check_training(folder: Path, status: int, reason: str) -> None:
     assert status == 0
     log = (folder / "initial_train.txt").read_text()
     assert log.count(f"standard output cannot be written ({reason})") == 1
-    assert log.splitlines()[-1].endswith(str(folder / "run" / "model_best.pt"))
+    assert log.splitlines()[-2].endswith(str(folder / "run" / "model_best.pt"))
     assert (folder / "run" / "summary.json").exists()
 
 

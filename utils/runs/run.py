@@ -157,7 +157,7 @@ class Run:
 
     def resume_command(self) -> str:
         """What goes on with this run, for a shell."""
-        launcher = [_interpreter()] if self.world.size == 1 else ["torchrun", *self.world.launch_flags()]
+        launcher = [interpreter()] if self.world.size == 1 else ["torchrun", *self.world.launch_flags()]
         return shlex.join([*launcher, sys.argv[0], "--resume", str(self.folder), *_code_flags(sys.argv)])
 
     def seconds(self) -> float:
@@ -178,7 +178,7 @@ def _code_flags(words: Sequence[str]) -> list[str]:
     return [part for flag, value in pairs if flag.startswith("--") and names_function(value) for part in (flag, value)]
 
 
-def _interpreter() -> str:
+def interpreter() -> str:
     """The Python that runs this, as one would type it here: by its bare name, from this folder, or by its whole path."""
     path = Path(sys.executable)
     if shutil.which(path.name) == sys.executable:

@@ -1,11 +1,22 @@
-"""What a training prints and records of its epochs: the bar of one, its line, its numbers in metrics.jsonl."""
+"""What a training prints and records: how it begins, the bar, line and numbers of each epoch, how it ended."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from utils.errors import printable
 from utils.images.batches import ImageData
-from utils.runs.run import Run
+from utils.images.dataset import sized
+from utils.runs.run import Run, interpreter
+
+FEWEST_CLASSES_OF_TOP5 = 6  # of five classes every one is among the first five
+MOST_CLASSES_SHOWN = 10
+LINE_CHARACTERS = 80
+WIDTHS = {"epoch": 7, "lr": 8, "left": 7}  # of columns, in characters; 6 of all others
 
 
 class EpochReport:
@@ -13,6 +24,7 @@ class EpochReport:
 
     def __init__(self, run: Run, data: ImageData, *, n_epochs: int):
         self.run, self.data, self.n_epochs = run, data, n_epochs
+        self._has_heading = False
 
     def progress_bar(self, epoch: int, *, done: int) -> tqdm:
         """The bar of an epoch of which `done` steps are behind; none but the main process has one, and only at a terminal."""
@@ -58,13 +70,87 @@ class EpochReport:
         steps = self.data.train_steps
         left = (self.n_epochs - epoch - 1) * seconds * steps / max(done * steps, 1)
         rate = done * self.data.train_images / seconds
-        beside = [f"{name.partition('_')[0]} top1 {value:.2f}  " for name, value in test.items() if name.endswith("_top1")]
-        self.run.log(
-            f"epoch {epoch + 1}/{self.n_epochs}  lr {lr:.4g}  "
-            f"train loss {train['loss']:.4f} top1 {train['top1']:.2f}  test loss {test['loss']:.4f} top1 {test['top1']:.2f} "
-            f"top5 {test['top5']:.2f}  {''.join(beside)}best {best['top1']:.2f}  "
-            f"{seconds:.1f} s, {rate:.0f} images/s, {_clock(left)} left"
+        cells = {"epoch": f"{epoch + 1}/{self.n_epochs}", "lr": f"{lr:.3g}", "loss": _loss(train["loss"])}
+        if len(train.keys() - {"top1", "top5", "images"}) > 2:  # a sum: other terms beside the cross-entropy
+            cells["CE"] = _loss(train["ce"]) if "ce" in train else ""
+        cells |= {"top1": f"{train['top1']:.2f}", "test CE": _loss(test["loss"]), "test top1": f"{test['top1']:.2f}"}
+        cells |= {name.replace("_", " "): f"{value:.2f}" for name, value in test.items() if name.endswith("_top1")}
+        if len(self.data.dataset.classes) >= FEWEST_CLASSES_OF_TOP5:
+            cells["test top5"] = f"{test['top5']:.2f}"
+        cells |= {"best": f"{best['top1']:.2f}", "img/s": f"{rate:.0f}", "s": f"{seconds:.1f}", "left": _clock(left)}
+        cells = _fitting(cells)
+        if not self._has_heading:
+            self.run.log("\n".join(" ".join(words).rstrip() for words in zip(*map(_heading, cells), strict=True)))
+            self._has_heading = True
+        self.run.log(" ".join(f"{cell:>{WIDTHS.get(name, 6)}}" for name, cell in cells.items()))
+
+
+def _heading(name: str) -> tuple[str, str]:
+    """The two lines over a column."""
+    upper, _, lower = name.rpartition(" ")
+    width = WIDTHS.get(name, 6)
+    return f"{upper[:width]:>{width}}", f"{lower:>{width}}"
+
+
+def _fitting(cells: Mapping[str, str]) -> dict[str, str]:
+    """The columns that a line of a terminal has room for: what is least asked for goes first."""
+    kept = dict(cells)
+    for name in ("img/s", "test top5", "CE"):
+        if sum(max(WIDTHS.get(column, 6), len(cell)) + 1 for column, cell in kept.items()) - 1 > LINE_CHARACTERS:
+            kept.pop(name, None)
+    return kept
+
+
+def _loss(value: float) -> str:
+    """A mean loss in at most six characters."""
+    return f"{value:.4g}" if value >= 1000 else f"{value:.4f}"[:6]
+
+
+def log_beginning(run: Run, data: ImageData, *, recipe: str) -> None:
+    """Logs what a run works on and how: the images of each class, their size and values, the recipe, the folder."""
+    dataset = data.dataset
+    counts = torch.bincount(dataset.train.labels.cpu(), minlength=len(dataset.classes)).tolist()
+    splits = f"{len(dataset.train.labels)} training and {len(dataset.test.labels)} test images"
+    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (dataset.mean, dataset.std))
+    run.log(f"images: {splits}, {sized(dataset.image_size)}, mean {mean}, std {std}")
+    run.log(f"classes: {_by_class(dataset.classes, counts)}")
+    run.log(f"recipe: {recipe}")
+    run.log(f"writes to: {run.folder}")
+
+
+def _by_class(names: Sequence[str], counts: Sequence[int]) -> str:
+    """How many training images each class has, or where they are many the smallest and the largest."""
+    if len(names) <= MOST_CLASSES_SHOWN:
+        return f"{len(names)}, training images of each: " + ", ".join(
+            f"{printable(name, 20)} {count}" for name, count in zip(names, counts, strict=True)
         )
+    least, most = min(range(len(names)), key=counts.__getitem__), max(range(len(names)), key=counts.__getitem__)
+    extremes = " to ".join(f"{counts[row]} ({printable(names[row], 20)})" for row in (least, most))
+    return f"{len(names)}, {extremes} training images each"
+
+
+def log_end(run: Run, result: Mapping[str, Any], *, written: Path, following: Sequence[str]) -> None:
+    """Logs how a run ended and what to type now; `result` is what the training gave, `following` a script and its flags."""
+    last, best = (result[name]["top1"] for name in ("last", "best"))
+    run.log(f"done: last top1 {last:.2f}, best {best:.2f}, {run.seconds() / 60:.1f} minutes of epochs -> {written}")
+    run.log(f"next: {shlex.join([interpreter(), *following])}")
+
+
+def gain_lines(comparison: Mapping[str, Any], *, relayouts: int) -> list[str]:
+    """How many times smaller and faster, from a comparison of `utils.profile`, with a hint where nothing is gained in time."""
+    dense, small = comparison["dense"], comparison["compact"]
+    bytes_ratio, macs_ratio = (dense[name] / small[name] for name in ("file_bytes", "macs"))
+    speeds = {size: dense["latency"][size]["median_ms"] / small["latency"][size]["median_ms"] for size in dense["latency"]}
+    times = ", ".join(f"{speed:.2f} at batch {size}" for size, speed in speeds.items())
+    lines = [f"times smaller: {bytes_ratio:.2f} (MACs {macs_ratio:.2f}); times faster: {times}"]
+    slow = {size: speed for size, speed in speeds.items() if speed < 1 < macs_ratio}
+    for size, speed in list(slow.items())[:1]:
+        why = f"{relayouts} steps between layers that store different channels" if relayouts else "widths that fill no vector"
+        lines.append(
+            f"hint: {1 / macs_ratio:.2f} of the MACs, but {speed:.2f} of the speed at batch {size}: {why}; "
+            "try --couple-channels --channel-multiple 8"
+        )
+    return lines
 
 
 def _clock(seconds: float) -> str:

@@ -28,6 +28,7 @@ from utils.runs.state import check_best, check_state, read_state
 from utils.seed import seed_everything
 from utils.training.learning_rate import LearningRate
 from utils.training.pruning import Pruning
+from utils.training.reporting import log_beginning
 from utils.training.settings import SessionSettings
 from utils.training.step import amp_remarks, check_acceleration, prepare_step, sgd
 from utils.training.trainer import Trainer, TrainingPlan
@@ -160,10 +161,26 @@ class Session:
         self.run = self._create(digests) if self.settings.run.resume is None else self._reopen(digests)
         say = self.run.note if _is_watched() else self.run.log
         say(self._announced)
+        log_beginning(self.run, self.data, recipe=self._recipe())
         rate, amp = self.plan.learning_rate.remarks(), amp_remarks(self.device, amp=self.plan.amp)
         for remark in (*self.data.remarks, *filter(None, [self._fallback]), *rate, *amp):
             self.run.warn(remark)
         return self.run
+
+    def _recipe(self) -> str:
+        training = self.settings.training
+        momentum = f"momentum {training.momentum:g}" + ("" if training.no_nesterov or not training.momentum else " (Nesterov)")
+        return (
+            f"SGD, {momentum}, weight decay {training.weight_decay:g}, {self.data.train_steps} steps an epoch of "
+            f"{self.data.batch_size} images, learning rate {self.plan.learning_rate.describe()}"
+        )
+
+    def following(self, script: str, *words: str) -> list[str]:
+        """A command that takes up what this run leaves: `script`, its `words`, and the flags that say which images."""
+        flags, defaults = self.settings.flags, self.settings.defaults
+        kept = ("dataset", "data_dir", "test_share", "image_size")
+        given = [(name, flags[name]) for name in kept if flags.get(name) is not None and flags[name] != defaults.get(name)]
+        return [script, *words, *(part for name, value in given for part in (f"--{name.replace('_', '-')}", str(value)))]
 
     def recorded(self, name: str) -> Path | None:
         """A file that the run which goes on has left in its folder, if it has."""

@@ -22,6 +22,7 @@ from utils.training.evaluation import evaluate
 from utils.training.learning_rate import LearningRate
 from utils.training.objective import CrossEntropyObjective
 from utils.training.pruning import Pruning
+from utils.training.reporting import EpochReport, gain_lines
 from utils.training.step import sgd
 from utils.training.trainer import Trainer, TrainingPlan
 from utils.world import World
@@ -161,9 +162,34 @@ class TestFit:
 
     def test_tells_how_it_is(self, run, tmp_path):
         trainer(run, CrossEntropyObjective(tiny_network())).fit()
-        first = (tmp_path / "log.txt").read_text().splitlines()[0]
-        for part in ("epoch 1/2", "train loss", "test loss", "best", "images/s", "0:00:00 left"):
-            assert part in first
+        lines = [line.partition(" run ")[2] for line in (tmp_path / "log.txt").read_text().splitlines()]
+        assert [line.split() for line in lines[:2]] == [
+            ["test", "test"],
+            ["epoch", "lr", "loss", "top1", "CE", "top1", "best", "img/s", "s", "left"],
+        ]
+        assert [line.split()[0] for line in lines[2:]] == ["1/2", "2/2"] and lines[2].endswith("0:00:00")
+        assert len({len(line) for line in lines[1:]}) == 1 and len(lines[1]) <= 80
+
+    def test_keeps_a_line_of_every_figure_within_80_characters(self, run, tmp_path):
+        values = {"loss": 123.456, "top1": 100.0, "top5": 100.0, "images": 10}
+        data = tiny_data()
+        report = EpochReport(run, data, n_epochs=200)
+        object.__setattr__(data.dataset, "classes", tuple("abcdef"))
+        scores = {"train": {**values, "ce": 1.25, "hint": 3.0}, "test": {**values, "average_top1": 99.5}}
+        report.epoch(99, scores, lr=1.25e-5, seconds={"train": 100.0, "test": 1.0}, skipped_steps=0, best={"top1": 100.0})
+        lines = [line.partition(" run ")[2] for line in (tmp_path / "log.txt").read_text().splitlines()]
+        assert lines[1].split() == ["epoch", "lr", "loss", "CE", "top1", "CE", "top1", "top1", "best", "s", "left"]
+        assert len(lines[2]) == len(lines[1]) <= 80
+
+
+def test_says_why_a_smaller_network_is_not_faster():
+    def network(ms: float, macs: int) -> dict:
+        return {"file_bytes": macs, "macs": macs, "latency": {"1": {"median_ms": ms}}}
+
+    lines = gain_lines({"dense": network(3.0, 400), "compact": network(4.0, 200)}, relayouts=9)
+    assert lines[0] == "times smaller: 2.00 (MACs 2.00); times faster: 0.75 at batch 1"
+    assert "0.50 of the MACs, but 0.75 of the speed at batch 1: 9 steps" in lines[1] and "--couple-channels" in lines[1]
+    assert len(gain_lines({"dense": network(3.0, 400), "compact": network(2.0, 200)}, relayouts=9)) == 1
 
 
 class Spoiling(CrossEntropyObjective):
