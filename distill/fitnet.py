@@ -18,6 +18,8 @@ from distill.base import BatchNorm, Distiller, full_precision
 from models.outputs import Outputs
 from utils.errors import ParameterError
 
+USUAL_STAGE = 2  # of those that both networks have, where nobody says which
+
 
 class Regressor(nn.Module):
     """A student's map in the shape of the teacher's: (b, c_s, *student_size) -> (b, c_t, *teacher_size)."""
@@ -43,9 +45,11 @@ class Regressor(nn.Module):
 class FitNet(Distiller):
     """One stage of the teacher from the same stage of the student. Its parameters train with the student's."""
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, fitnet_stage: int):
+    def __init__(self, student: Outputs, teacher: Outputs, *, fitnet_stage: int | None):
         super().__init__()
         count = min(len(student.stages), len(teacher.stages))
+        if fitnet_stage is None:
+            fitnet_stage = min(USUAL_STAGE, count)
         if not 1 <= fitnet_stage <= count:
             raise ParameterError("fitnet_stage", fitnet_stage, f"both networks have {count} stages: choose from 1 to that")
         self.stage = fitnet_stage

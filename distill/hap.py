@@ -21,6 +21,7 @@ from distill.base import Distiller, stacked_energies
 from models.outputs import Outputs
 from utils.errors import ParameterError
 
+USUAL_BLOCKS = 3  # of the teacher, where nobody says how many
 SMALLEST_SQUARE = 1e-24  # of the norm of a map: F.normalize's smallest norm is 1e-12
 
 
@@ -52,8 +53,10 @@ def hap_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor])
 class HAP(Distiller):
     """Similarity of a batch's attention maps: every block of the student with the last blocks of the teacher."""
 
-    def __init__(self, student: Outputs, teacher: Outputs, *, hap_ts: int):
+    def __init__(self, student: Outputs, teacher: Outputs, *, hap_ts: int | None):
         super().__init__()
+        if hap_ts is None:
+            hap_ts = min(USUAL_BLOCKS, len(teacher.blocks))
         if not 1 <= hap_ts <= len(teacher.blocks):
             raise ParameterError("hap_ts", hap_ts, f"the teacher has {len(teacher.blocks)} blocks: choose from 1 to that")
         self.teacher_blocks = hap_ts

@@ -29,10 +29,11 @@ RUN_FACTS = {"train_labels": "the classes of all training images"}
 class Option:
     """An option of a loss: a keyword of `build_distiller`, and with dashes for underscores a flag (a switch, if a bool).
 
-    `is_weight`: it weighs a part of the loss, which 0 leaves out.
+    None: a whole number, which depends on the networks where it is not given. `is_weight`: it weighs a part of the loss, which
+    0 leaves out.
     """
 
-    default: bool | int | float
+    default: bool | int | float | None
     help: str
     is_weight: bool = False
 
@@ -147,11 +148,13 @@ DISTILLERS: dict[str, DistillerEntry] = {
     "fitnet": DistillerEntry(
         ".fitnet:FitNet",
         beta=100.0,
-        options={"fitnet_stage": Option(2, "which stage FitNet compares, from 1")},
+        options={"fitnet_stage": Option(None, "which stage FitNet compares, from 1 (default: 2, or the last of fewer)")},
         title="FitNet",
     ),
     "hap": DistillerEntry(
-        ".hap:HAP", beta=700.0, options={"hap_ts": Option(3, "how many of the teacher's last blocks HAP compares with")}
+        ".hap:HAP",
+        beta=700.0,
+        options={"hap_ts": Option(None, "how many of the teacher's last blocks HAP compares with (default: 3, or all of fewer)")},
     ),
     "kd": DistillerEntry(".kd:KD", beta=None, options={"kd_t": TEMPERATURE, "kd_standardize": STANDARDIZE}, reads_maps=False),
     "nkd": DistillerEntry(

@@ -15,7 +15,7 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from distill.base import attention_map, channel_energy
-from distill.hap import attention_similarity, hap_loss
+from distill.hap import USUAL_BLOCKS, attention_similarity, hap_loss
 from distill.objective import FrozenTeacher
 from models.network_file import NetworkFile, load_network
 from models.outputs import Outputs
@@ -108,7 +108,7 @@ def load_pair(folder: Path, *, data_dir: Path | None = None, t_model: str | None
     for file in (student, teacher):
         if file.num_classes != len(dataset.classes):
             raise UserError(f"--attention {folder}: {file.num_classes} classes, but {dataset.name} has {len(dataset.classes)}")
-    return Pair(teacher, student, dataset, flags["hap_ts"])
+    return Pair(teacher, student, dataset, flags["hap_ts"] or USUAL_BLOCKS)
 
 
 def _pruning_flags(folder: Path) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _pruning_flags(folder: Path) -> dict[str, Any]:
         raise UserError(f"--attention {folder}: this run has no teacher (--t-path), expected a run of pruning.py that has one")
     with naming(f"--attention {folder}"):
         check_flags(flags)
-        if not isinstance(flags["t_path"], str) or flags["dataset"] not in DATASETS or not flags["hap_ts"]:
+        if not isinstance(flags["t_path"], str) or flags["dataset"] not in DATASETS or flags["hap_ts"] == 0:
             raise UserError(f"its {CONFIG} names no teacher, dataset or --hap-ts that there could be")
     return flags
 
@@ -207,7 +207,7 @@ def _outputs(file: NetworkFile, images: Tensor) -> Outputs:
 def _draw_similarities(pair: Pair) -> Figure:
     images, labels = _test_images(pair.dataset, _first_of_each_class(pair.dataset, **SIMILARITY_CHOICE))
     teacher, student = _outputs(pair.teacher, images).blocks, _outputs(pair.student, images).blocks
-    count = min(pair.hap_ts, SHOWN_BLOCKS, len(student))
+    count = min(pair.hap_ts, SHOWN_BLOCKS, len(student), len(teacher))
     teacher_g, student_g = (attention_similarity(blocks[-count:]) for blocks in (teacher, student))  # (count, b, b)
     both = torch.cat([teacher_g, student_g])
     bound = float((student_g - teacher_g).abs().max()) or 1.0

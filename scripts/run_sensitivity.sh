@@ -14,7 +14,7 @@ start_script "$@"
 vary() {
   local flag=$1 value
   for value in "${@:2}"; do
-    add_pruning "nggm-hap-${flag#--}-$value" "$dataset" "$seed" filter-nggm hap "$flag" "$value" "${PASSED[@]}"
+    add_pruning "nggm-hap-${flag#--}-$value" "$dataset" "$seed" filter-nggm hap --hap-ts 3 "$flag" "$value" "${PASSED[@]}"
   done
 }
 
@@ -22,7 +22,7 @@ find_teachers
 run_all
 for dataset in $DATASETS; do
   for seed in $SEEDS; do
-    add_pruning nggm-hap "$dataset" "$seed" filter-nggm hap "${PASSED[@]}" # beta 700, gamma 0.5, hap-ts 3, samp-batches 25
+    add_pruning nggm-hap "$dataset" "$seed" filter-nggm hap --hap-ts 3 "${PASSED[@]}" # beta 700, gamma 0.5, samp-batches 25
     vary --betas 100 300 500 900 1100
     vary --gamma 0 0.25 0.75 1
     vary --hap-ts 1 2 4 5

@@ -194,6 +194,16 @@ def test_hap_compares_the_last_blocks_of_the_teacher():
     assert distiller(student, teacher) != loss
 
 
+@pytest.mark.parametrize(("blocks", "stages", "settings"), [(6, 3, ("ts 3", "stage 2")), (2, 1, ("ts 2", "stage 1"))])
+def test_what_is_not_given_is_at_most_what_the_networks_have(blocks, stages, settings):
+    outputs = make_outputs()
+    few = outputs._replace(blocks=outputs.blocks[:blocks], stages=outputs.stages[:stages])
+    assert (
+        build("hap", student=outputs, teacher=few).setting(),
+        build("fitnet", student=outputs, teacher=few).setting(),
+    ) == settings
+
+
 @pytest.mark.parametrize(
     "name, options, words",
     [
@@ -276,14 +286,14 @@ def test_the_options_of_all_losses():
         "kd_t": 4.0,
         "kd_standardize": False,
         "at_stages": 0,
-        "hap_ts": 3,
+        "hap_ts": None,
         "dkd_alpha": 1.0,
         "dkd_beta": 8.0,
         "dist_beta": 2.0,
         "dist_gamma": 2.0,
         "rkd_distance": 25.0,
         "rkd_angle": 50.0,
-        "fitnet_stage": 2,
+        "fitnet_stage": None,
         "crd_negatives": 16384,
         "crd_width": 128,
         "crd_t": 0.07,

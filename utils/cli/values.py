@@ -84,10 +84,13 @@ def _converted(convert: Callable[[str], str]) -> Callable[[str], str]:
 run_path = _converted(run_in)
 
 
-def option_kind(default: bool | int | float, *, may_be_zero: bool = False) -> dict[str, Any]:
-    """How a flag is read whose default is this: a switch, a whole number of 1 or more, or a number above 0, or from 0 on."""
+def option_kind(default: bool | int | float | None, *, may_be_zero: bool = False) -> dict[str, Any]:
+    """How a flag is read whose default is this: a switch, a whole number of 1 or more, or a number above 0, or from 0 on.
+
+    None stands for a whole number that is found out where it is not given.
+    """
     if isinstance(default, bool):
         return {"action": "store_true"}
-    if isinstance(default, int):
+    if default is None or isinstance(default, int):
         return {"type": non_negative_int if may_be_zero else positive_int, "default": default}
     return {"type": non_negative_float if may_be_zero else positive_float, "default": default}
