@@ -13,6 +13,7 @@ from models.graph import ChannelGraph, Kept
 from models.graph.cost import Widths
 from models.graph.groups import ChannelGroup, single_groups
 from models.graph.layers import PrunableLayer, SharedNorm
+from models.graph.squares import squares_of_filters
 from models.narrow import NarrowNetwork, Selection
 from prune.allocation import Family, check_payable, counts_within, kept_channels, rank, uniform_counts
 from prune.compact import compact_selection
@@ -253,7 +254,7 @@ class FilterChoice:
         return outcome_of(self())
 
     def _sampled(self) -> dict[str, dict[str, Tensor] | None]:
-        """What the criterion asks for that takes a pass over training images."""
+        """What the criterion asks for beyond a layer's own weights, most of which takes a pass over training images."""
         criterion = CRITERIA[self.criterion]
         passed = {"layers": self.layers, "all_reduce": sum_over_processes}
         gradients = importance = maps = None
@@ -264,7 +265,8 @@ class FilterChoice:
             importance = importances(self.network, self._batches(), of=of, loss=self.loss, **passed)
         if criterion.needs_maps:
             maps = mean_of_maps(self.graph, self._batches(), of_maps=criterion.of_maps, **passed)
-        return {"gradients": gradients, "importance": importance, "feature_maps": maps}
+        squares = squares_of_filters(self.graph, self._groups, self.layers) if criterion.needs_group else None
+        return {"gradients": gradients, "importance": importance, "feature_maps": maps, "group_squares": squares}
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         return ((batch.images, batch.labels) for batch in islice(self.data.train_batches("scoring"), self.samp_batches))

@@ -2,9 +2,9 @@
 
 A new criterion is one function under `@criterion("filter-...", title="...")`; nothing else changes. It is known by that name
 and by a shorter `alias`, which is what follows `filter-` unless another is given. It takes the weight and, by name, what it
-needs of `grad`, `importance`, `bn_weight`, `feature_maps`, `gamma`, `generator` and `gm_distance`, and returns (F,) scores. It
-is called without autograd and in float64: its scores are rounded to float32 afterwards, so that the same weights rank alike on
-every device. `feature_maps` is a mean over images: the decorator says of what, as it does of `importance`.
+needs of `grad`, `importance`, `bn_weight`, `feature_maps`, `group_squares`, `gamma`, `generator` and `gm_distance`, and returns
+(F,) scores. It is called without autograd and in float64: its scores are rounded to float32 afterwards, so that the same weights
+rank alike on every device. `feature_maps` is a mean over images: the decorator says of what, as it does of `importance`.
 
 What is registered is known without torch, which a function that needs more than the methods of tensors imports itself.
 """
@@ -67,6 +67,11 @@ class Criterion:
         return bool(self.inputs & {"grad", "importance", "feature_maps"})
 
     @property
+    def needs_group(self) -> bool:
+        """Whether it asks for what goes with a filter elsewhere in the network."""
+        return "group_squares" in self.inputs
+
+    @property
     def needs_maps(self) -> bool:
         return "feature_maps" in self.inputs
 
@@ -81,12 +86,13 @@ class Criterion:
         bn_weight: Tensor | None = None,
         feature_maps: Tensor | None = None,
         importance: Tensor | None = None,
+        group_squares: Tensor | None = None,
     ) -> Tensor:
         """Scores (F,) of the filters of `weight` (F, C, kH, kW), on its device, in its dtype but at least float32.
 
-        `grad` has the shape of `weight`; `bn_weight`, that of the batch norm which reads the filters, `feature_maps` and
-        `importance` are (F,). Raises UserError where one is needed and not given, and unless the scores are F finite numbers:
-        what else a new criterion may return would prune something all the same.
+        `grad` has the shape of `weight`; `bn_weight`, that of the batch norm which reads the filters, `feature_maps`,
+        `importance` and `group_squares` are (F,). Raises UserError where one is needed and not given, and unless the scores are F
+        finite numbers: what else a new criterion may return would prune something all the same.
         """
         if self.needs_gradient and (grad is None or grad.shape != weight.shape):
             given = "none" if grad is None else f"one of shape {tuple(grad.shape)}"
@@ -97,11 +103,14 @@ class Criterion:
             raise UserError(f"{self.name} needs a number of the feature maps of each filter, ({len(weight)},)")
         if self.importance_of is not None and (importance is None or importance.shape != (len(weight),)):
             raise UserError(f"{self.name} needs the importance of each filter, ({len(weight)},)")
+        if "group_squares" in self.inputs and (group_squares is None or group_squares.shape != (len(weight),)):
+            raise UserError(f"{self.name} needs the squares of the group of each filter, ({len(weight)},)")
         available = {
             "grad": None if grad is None else grad.double(),
             "bn_weight": None if bn_weight is None else bn_weight.double(),
             "feature_maps": None if feature_maps is None else feature_maps.double(),
             "importance": None if importance is None else importance.double(),
+            "group_squares": None if group_squares is None else group_squares.double(),
             "gamma": gamma,
             "generator": generator,
             "gm_distance": gm_distance,
@@ -130,7 +139,7 @@ class Criterion:
 
 CRITERIA: dict[str, Criterion] = {}
 PREFIX = "filter-"
-_INPUTS = frozenset(("grad", "importance", "bn_weight", "feature_maps", "gamma", "generator", "gm_distance"))
+_INPUTS = frozenset(("grad", "importance", "bn_weight", "feature_maps", "group_squares", "gamma", "generator", "gm_distance"))
 
 
 def criteria_with(*inputs: str) -> list[str]:
@@ -244,6 +253,15 @@ def taylor_of_weights(weight: Tensor, *, importance: Tensor) -> Tensor:
 def batch_norm_weight(weight: Tensor, *, bn_weight: Tensor) -> Tensor:
     """Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017: `|weight of batch norm|`."""
     return bn_weight.abs()
+
+
+@criterion("filter-group", title="Group norm")
+def group_norm(weight: Tensor, *, group_squares: Tensor) -> Tensor:
+    """Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023, eq. 6: `sum ||w||^2` over all that goes with a filter.
+
+    That is the filters of its group, their batch norms' scales, and the weights that read them.
+    """
+    return group_squares
 
 
 def _map_ranks(maps: Tensor) -> Tensor:

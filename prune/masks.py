@@ -94,6 +94,7 @@ def choose_filters(
     gradients: Mapping[str, Tensor] | None = None,
     importance: Mapping[str, Tensor] | None = None,
     feature_maps: Mapping[str, Tensor] | None = None,
+    group_squares: Mapping[str, Tensor] | None = None,
     multiple: int = 1,
     gamma: float = 0.5,
     gm_distance: str = "euclidean",
@@ -104,8 +105,8 @@ def choose_filters(
     The lowest scores go; of equal scores the lower index goes first. A grouped convolution loses the same number in every
     group, or it would be no grouped convolution any more; so a depthwise one, with one filter a group, keeps all that
     the convolution before it keeps. Filters that a group norm takes together go together, by the sum of their scores. Raises
-    UserError for an unknown criterion, one that lacks its `gradients`, `importance`, `feature_maps` or a batch norm, or weights
-    that are not finite.
+    UserError for an unknown criterion, one that lacks its `gradients`, `importance`, `feature_maps`, `group_squares` or a batch
+    norm, or weights that are not finite.
     """
     if criterion not in CRITERIA:
         raise ParameterError("criterion", criterion, f"choose from {', '.join(CRITERIA)}")
@@ -113,7 +114,7 @@ def choose_filters(
     # Random scores are drawn for every layer, so that what one retains does not change the choice in the next.
     scored = layers if "generator" in CRITERIA[criterion].inputs else losing
     options = {"gamma": gamma, "gm_distance": gm_distance, "generator": generator}
-    sampled = {"gradients": gradients, "importance": importance, "feature_maps": feature_maps}
+    sampled = {"gradients": gradients, "importance": importance, "feature_maps": feature_maps, "group_squares": group_squares}
     scores = score_filters(scored, criterion=criterion, **sampled, **options)
     kept = {
         layer.name: _highest(layer, scores[layer.name], ratios[layer.name], multiple=multiple)
@@ -142,6 +143,7 @@ def score_filters(
     gradients: Mapping[str, Tensor] | None = None,
     importance: Mapping[str, Tensor] | None = None,
     feature_maps: Mapping[str, Tensor] | None = None,
+    group_squares: Mapping[str, Tensor] | None = None,
     left: Mapping[str, Sequence[int]] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
@@ -153,7 +155,7 @@ def score_filters(
     scores = {}
     for layer in layers:
         read = {"weight": layer.module.weight, "bn_weight": layer.bn_weight}
-        sampled = {"grad": gradients, "importance": importance, "feature_maps": feature_maps}
+        sampled = {"grad": gradients, "importance": importance, "feature_maps": feature_maps, "group_squares": group_squares}
         read |= {name: (of or {}).get(layer.name) for name, of in sampled.items()}
         rows = torch.tensor(sorted((left or {}).get(layer.name, range(layer.filters))), dtype=torch.int64)
         with naming(layer.name):

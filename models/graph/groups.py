@@ -47,9 +47,9 @@ def channel_groups(graph: "ChannelGraph", layers: Sequence[PrunableLayer]) -> li
     known, such as a slice. Hidden units of linear layers meet none: each is a group.
     """
     convs = [layer for layer in layers if not layer.is_linear]
-    groups, before = _groups(_plan_without(graph, frozenset()), convs), None
+    groups, before = _groups(plan_without(graph, frozenset()), convs), None
     while groups != before:
-        blocked = _members_laid_out_anew(_plan_without(graph, _every_second(groups)))
+        blocked = _members_laid_out_anew(plan_without(graph, _every_second(groups)))
         before, groups = groups, [alike for alike in groups if all(blocked.isdisjoint(group.filters) for group in alike)]
     order = {layer.name: place for place, layer in enumerate(layers)}
     groups += single_groups([layer for layer in layers if layer.is_linear])
@@ -79,7 +79,7 @@ def single_groups(layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
     return families
 
 
-def _plan_without(graph: "ChannelGraph", removed: frozenset[Member]) -> Plan:
+def plan_without(graph: "ChannelGraph", removed: frozenset[Member]) -> Plan:
     """The plan of the network without the `removed` filters; a batch norm has the channels that it is given."""
 
     def live_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
@@ -91,7 +91,12 @@ def _plan_without(graph: "ChannelGraph", removed: frozenset[Member]) -> Plan:
     return graph.plan(live_outputs)
 
 
-def _groups(plan: Plan, layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
+def channel_sets(plan: Plan) -> dict[Member, frozenset[Member]]:
+    """All channels that meet, by each of them."""
+    return {member: members for members in map(frozenset, _met(plan).sets()) for member in members}
+
+
+def _met(plan: Plan) -> "_Union":
     union = _Union()
     for step in plan.steps.values():
         for members in _members(step.out):
@@ -99,6 +104,11 @@ def _groups(plan: Plan, layers: Sequence[PrunableLayer]) -> list[list[ChannelGro
         for one, other in step.meets:
             for first, second in zip(one, other, strict=True):
                 union.join(first, second)
+    return union
+
+
+def _groups(plan: Plan, layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
+    union = _met(plan)
     filters = {member for layer in layers for member in members_of_layer(layer.name, layer.filters)}
     norms = _entries_of_norms(plan, union, owned={layer.norm_name for layer in layers})
     order = {layer.name: place for place, layer in enumerate(layers)}
