@@ -15,6 +15,7 @@ from models import check_model
 from utils import cli
 from utils.errors import UserError, printable, spreadsheet_text
 from utils.files import check_output, is_archive, write_atomic
+from utils.images.settings import parsed_size
 from utils.runs.found import SHIPPED
 from utils.streams import print_error
 
@@ -41,6 +42,10 @@ def get_args_parser() -> cli.Parser:
     parser.add_argument("--force", action="store_true", help="replace an existing --output")
     parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="images at a time")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA where there is a device")
+    parser.add_argument("--image-size", type=cli.checked(parsed_size), metavar="N|HxW",
+                        help="bring images to this height and width (default: that of the network's training)")  # fmt: skip
+    parser.counts_only("image_size", where=lambda args: not is_onnx(args.load_path),
+                       only="with a checkpoint or an archive, an ONNX file takes one size")  # fmt: skip
     parser.counts_only("force", where=lambda args: args.output is not None, only="with --output")
     parser.counts_only("model", "device", where=lambda args: not is_onnx(args.load_path), only="with a checkpoint or an archive")
     parser.checks["model"] = check_model
@@ -57,10 +62,12 @@ def main(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from deploy.predictor import predictions
+    from deploy.predictor import predictions, with_image_size
     from utils.images.folders import describe_left_out
 
     predictor = load_predictor(args.load_path, model=args.model, device=args.device)
+    if args.image_size is not None:
+        predictor = with_image_size(predictor, parsed_size(args.image_size))
     top = min(args.top, len(predictor.images.class_names))
     rows, unreadable = [], []
     for path, found in predictions(predictor, paths, batch_size=args.batch_size, top=top):

@@ -3,17 +3,17 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import ParameterError, UserError, printable
 from utils.images.batches import Normaliser
 from utils.images.decoding import read_image
 from utils.images.preparation import test_transform
-from utils.images.spec import ImageSpec
+from utils.images.spec import CHANNELS, ImageSpec
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,17 @@ class Predictor:
     logits: Callable[[Tensor], Tensor]
     images: ImageSpec
     device: torch.device
+
+
+@torch.inference_mode()
+def with_image_size(predictor: Predictor, size: tuple[int, int]) -> Predictor:
+    """The same network for images of another height and width. Raises ParameterError if it cannot take them."""
+    try:
+        predictor.logits(torch.zeros(1, CHANNELS, *size, device=predictor.device))
+    except Exception as error:  # networks refuse a size in any way: by an assertion, a shape that does not fit
+        reason = printable(str(error).partition("\n")[0])
+        raise ParameterError("image_size", f"{size[0]}x{size[1]}", f"the network cannot take such images ({reason})") from error
+    return replace(predictor, images=replace(predictor.images, image_size=size))
 
 
 @torch.inference_mode()

@@ -177,3 +177,12 @@ class TestOnnxOfOthers:
         (tmp_path / "a.onnx").write_bytes(b"something else")
         ended = run_script("predict", "--load-path", str(tmp_path / "a.onnx"), str(images))
         assert ended.status == 2 and "is no ONNX file that onnxruntime runs" in ended.errors
+
+
+def test_images_are_brought_to_another_size_for_a_checkpoint_alone(files, images, run_script):
+    ended = run_script("predict", "--load-path", str(files["checkpoint"]), "--image-size", "48x40", str(images))
+    assert ended.status == 0, ended.errors
+    plain = run_script("predict", "--load-path", str(files["checkpoint"]), str(images))
+    assert ended.output.count("%") == plain.output.count("%") and ended.output != plain.output
+    ended = run_script("predict", "--load-path", str(files["onnx"]), "--image-size", "48", str(images))
+    assert ended.status == 2 and "--image-size 48: only with a checkpoint or an archive" in ended.errors
