@@ -53,6 +53,7 @@ def get_args_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    from models import published_normalisation
     from models.network_file import load_network
     from utils.training.objective import CrossEntropyObjective, cross_entropy_formula
     from utils.training.recalibration import check_recalibration
@@ -65,7 +66,8 @@ def main(args: argparse.Namespace) -> None:
         return score(session, args.load_path, model=args.model)
     given = load_network(args.load_path, flag="--load-path", model=args.model) if args.load_path is not None else None
     session.announce(given.model if given else args.model)
-    session.load_data({f"--load-path {args.load_path}": given.images} if given is not None else {})
+    published = published_normalisation(args.model) if args.pretrained else None
+    session.load_data({f"--load-path {args.load_path}": given.images} if given is not None else {}, published=published)
 
     session.seed()
     if given is None:

@@ -19,6 +19,7 @@ from deploy.settings import SAFETENSORS
 from deploy.source import network_source
 from models.graph import ChannelGraph
 from models.narrow import NarrowNetwork, Selection
+from utils.images.preparation import describe_preparation
 from utils.images.spec import ImageSpec
 from utils.profile import LATENCY_BATCH_SIZES, profile_network
 
@@ -38,7 +39,15 @@ class Provenance:
 
     def metadata(self) -> dict[str, str]:
         """JSON by name."""
-        said = {"model": self.model, "run": self.run, "dataset": self.dataset, "top1": round(self.top1, 4), **self.more}
+        preparation = describe_preparation(self.images.image_size)
+        said = {
+            "model": self.model,
+            "run": self.run,
+            "dataset": self.dataset,
+            "top1": round(self.top1, 4),
+            **self.more,
+            "preprocessing": preparation,
+        }
         return {name: json.dumps(value, ensure_ascii=False) for name, value in {**said, **self.images.as_fields()}.items()}
 
 

@@ -30,6 +30,7 @@ from models.graph.tracing import require_image_size
 from models.narrow import NarrowNetwork
 from models.narrow.relayout import AddInto, Relayout
 from utils.errors import UserError, printable
+from utils.images.preparation import is_small, resized_side
 from utils.images.spec import ImageSpec
 
 WIDTH, INDENT, MAX_LINE = 100, "    ", 1000
@@ -62,7 +63,7 @@ def network_source(network: NarrowNetwork, *, title: str, images: ImageSpec, wei
     usage = _USAGE.format(weights=_in_docstring(weights), height=height, width=width)
     functional = "import torch.nn.functional as F\n" if re.search(r"\bF\.", "".join(writer.texts)) else ""
     head = [f'"""{_in_docstring(title)}\n\n{usage}"""', _IMPORTS.format(functional=functional), _constants(images, weights)]
-    text = "\n\n\n".join(["\n\n".join(head), *writer.helpers.values(), *writer.texts, _LOADING])
+    text = "\n\n\n".join(["\n\n".join(head), *writer.helpers.values(), *writer.texts, _LOADING, _preprocessing(images)])
     return PythonSource(text + "\n", {key: value.detach().clone().contiguous() for key, value in writer.tensors.items()})
 
 
@@ -74,6 +75,8 @@ def _in_docstring(text: str) -> str:
 _USAGE = """    network = load()                          # with the weights in {weights}, beside this file
     logits = network(normalise(images))       # images (N, 3, {height}, {width}), scaled to [0, 1], red, green, blue
     name = CLASS_NAMES[int(logits[0].argmax())]
+
+preprocess(photo) makes such images, normalised, of a PIL.Image, as the network was tested.
 """
 _IMPORTS = """from pathlib import Path
 
@@ -91,6 +94,37 @@ def load(path=WEIGHTS):
     network = Network()
     network.load_state_dict(load_file(path))
     return network.eval()'''
+
+
+_PREPROCESS = '''def preprocess(image):
+    """A PIL.Image of any size as the network was tested on it: (1, 3, {height}, {width}), normalised."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # grey numbers of more than 8 bits
+        white = 1 if image.mode == "F" else {white}
+        image = Image.fromarray(np.rint(np.asarray(image) * (255 / white)).astype(np.uint8))
+    image = image.convert("RGB")
+{steps}
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return normalise(pixels.float() / 255)'''
+_WHOLE_IMAGE = "    image = image.resize(({width}, {height}), Image.Resampling.BILINEAR)"
+_MIDDLE = """    short, long = min(image.size), max(image.size)
+    sides = {side}, int({side} * long / short)
+    image = image.resize(sides if image.size[0] == short else sides[::-1], Image.Resampling.BILINEAR)
+    corner = []
+    for have, want in zip(image.size, ({width}, {height})):
+        corner.append(round((have - want) / 2) if have >= want else -((want - have) // 2))
+    image = image.crop((*corner, corner[0] + {width}, corner[1] + {height}))"""
+
+
+def _preprocessing(images: ImageSpec) -> str:
+    """The function that does to an image what `utils.images.preparation` does."""
+    height, width = images.image_size
+    numbers = {"height": height, "width": width, "side": resized_side(images.image_size)}
+    steps = (_WHOLE_IMAGE if is_small(images.image_size) else _MIDDLE).format(**numbers)
+    return _PREPROCESS.format(**numbers, steps=steps, white=(1 << images.grey_bits) - 1)
 
 
 def _constants(images: ImageSpec, weights: str) -> str:

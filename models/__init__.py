@@ -72,6 +72,18 @@ def build_model(name: str, *, num_classes: int, pretrained: bool = False) -> nn.
     return with_outputs(build_from_source(name, num_classes=num_classes, pretrained=pretrained))
 
 
+def published_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation of the images that the published weights of a network were trained on; None where nobody says them."""
+    from models.sources import normalisation_of_timm, normalisation_of_torchvision
+
+    prefix, slash, rest = name.partition("/")
+    if name in PRETRAINED_MODELS:
+        return normalisation_of_torchvision(name)
+    if slash and prefix in ("torchvision", "timm") and has_weights(name):
+        return (normalisation_of_timm if prefix == "timm" else normalisation_of_torchvision)(rest)
+    return None
+
+
 def build_on_meta(name: str, *, num_classes: int) -> nn.Module:
     """`build_model` without memory for the values, so that it costs nothing however large a network a file claims to hold.
 

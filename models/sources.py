@@ -111,6 +111,12 @@ def torchvision_weights(name: str, weights: Any) -> dict[str, Any]:
         ) from error
 
 
+def normalisation_of_torchvision(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation, as torchvision's weights of this name say."""
+    preset = _torchvision().get_model_weights(name).DEFAULT.transforms()
+    return tuple(map(float, preset.mean)), tuple(map(float, preset.std))
+
+
 def _torchvision_has_weights(name: str) -> bool:
     return bool(len(_torchvision().get_model_weights(name)))
 
@@ -142,6 +148,12 @@ def _knows_timm(name: str) -> bool:
 
 def _timm_has_weights(name: str) -> bool:
     return _timm().models.is_model_pretrained(name)
+
+
+def normalisation_of_timm(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation, as timm's weights of this name say."""
+    published = _timm().models.get_pretrained_cfg(name)
+    return tuple(map(float, published.mean)), tuple(map(float, published.std))
 
 
 def _build_timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:

@@ -210,6 +210,7 @@ def test_metadata_say_what_a_user_must_know(checkpoints, run_export, tmp_path):
     assert model.producer_name == "filter-pruning-self-distillation"
     assert (said["model"], said["run"], said["dataset"]) == ("resnet8", "pruned.pt", "digits")
     assert said["class_names"] == [str(digit) for digit in range(10)] and said["image_size"] == [32, 32]
+    assert said["preprocessing"]["resize"] == [32, 32] and "mean" in said["preprocessing"]["values"]
     assert len(said["mean"]) == len(said["std"]) == 3 and 0 <= said["top1"] <= 100
 
 

@@ -10,9 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from models import published_normalisation
 from models.network_file import describe_network, load_network
 from quantize.archive import read_archive
 from utils.checkpoints import load_checkpoint, save_checkpoint
+from utils.images.loading import load_images
+from utils.images.settings import DataSettings
+from utils.world import World
 
 SMALL = "--dataset folder --batch-size 4 --workers 0"
 SHORT = f"{SMALL} --n-epochs 1 --schedule --lr-drops --device cpu"
@@ -238,3 +242,13 @@ def test_a_network_of_large_images_is_tested_on_large_ones(places, run, tmp_path
     save_checkpoint(tmp_path / "large.pt", {**description, "image_size": [224, 224]})
     ended = run("initial_train", "--evaluate --load-path {new}/large.pt --limit-batches 1", data="own")
     assert ended.status == 0 and ended.output.startswith("WARNING: top1 of 4 of 12 test images")
+
+
+def test_images_are_normalised_as_published_weights_were_trained_unless_flags_say_otherwise():
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert published_normalisation("resnet18") == published_normalisation("torchvision/resnet18") == imagenet
+    assert published_normalisation("resnet20") is None
+    place = {"seed": 0, "device": torch.device("cpu"), "world": World(), "published": imagenet}
+    assert load_images(DataSettings(), **place).dataset.images.normalisation == imagenet
+    given = DataSettings(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert load_images(given, **place).dataset.images.normalisation == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

@@ -13,18 +13,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from norms import fill_norms
+from PIL import Image
 from selections import narrow, prunable_layers
 from torch import nn
 from torchvision.ops import StochasticDepth
 
 from deploy.expressions import quoted
-from deploy.source import PythonSource, network_source
+from deploy.source import PythonSource, _preprocessing, network_source
 from models import build_model
 from models.graph import ChannelGraph
 from models.narrow import NarrowNetwork
 from prune.choice import FilterChoice, small_network
 from prune.masks import keep_ratios
 from utils.errors import UserError
+from utils.images.preparation import test_transform
 from utils.images.spec import ImageSpec
 
 IMAGES = ImageSpec(("zebra", 'a "quoted"\nname \\', "日本"), (32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -311,3 +313,16 @@ def test_texts_in_calls_stay_whole():
     source = network_source(network, title="A network.", images=IMAGES, weights="small.safetensors")
     texts = [node.value for node in ast.walk(ast.parse(source.text)) if isinstance(node, ast.Constant)]
     assert texts.count("b c h w , k c -> b k") == 2
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 40), (224, 224), (96, 200)])
+@pytest.mark.parametrize("photo", [(300, 200), (37, 190), (16, 16)])
+def test_a_photo_is_prepared_as_it_was_in_testing(size, photo):
+    images = replace(IMAGES, image_size=size)
+    module = {"__name__": "small"}
+    code = _preprocessing(images)
+    exec(f"import torch\n\ndef normalise(images):\n    return images\n\n{code}", module)
+    pixels = torch.randint(256, (photo[1], photo[0], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    found = module["preprocess"](image)
+    torch.testing.assert_close(found, test_transform(size)(image)[None] / 255, rtol=0, atol=0)

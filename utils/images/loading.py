@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from utils.errors import ParameterError, UserError, naming
 from utils.images.batches import ImageData
 from utils.images.choice import Origins, agreed_normalisation, check_class_names, flagged_normalisation, image_remarks
-from utils.images.dataset import Dataset, Wanted
+from utils.images.dataset import Dataset, Normalisation, Wanted
 from utils.images.datasets import load_dataset
 from utils.images.settings import DataSettings, parsed_size
 from utils.images.spec import read_image_spec
@@ -28,6 +28,7 @@ def load_images(
     files: Origins | None = None,
     resumed: Origins | None = None,
     other_classes: Collection[str] = (),
+    published: Normalisation | None = None,
     test_only: bool = False,
     may_write: bool = True,
 ) -> ImageData:
@@ -35,11 +36,13 @@ def load_images(
 
     `resumed` is what that run says (`of_state`), and then alone counts; None for a new one. Where the set has to be downloaded,
     and `may_write` allows it, the main process does that while the others wait. The files of `other_classes` may know other
-    classes than the dataset. Raises UserError for files that disagree.
+    classes than the dataset. `published` is what published weights were trained with, which
+    flags override. Raises UserError for files that disagree.
     """
     files, flagged = files or {}, flagged_normalisation(settings.mean, settings.std)
+    flagged = flagged or (published if resumed is None else None)
     known = files if resumed is None else resumed
-    dataset = _read(settings, known=known, world=world, test_only=test_only, may_write=may_write)
+    dataset = _read(settings, known=known, flagged=flagged, world=world, test_only=test_only, may_write=may_write)
     for origin, spec in {**files, **known}.items():
         if origin not in other_classes:
             check_class_names(origin, spec, dataset)
@@ -62,7 +65,9 @@ def load_images(
     return data
 
 
-def _read(settings: DataSettings, *, known: Origins, world: World, test_only: bool, may_write: bool) -> Dataset:
+def _read(
+    settings: DataSettings, *, known: Origins, flagged: Normalisation | None, world: World, test_only: bool, may_write: bool
+) -> Dataset:
     """The set itself; of many processes the main one reads first, for it may have to download."""
     specs = [spec for spec in known.values() if spec is not None]
     if dist.is_initialized() and not world.is_main:
@@ -73,7 +78,7 @@ def _read(settings: DataSettings, *, known: Origins, world: World, test_only: bo
         wanted=Wanted(
             download=world.is_main and settings.may_download and may_write,
             network=specs[0] if specs else None,
-            normalisation=agreed_normalisation(known, flagged_normalisation(settings.mean, settings.std)),
+            normalisation=agreed_normalisation(known, flagged),
             asked_size=parsed_size(settings.image_size) if settings.image_size is not None else None,
             test_only=test_only,
             flip=not settings.no_flip,

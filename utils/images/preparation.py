@@ -1,5 +1,7 @@
 """What is done to an image before a network is tested on it, in the evaluation of every script, in predict.py and in exports."""
 
+from typing import Any
+
 from torchvision.transforms import v2
 
 SMALL_SIDE_PIXELS = 64  # images of at most this are shown whole
@@ -24,3 +26,10 @@ def test_transform(size: tuple[int, int]) -> v2.Transform:
     if is_small(size):
         return v2.Compose([v2.Resize(size), v2.PILToTensor()])
     return v2.Compose([v2.Resize(resized_side(size)), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def describe_preparation(size: tuple[int, int]) -> dict[str, Any]:
+    """The same in words and numbers, for those who do it by other means."""
+    steps = {"resize": list(size)} if is_small(size) else {"resize_shorter_side": resized_side(size), "center_crop": list(size)}
+    scale = "to [0, 1], then (value - mean) / std"
+    return {"orientation": "by EXIF", **steps, "interpolation": "bilinear, antialiased", "colours": "RGB", "values": scale}

@@ -19,6 +19,7 @@ from utils.errors import ParameterError, UserError
 from utils.files import read_json
 from utils.images.batches import ImageData
 from utils.images.choice import Origins
+from utils.images.dataset import Normalisation
 from utils.images.loading import load_images, of_state
 from utils.runs.environment import describe_environment
 from utils.runs.folder import CONFIG, GIVEN, check_entries, check_save_dir, check_text_log
@@ -124,7 +125,9 @@ class Session:
         if world.is_main and not self.settings.run.dry_run and _is_watched():
             print(self._announced, flush=True)
 
-    def load_data(self, files: Origins | None = None, *, other_classes: Collection[str] = ()) -> ImageData:
+    def load_data(
+        self, files: Origins | None = None, *, other_classes: Collection[str] = (), published: Normalisation | None = None
+    ) -> ImageData:
         """The images, as the networks of `files` or the state of the run say; see `load_images`."""
         run = self.settings.run
         self.data = load_images(
@@ -135,6 +138,7 @@ class Session:
             files=files,
             resumed=of_state(self.state, origin=f"--resume {run.resume}") if self.state is not None else None,
             other_classes=other_classes,
+            published=published,
             test_only=run.evaluate,
             may_write=not run.dry_run,
         )
