@@ -3,16 +3,25 @@
 import argparse
 from collections.abc import Sequence
 
-from distill.registry import DISTILLERS, active_losses, default_alpha, distiller_options, weighted_losses
+from distill.registry import (
+    DISTILLERS,
+    active_losses,
+    add_own_loss,
+    default_alpha,
+    distiller_options,
+    key_of,
+    own_entries,
+    weighted_losses,
+)
 from distill.settings import DistillationSettings
 from utils import cli
-from utils.errors import UserError
+from utils.errors import UserError, naming
 
 
 def add_distillation_flags(parser: cli.Parser) -> None:
     group = parser.add_argument_group("distillation")
     group.add_argument("--distill", nargs="+", default=["none"], choices=("none", *DISTILLERS), metavar="NAME",
-                       help=f"distillation losses: none, {', '.join(DISTILLERS)}")  # fmt: skip
+                       help=f"distillation losses: none, {', '.join(DISTILLERS)}, or your own, FILE.py:NAME")  # fmt: skip
     group.add_argument("--alpha", type=cli.non_negative_float,
                        help="weight of KD (default: 0.9, or 0 beside a loss that takes KD's place)")  # fmt: skip
     group.add_argument("--ce-weight", type=cli.non_negative_float, default=1.0, help="weight of the cross-entropy beside them")
@@ -24,15 +33,24 @@ def add_distillation_flags(parser: cli.Parser) -> None:
     for keyword, option in distiller_options().items():
         kind = cli.option_kind(option.default, may_be_zero=option.is_weight or option.default == 0)
         group.add_argument(f"--{keyword.replace('_', '-')}", **kind, help=option.help)
-    parser.completions.append(_complete_alpha)
+    parser.own_code.add("distill")
+    parser.completions += [_add_own_losses, _complete_alpha]
     parser.parameters["loss"] = "distill"
     cli.counts_in_training(parser, *cli.names_of(group))
     _say_what_counts(parser)
 
 
+def _add_own_losses(args: argparse.Namespace) -> None:
+    """Runs the files that --distill names, each once."""
+    for name in own_entries(args.distill):
+        if name not in DISTILLERS:
+            with naming("--distill"):
+                add_own_loss(name)
+
+
 def losses_list() -> list[tuple[str, str]]:
     """A line on each loss for `--help`: its paper and what it looks at."""
-    return [(name, f"{entry.paper}; {entry.compares}") for name, entry in DISTILLERS.items()]
+    return [(name, f"{entry.paper}; {entry.compares}") for name, entry in DISTILLERS.items() if not own_entries([name])]
 
 
 def check_distillation(args: argparse.Namespace) -> None:
@@ -82,7 +100,7 @@ def _say_what_counts(parser: cli.Parser) -> None:
 def _check_losses(names: Sequence[str], *, has_teacher: bool, alpha: float, betas: Sequence[float] | None) -> None:
     """Raises UserError for losses of `--distill` that do not go together, or not with their weights."""
     chosen = f"--distill {' '.join(names)}"
-    if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+    if len(set(map(key_of, names))) < len(names) or ("none" in names and len(names) > 1):
         raise UserError(f"{chosen}: give each loss once, and none alone")
     if list(names) != ["none"] and not has_teacher:
         raise UserError(f"{chosen}: needs a trained teacher, give --t-path")

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from distill.base import Distiller, full_precision
-from distill.registry import DISTILLERS, active_losses, check_facts, reads_maps, weighted_losses
+from distill.registry import (
+    DISTILLERS,
+    active_losses,
+    check_facts,
+    key_of,
+    own_entries,
+    reads_maps,
+    weighted_losses,
+)
 from distill.settings import DistillationSettings
 from models.batch_norm import UnevenBatchNorm2d
 from models.graph import ChannelGraph
@@ -195,9 +203,11 @@ def build_objective(
             name: _build(name, *samples, given).to(images.device)
             for name in dict.fromkeys([*names, *(["kd"] if alpha > 0 else [])])
         }
+        for name in own_entries(names):
+            built[name].check(*samples)
     weighted = weighted_losses(names)
     betas = betas or [DISTILLERS[name].beta for name in weighted]
-    losses = [(name, built[name], beta) for name, beta in zip(weighted, betas, strict=True)]
+    losses = [(key_of(name), built[name], beta) for name, beta in zip(weighted, betas, strict=True)]
     return DistillationObjective(
         student,
         teacher=frozen,

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.citations import source_of
-from utils.errors import ParameterError
+from utils.errors import ParameterError, UserError, shown
+from utils.python_file import function_of, load_function, names_function
 
 if TYPE_CHECKING:
     from distill.base import Distiller
     from models.outputs import Outputs
 
+RESERVED = ("none", "ce", "loss", "top1", "top5", "images", "epoch", "split")  # what metrics of a run are called
 STEP_FACTS = ("labels", "indices", "epochs")  # what `Distiller` says that a loss may be told
 WORDS = {"labels": "labels", "indices": "which image it is", "epochs": "how far training is"}
 RUN_FACTS = {"train_labels": "the classes of all training images"}
@@ -193,6 +195,41 @@ DISTILLERS: dict[str, DistillerEntry] = {
         replaces_kd=True,
     ),
 }
+
+
+@dataclass(frozen=True)
+class OwnEntry(DistillerEntry):
+    """A loss in somebody's own file, whose place is `FILE.py:NAME`."""
+
+    def build(self, student: Outputs, teacher: Outputs, **facts: Any) -> Distiller:
+        from distill.own import OwnLoss
+
+        return OwnLoss(student, teacher, name=self.place, **facts)
+
+
+def add_own_loss(name: str) -> None:
+    """Registers the loss `FILE.py:NAME`, whose file runs, under that name. Its attributes `beta`, the usual weight (1 without),
+    and `reads_maps` (True without) count. Raises UserError for what cannot be a loss."""
+    from distill.own import init_facts, step_facts
+
+    if key_of(name) in {*DISTILLERS, *RESERVED}:
+        raise UserError(f"{name}: something else is called so here, name it otherwise than {key_of(name)}")
+    needs = frozenset((*step_facts(name), *init_facts(name)))
+    found = load_function(name)
+    beta, maps = getattr(found, "beta", 1.0), getattr(found, "reads_maps", True)
+    if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 < beta < float("inf"):
+        raise UserError(f"{name}: its beta is {shown(beta)}, expected a number above 0")
+    DISTILLERS[name] = OwnEntry(name, beta=float(beta), needs=needs, reads_maps=bool(maps))
+
+
+def key_of(name: str) -> str:
+    """What a loss is called in metrics and formulas: NAME of `FILE.py:NAME`."""
+    return function_of(name) if names_function(name) else name
+
+
+def own_entries(names: Iterable[str]) -> list[str]:
+    """Those of the names that are losses of one's own."""
+    return [name for name in names if names_function(name)]
 
 
 def check_facts(name: str, given: Collection[str]) -> None:

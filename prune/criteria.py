@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.citations import source_of
 from utils.errors import ParameterError, UserError
+from utils.python_file import function_of, load_function, names_function, naming_lines
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +150,7 @@ def criteria_with(*inputs: str) -> list[str]:
 
 def aliases() -> dict[str, str]:
     """The short names of the criteria, and what each stands for: `{"fpgm": "filter-gm", ...}`."""
-    return {entry.alias: name for name, entry in CRITERIA.items()}
+    return {entry.alias: name for name, entry in CRITERIA.items() if not names_function(name)}
 
 
 def criterion(
@@ -179,6 +180,47 @@ def criterion(
         return score
 
     return register
+
+
+def add_own_criterion(name: str) -> None:
+    """Registers the function of `FILE.py:FUNCTION`, whose file runs, under that name; it counts for `Criterion` as any other.
+
+    One that asks for `importance` may say whose in an attribute `importance_of` ("gates" without), one that asks for
+    `feature_maps` has to say what of them is averaged in an attribute `of_maps`. Raises UserError for one that asks for more.
+    """
+    score = load_function(name)
+    inputs = frozenset(list(inspect.signature(score).parameters)[1:])
+    if not inputs <= _INPUTS:
+        raise UserError(
+            f"{name}: asks for {min(inputs - _INPUTS)}; beside the weight it may ask for {', '.join(sorted(_INPUTS))}"
+        )
+    of_maps = getattr(score, "of_maps", None)
+    if "feature_maps" in inputs and not callable(of_maps):
+        raise UserError(
+            f"{name}: asks for feature_maps, so {function_of(name)}.of_maps must be a function of maps (B, F, H, W) to (B, F)"
+        )
+    importance_of = getattr(score, "importance_of", VARIABLES[0]) if "importance" in inputs else None
+    if importance_of not in (None, *VARIABLES):
+        raise UserError(f"{name}: its importance_of is {importance_of!r}, choose from {', '.join(VARIABLES)}")
+
+    def named(weight: Tensor, **read: Any) -> Tensor:
+        with naming_lines(name):
+            return score(weight, **read)
+
+    maps = of_maps if "feature_maps" in inputs else None
+    entry = Criterion(name, function_of(name), named, inputs, importance_of, maps, name)
+    _try(entry)
+    CRITERIA[name] = entry
+
+
+def _try(entry: Criterion) -> None:
+    """Raises UserError for a criterion whose scores of a small convolution cannot be scores."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = torch.randn(2, 4, 3, 3, 3, generator=generator)
+    each = torch.rand(4, generator=generator)
+    entry(weight, grad, generator=generator, bn_weight=each, feature_maps=each, importance=each)
 
 
 @criterion("filter-r", title="Random", alias="random")

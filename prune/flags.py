@@ -1,11 +1,14 @@
 """The flags that say what is pruned and how, and where each of them counts."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from prune.criteria import CRITERIA, GM_DISTANCES, aliases, criteria_with
+from prune.criteria import CRITERIA, GM_DISTANCES, add_own_criterion, aliases, criteria_with
 from prune.settings import ALLOCATIONS, SENSITIVITY_SUFFIX, TRAIN_FORMS, NetworkSettings, PruningSettings, parse_budget
 from utils import cli
+from utils.errors import naming
+from utils.python_file import names_function
 
 AUTO = "auto"
 CALLED = {  # what functions call what these flags give
@@ -46,7 +49,8 @@ def add_pruning_flags(parser: cli.Parser) -> None:
     group.add_argument("--prune-linear", action="store_true",
                        help="hidden units of MLPs, between two linear layers, are pruned as filters are")  # fmt: skip
     group.add_argument("--prune-mode", default="filter-nggm", choices=CRITERIA, metavar="NAME",
-                       help=f"which filters go, those that it scores lowest: {', '.join(aliases())}")  # fmt: skip
+                       help=f"which filters go, those that it scores lowest: {', '.join(aliases())}, "
+                            "or a function of your own, FILE.py:NAME")  # fmt: skip
     group.add_argument("--soft-prune", action="store_true", help="SFP: pruned filters may grow back")
     group.add_argument(
         "--prune-interval", type=cli.positive_int, metavar="EPOCHS", help="epochs between soft prunings (default: 1)"
@@ -69,6 +73,8 @@ def add_pruning_flags(parser: cli.Parser) -> None:
                        help="hard pruning trains the small network or the large one with zeros; auto: the faster")  # fmt: skip
     parser.parameters |= CALLED
     parser.spellings["prune_mode"] = aliases()
+    parser.own_code.add("prune_mode")
+    parser.completions.append(_add_own_criterion)
     cli.counts_in_training(parser, *cli.names_of(group))
     _say_what_counts(parser)
 
@@ -103,9 +109,21 @@ def network_settings(args: argparse.Namespace) -> NetworkSettings:
     return cli.settings_of(NetworkSettings, args)
 
 
+def _add_own_criterion(args: argparse.Namespace) -> None:
+    """Runs the file that --prune-mode names, once."""
+    if names_function(args.prune_mode) and args.prune_mode not in CRITERIA:
+        with naming("--prune-mode"):
+            add_own_criterion(args.prune_mode)
+
+
+def reads(args: argparse.Namespace, inputs: Sequence[str]) -> bool:
+    """Whether the criterion asks for one of these inputs."""
+    return bool(CRITERIA[args.prune_mode].inputs & set(inputs))
+
+
 def criteria_list() -> list[tuple[str, str]]:
     """A line on each criterion for `--help`: its paper and what it looks at."""
-    return [(entry.alias, f"{entry.paper}; {entry.needs}") for entry in CRITERIA.values()]
+    return [(alias, f"{CRITERIA[name].paper}; {CRITERIA[name].needs}") for alias, name in aliases().items()]
 
 
 def criterion_flags(name: str) -> list[str]:
@@ -153,7 +171,7 @@ def say_what_trains(parser: cli.Parser) -> None:
     users = criteria_with(*READ_BY_CRITERIA["samp_batches"])
     parser.counts_only(
         "crop_padding",
-        where=lambda args: args.sensitivity is None or args.prune_mode in users,
+        where=lambda args: args.sensitivity is None or reads(args, READ_BY_CRITERIA["samp_batches"]),
         only=f"without --sensitivity, or with --prune-mode {' or '.join(users)}, which read training batches",
     )
 
@@ -173,7 +191,7 @@ def _say_what_counts(parser: cli.Parser) -> None:
         users = criteria_with(*read)
         parser.counts_only(
             flag,
-            where=lambda args, users=users: prunes(args) and args.prune_mode in users,
+            where=lambda args, read=read: prunes(args) and reads(args, read),
             only=f"with --prune-mode {' or '.join(users)} and {below}",
         )
     parser.counts_only(

@@ -7,7 +7,7 @@ from typing import Any
 from distill.registry import DISTILLERS
 from prune.criteria import CRITERIA
 from utils.errors import printable
-from utils.python_file import names_function
+from utils.python_file import function_of, names_function
 
 VALUE_LENGTH = 80  # characters that are shown of a flag's value
 SOFT_CRITERIA = {"filter-a": "SFP (L1)", "filter-l2": "SFP", "filter-gm": "SFP (GM)"}
@@ -74,7 +74,7 @@ def dashed(flag: str) -> str:
 def _pruned(settings: Mapping[str, Any], *, with_size: bool) -> str:
     mode = settings.get("prune_mode")
     titles = SOFT_CRITERIA if settings.get("soft_prune") else {name: entry.title for name, entry in CRITERIA.items()}
-    criterion = titles.get(mode, value_text(mode))
+    criterion = titles.get(mode, value_text(function_of(mode) if names_function(mode) else mode))
     is_whole = settings.get("budget") is None and settings.get("prune_rates") == [1.0]
     parts = [" + ".join(["unpruned" if is_whole else criterion, *_losses(settings)])]
     if with_size and not is_whole:
@@ -105,6 +105,8 @@ def _losses(settings: Mapping[str, Any]) -> list[str]:
 
 def _loss_label(name: str, *, standardised: bool) -> str:
     """Others may have written the run: its loss need not be one of ours."""
+    if names_function(name):
+        return function_of(name)
     entry = DISTILLERS.get(name)
     title = entry.title if entry is not None and entry.title is not None else name.upper()
     return f"standardised {title}" if standardised and entry is not None and "kd_standardize" in entry.options else title

@@ -196,7 +196,7 @@ COMMANDS = [
     (PRUNE, f"{COPY} --prune-rates 0", ["--prune-rates", "'0'"]),
     (PRUNE, f"{COPY} --prune-rates 1.2", ["--prune-rates", "'1.2'"]),
     (PRUNE, f"{COPY} --prune-rates 0.5 0.5", ["--prune-rates", "2 values for 7 layers"]),
-    (PRUNE, f"{COPY} --prune-mode filter-x", ["--prune-mode", "filter-x", "filter-nggm"]),
+    (PRUNE, f"{COPY} --prune-mode filter-x", ["--prune-mode", "filter-x", "nggm"]),
     (PRUNE, f"{COPY} --exclude-layers conv1", ["--exclude-layers conv1", "conv_1_3x3"]),
     (PRUNE, f"{COPY} --channel-multiple 0", ["--channel-multiple", "'0'"]),
     (PRUNE, f"{COPY} --samp-batches 0", ["--samp-batches", "'0'"]),

@@ -10,7 +10,7 @@ import re
 import symtable
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,20 @@ def names_function(name: Any) -> bool:
 def function_of(name: str) -> str:
     """`FUNCTION` of `FILE.py:FUNCTION`."""
     return _split(name)[1]
+
+
+METHOD_FLAGS = ("prune_mode", "distill")  # whose values may be functions of one's own
+
+
+def code_in(value: Any) -> list[str]:
+    """The names of the form `FILE.py:FUNCTION` among the values of a flag."""
+    return [each for each in (value if isinstance(value, list | tuple) else [value]) if names_function(each)]
+
+
+def code_digests(flags: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of the file of each method of one's own that `flags` name, by name: a run goes on with the same code only."""
+    names = [name for flag in METHOD_FLAGS for name in code_in(flags.get(flag))]
+    return {name: hashlib.sha256(read_whole(_split(name)[0], limit=MAX_TEXT_BYTES)).hexdigest() for name in names}
 
 
 def check_function(name: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from utils.cli.effects import check_effects, flag_of, given_flags
 from utils.cli.parser import Parser
 from utils.errors import UserError, naming, printable, shown
-from utils.python_file import names_function
+from utils.python_file import code_in
 from utils.untrusted import MAX_TEXT_BYTES, read_whole
 
 TYPED_ONLY = frozenset(("help", "config", "resume", "force", "accept_data"))  # decide what is replaced or accepted
@@ -56,7 +56,7 @@ def read_config_file(parser: Parser, path: str, *, given: Mapping[str, Any]) -> 
             raise UserError(f"{place}: {_unknown(parser, name)}")
         if name in given:
             continue
-        if any(map(names_function, value if isinstance(value, list) else [value])):
+        if code_in(value):
             raise UserError(f"{place}: {shown(value)} is code, which never runs because a file names it; type {flag_of(name)}")
         with naming(place):
             words[name] = _words(name, value)
@@ -129,7 +129,7 @@ def config_text(script: str, given: Mapping[str, Any]) -> str:
         if name in NOT_WRITTEN or value is None or value is False:
             continue
         line = f"{_key_of(name)} = {_toml(value)}"
-        is_code = any(map(names_function, value if isinstance(value, list) else [value]))
+        is_code = code_in(value)
         lines.append(f"# code, to be typed: {line}" if is_code else line)
     return "\n".join(lines) + "\n"
 

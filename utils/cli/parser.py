@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from utils.cli.effects import Rule, flag_of
 from utils.cli.values import SHOWN_VALUE
 from utils.errors import ParameterError, UserError, printable, shown
+from utils.python_file import check_function, names_function
 from utils.version import version_line
 
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, of what Linux takes
@@ -53,6 +54,7 @@ class Parser(argparse.ArgumentParser):
         self.first: Sequence[str] = ()
         self.lists: dict[str, Sequence[tuple[str, str]]] = {}
         self.spellings: dict[str, Mapping[str, str]] = {}  # of flags by name: other words for their choices
+        self.own_code: set[str] = set()  # flags that take FILE.py:NAME beside their choices
         self.add_argument("-h", "--help", action=_Print, text=self.short_help, help="show this help and exit")
         self.add_argument("--version", action=_Print, text=lambda: version_line(self.prog), help="show the version and exit")
         self.rules: list[Rule] = []
@@ -99,6 +101,8 @@ class Parser(argparse.ArgumentParser):
         """As argparse's, with the nearest choices for a mistyped one."""
         if action.choices is None or value in action.choices:
             return
+        if action.dest in self.own_code and names_function(value):
+            return _checked_code(action, value)
         choices = [*self.spellings.get(action.dest, {}), *map(str, action.choices)]
         near = get_close_matches(str(value), choices, n=2)
         meant = f", did you mean {' or '.join(near)}?" if near else ""
@@ -166,6 +170,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
+
+
+def _checked_code(action: argparse.Action, name: str) -> None:
+    try:
+        check_function(name)
+    except UserError as error:
+        raise argparse.ArgumentError(action, str(error)) from error
 
 
 def _columns(entries: Sequence[tuple[str, str]]) -> str:

@@ -13,7 +13,7 @@ from utils.cli.recipes import recipes, with_recipe
 from utils.cli.recorded import recorded_words
 from utils.cli.sources import data_words
 from utils.errors import UserError, printable
-from utils.python_file import names_function
+from utils.python_file import code_digests, code_in
 from utils.runs.folder import CONFIG, SUMMARY, is_unfinished, read_config
 from utils.runs.settings import MOVABLE_FLAGS, PLACEMENT_FLAGS
 from utils.world import world_from_environment
@@ -137,18 +137,31 @@ def _check_code(saved: Mapping[str, Any], given: Mapping[str, Any], *, folder: s
     It is not even looked at: it may be a pipe or a device.
     """
     for name, value in saved.items():
-        if names_function(value) and given.get(name) != value:
+        if code_in(value) and given.get(name) != value:
             flag = flag_of(name)
-            began = f"began with {flag} {printable(value)}"
+            began = f"began with {flag} {printable(_shown(value))}"
             if name in given:
                 raise UserError(f"{typed(name, given[name])}: --resume {folder} {began}, and a resumed run keeps its flags")
             raise UserError(f"--resume {folder}: {began}, code that never runs because a file names it; give {flag} again")
 
 
+def _check_digests(recorded: Any, given: Mapping[str, Any], *, folder: str) -> None:
+    """Raises UserError where a file with a criterion or a loss is not the one that the run began with."""
+    recorded = recorded if isinstance(recorded, dict) else {}
+    for flag in given:
+        for name, digest in code_digests({flag: given[flag]}).items():
+            if recorded.get(name, digest) != digest:
+                raise UserError(
+                    f"{flag_of(flag)} {name}: is not the code that {folder} began with; put that file back to resume it"
+                )
+
+
 def _saved_flags(parser: Parser, folder: str, given: Mapping[str, Any]) -> argparse.Namespace:
     """The flags in a run's config.json, checked as if they had just been typed; those that name code must have been `given`."""
-    flags = read_config(folder, script=parser.prog)["flags"]
+    config = read_config(folder, script=parser.prog)
+    flags = config["flags"]
     _check_code(flags, given, folder=folder)
+    _check_digests(config.get("code"), given, folder=folder)
     try:
         saved = parser.parse_args(recorded_words(parser, flags))
         parser.check(saved)

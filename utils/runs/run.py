@@ -17,7 +17,7 @@ from typing import Any
 from utils.checkpoints import save_checkpoint
 from utils.distributed import same_everywhere
 from utils.files import TEMPORARY_PREFIX, append_line, remove_partial_files, write_atomic, write_json
-from utils.python_file import names_function
+from utils.python_file import code_in
 from utils.runs.environment import describe_environment
 from utils.runs.folder import LAST, METRICS, PREVIOUS, STAMP, SUMMARY, TENSORBOARD, check_entries, log_path, new_folder
 from utils.runs.lease import Lease
@@ -174,8 +174,9 @@ class Run:
 def _code_flags(words: Sequence[str]) -> list[str]:
     """The flags of a command that name a Python file: a run does not take them from its config.json."""
     split = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    pairs = itertools.pairwise(split)
-    return [part for flag, value in pairs if flag.startswith("--") and names_function(value) for part in (flag, value)]
+    starts = [place for place, word in enumerate(split) if word.startswith("--")]
+    flags = [split[start:end] for start, end in itertools.pairwise([*starts, len(split)])]
+    return [word for flag in flags if code_in(flag[1:]) for word in flag]
 
 
 def interpreter() -> str:

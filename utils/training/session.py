@@ -21,6 +21,7 @@ from utils.images.batches import ImageData
 from utils.images.choice import Origins
 from utils.images.dataset import Normalisation
 from utils.images.loading import load_images, of_state
+from utils.python_file import code_digests
 from utils.runs.environment import describe_environment
 from utils.runs.folder import CONFIG, GIVEN, check_entries, check_save_dir, check_text_log
 from utils.runs.lease import Lease
@@ -201,6 +202,8 @@ class Session:
             "processes": self.world.size,
             "images": self._images(),
         }
+        code = code_digests(self.settings.flags)
+        config |= {"code": code} if code else {}
         created = Run.create(run.save_dir, name=run.run_name, log_name=run.log_name, config=config, world=self.world)
         created.save_text(GIVEN, config_text(self.settings.script, self.settings.given))
         return created
