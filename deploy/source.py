@@ -114,7 +114,7 @@ _MIDDLE = """    short, long = min(image.size), max(image.size)
     sides = {side}, int({side} * long / short)
     image = image.resize(sides if image.size[0] == short else sides[::-1], Image.Resampling.BILINEAR)
     corner = []
-    for have, want in zip(image.size, ({width}, {height})):
+    for have, want in zip(image.size, ({width}, {height}), strict=True):
         corner.append(round((have - want) / 2) if have >= want else -((want - have) // 2))
     image = image.crop((*corner, corner[0] + {width}, corner[1] + {height}))"""
 
