@@ -175,13 +175,13 @@ def score(session: Session, path: str, *, model: str | None) -> None:
     from models.network_file import load_network
     from utils.device import to_device
     from utils.images.loading import check_classes
-    from utils.training.evaluation import evaluate, print_score
+    from utils.training.evaluation import evaluate_each, print_score
 
     origin = f"--load-path {path}"
     file = load_network(path, flag="--load-path", model=model)
     data = session.load_data({origin: file.images})
     check_classes(file.num_classes, data, origin=origin, remark=file.remark)
-    print_score(file.model, data, evaluate(to_device(file.network, session.device), data, amp=session.settings.run.amp))
+    print_score(file.model, data, evaluate_each(to_device(file.network, session.device), data, amp=session.settings.run.amp))
 
 
 if __name__ == "__main__":

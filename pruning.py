@@ -296,13 +296,13 @@ def score(session: Session, names: NetworkSettings) -> None:
     from prune.networks import read_checked
     from utils.device import to_device
     from utils.images.loading import check_classes
-    from utils.training.evaluation import evaluate, print_score
+    from utils.training.evaluation import evaluate_each, print_score
 
     flag, path, model = names.scored
     file = read_checked(flag, path, model)
     data = session.load_data({f"{flag} {path}": file.images})
     check_classes(file.num_classes, data, origin=f"{flag} {path}", remark=file.remark)
-    print_score(file.model, data, evaluate(to_device(file.network, session.device), data, amp=session.settings.run.amp))
+    print_score(file.model, data, evaluate_each(to_device(file.network, session.device), data, amp=session.settings.run.amp))
 
 
 if __name__ == "__main__":

@@ -283,18 +283,18 @@ def score(session: Session, path: str, *, model: str | None) -> None:
     from utils.device import to_device
     from utils.files import is_archive
     from utils.images.loading import check_classes, check_images
-    from utils.training.evaluation import evaluate, print_score
+    from utils.training.evaluation import evaluate_each, print_score
 
     origin, amp = f"--load-path {path}", session.settings.run.amp
     if not is_archive(path):
         file, _ = fit_for_data(session, {origin: load_network(path, flag="--load-path", model=model)})
-        return print_score(file.model, session.data, evaluate(file.network, session.data, amp=amp))
+        return print_score(file.model, session.data, evaluate_each(file.network, session.data, amp=amp))
     network, report = read_flagged(path, flag="--load-path", model=model)
     data = session.load_data({origin: report.images})
     check_classes(report.num_classes, data, origin=origin)
     network = to_device(network, session.device)
     check_images(network, data, origin=origin)
-    print_score(report.model, data, evaluate(network, data, amp=amp))
+    print_score(report.model, data, evaluate_each(network, data, amp=amp))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ def test_what_a_run_leaves(trained_run):
     summary = json.loads((trained_run / "summary.json").read_text())
     tests = [line["top1"] for line in lines if line["split"] == "test"]
     assert (summary["last"]["top1"], summary["best"]["top1"]) == (tests[-1], max(tests))
+    classes = summary["classes"]
+    right, seen = sum(row[number] for number, row in enumerate(classes["confusion"])), sum(classes["images"])
+    assert round(100 * right / seen, 6) == round(summary["last"]["top1"], 6) and len(classes["names"]) == 10
     assert any(
         "model resnet8" in line or "epoch 2/2" in line
         for line in (trained_run.parent / "initial_train.txt").read_text().splitlines()

@@ -161,7 +161,7 @@ def recalibrated_statistics(world: World) -> dict[str, Tensor]:
 def tested_images(world: World) -> dict[str, Tensor]:
     """Which images this process tests: 21 in batches of 4, so that the last is a single one."""
     data = numbered_data(world, test_images=21, batch_size=4)
-    scores, hits = evaluate_each(fresh(num_classes=21), data)
+    scores, hits, _ = evaluate_each(fresh(num_classes=21), data)
     found = {"scores": torch.tensor(list(scores.values())), "hits": torch.from_numpy(hits.hits)}
     found["digest"] = torch.tensor(list(hits.labels.encode()))
     return {"seen": torch.cat([batch.labels for batch in data.test_batches()]), **found}

@@ -20,6 +20,7 @@ from utils.runs.folder import AVERAGE, BEST, HITS, LAST, TRAINED
 from utils.runs.run import Run
 from utils.seed import random_state, restore_random_state
 from utils.training.averaging import WeightAverage
+from utils.training.classes import class_document
 from utils.training.evaluation import evaluate, evaluate_each
 from utils.training.learning_rate import LearningRate
 from utils.training.metrics import Sums, first_non_finite
@@ -85,10 +86,12 @@ class Trainer:
         self.earlier = {"flops": 0, "epochs": 0}  # what networks took that were exchanged for others since
         self.best: dict[str, float] | None = None
         self.last: dict[str, float] | None = None
+        self.classes: dict[str, Any] | None = None  # of the last epoch
         self._saved_at, self._lagging_epochs = time.monotonic(), 0
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the end and gives `{"last": ..., "best": ...}`, each with epoch, loss, top1, top5, and `training_flops`.
+        """Trains to the end and gives `{"last": ..., "best": ...}`, each with epoch, loss, top1, top5, `training_flops`,
+        and `classes`, what the last network is right about class by class.
 
         A plan of no epoch scores and saves the network as it is. Raises Interrupted once the state is saved after a signal,
         NonFiniteLoss if training diverges.
@@ -100,18 +103,20 @@ class Trainer:
                 self._train_epoch(signals)
                 self._finish_epoch()
         flops = self.earlier["flops"] + self._flops(self.plan.n_epochs - self.earlier["epochs"])
-        return {"last": self.last, "best": self.best, "training_flops": flops}
+        classes = {"classes": self.classes} if self.classes is not None else {}
+        return {"last": self.last, "best": self.best, **classes, "training_flops": flops}
 
     def _ship_untrained(self) -> dict[str, Any]:
         """What `fit` gives of a training without a step; a later one that goes on from here begins at epoch 0."""
         with self._shipped() as kept:
-            test, hits = evaluate_each(self.network, self.data, amp=self.plan.amp)
+            test, hits, confusion = evaluate_each(self.network, self.data, amp=self.plan.amp)
             metrics = {"epoch": -1, **{name: test[name] for name in ("loss", "top1", "top5")}}
             checkpoint = {**self._checkpoint(kept), "metrics": metrics}
         self.run.save(BEST, checkpoint)
         self.run.save_json(HITS, {"epoch": -1, **hits.document()})
+        self.classes = class_document(confusion, self.data.dataset.classes)
         self._save_last(checkpoint)
-        return {"last": metrics, "best": metrics, "training_flops": 0}
+        return {"last": metrics, "best": metrics, "classes": self.classes, "training_flops": 0}
 
     def _flops(self, epochs: int) -> int:
         """Of the steps of so many epochs of the network that is trained now."""
@@ -184,7 +189,7 @@ class Trainer:
         self._check_finite()
         began = time.monotonic()
         with self._shipped() as kept:
-            test, hits = evaluate_each(self.network, self.data, amp=self.plan.amp)
+            test, hits, confusion = evaluate_each(self.network, self.data, amp=self.plan.amp)
             test_seconds = time.monotonic() - began
             if not math.isfinite(test["loss"]):
                 raise NonFiniteLoss(f"the test loss is no finite number after epoch {self.epoch + 1}; try a lower --lr")
@@ -206,6 +211,7 @@ class Trainer:
             self.run.save(BEST, checkpoint)
         if self.epoch + 1 == self.plan.n_epochs:
             self.run.save_json(HITS, {"epoch": self.epoch, **hits.document()})
+            self.classes = class_document(confusion, self.data.dataset.classes)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.data.device)
         if self.epoch % self.plan.checkpoint_interval == 0 or self.epoch == self.plan.n_epochs:
             self._save_last(checkpoint)
@@ -304,6 +310,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "hooks": self.pruning.state_dict(),
             "random": _gather(random_state(), self.run.world),
+            **({"classes": self.classes} if self.classes is not None else {}),
             **({"average": self.average.state_dict()} if self.average is not None else {}),
         }
 
@@ -313,6 +320,7 @@ class Trainer:
         try:
             self.epoch, self.batch, self.best, self.last = state["epoch"], state["batch"], state["best"], state["last"]
             self.earlier = state.get("earlier", self.earlier)  # states of older versions have none
+            self.classes = state.get("classes")
             self.sums.load_state_dict(state["sums"][rank])
             self.objective.load_state_dict(state["objective"])
             self.optimizer.load_state_dict(state["optimizer"])
