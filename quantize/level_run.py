@@ -13,6 +13,7 @@ from quantize.record import check_identical, describe_compact
 from quantize.search import Candidate, Search
 from quantize.settings import CodecSettings
 from utils.device import to_device
+from utils.errors import UserError
 from utils.files import write_atomic
 from utils.images.batches import ImageData
 from utils.modes import evaluating
@@ -78,22 +79,23 @@ def _identity(file: NetworkFile) -> dict[str, Any]:
 
 
 def training_images(data: ImageData) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Images of the training set that show what layers read, and others, with labels, by which a step is chosen."""
-    calibration, held_out, taken = [], [], 0
+    """Images of the training set that show what layers read, and others, with labels, by which a step is chosen.
+
+    The first are augmented as in training, the others as they are tested. A set or a limit (`--limit-batches`) of few images
+    gives half of them to each. Raises UserError for fewer than two.
+    """
+    if data.train_images < 2:
+        raise UserError(f"{data.train_images} training images: too few to hold any out, at least 2 are needed")
+    wanted = min(CALIBRATION_IMAGES, data.train_images // 2)
+    calibration, seen, taken = [], [], 0
     for batch in data.train_batches("calibration"):
-        is_last = taken + len(batch.images) >= CALIBRATION_IMAGES + HELD_OUT_IMAGES
-        if taken < CALIBRATION_IMAGES:
-            calibration.append(batch.images)
-        else:
-            held_out.append((batch.images, batch.labels))
-        taken += len(batch.images)
-        if is_last:
+        calibration.append(batch.images[: wanted - taken])
+        seen.append(batch.indices[: wanted - taken])
+        taken += len(calibration[-1])
+        if taken == wanted:
             break
-    if not held_out:  # a set of one batch, or a limit of that
-        images, labels = batch.images, batch.labels
-        half = len(images) // 2
-        calibration, held_out = [*calibration[:-1], images[:half]], [(images[half:], labels[half:])]
-    return calibration, held_out
+    count = min(HELD_OUT_IMAGES, data.train_images - taken)
+    return calibration, data.held_out_batches(count, seen=torch.cat(seen))
 
 
 @torch.no_grad()

@@ -240,3 +240,77 @@ def test_a_teacher_that_saw_other_images_is_refused(run_script, pruned, trained_
     ended = run_script("quantize_encode", *words, *FLAGS, "--save-dir", str(tmp_path / "saves"))
     assert ended.status == 2 and str(tmp_path / "teacher.pt") in ended.errors and "mean 0.1 0.2 0.3" in ended.errors
     assert not (tmp_path / "saves").exists()
+
+
+TRELLIS_FLAGS = ("--codec", "trellis", "--dataset=digits", "--limit-batches=2", "--batch-size=32", "--device=cpu")
+
+
+@pytest.fixture(scope="module")
+def in_levels(run_script, pruned, tmp_path_factory):
+    """The folder of a run of the second codec that may lose nothing on held-out images, and what it printed."""
+    save_dir = tmp_path_factory.mktemp("levels")
+    ended = run_script("quantize_encode", "--load-path", str(pruned), "--max-drop", "0", *TRELLIS_FLAGS,
+                       "--save-dir", str(save_dir), "--run-name", "run")  # fmt: skip
+    assert ended.status == 0, ended.errors
+    return save_dir / "run", ended.output
+
+
+def test_what_the_second_codec_leaves(in_levels, pruned):
+    folder, output = in_levels
+    summary = json.loads((folder / "summary.json").read_text())
+    archive = summary["archive"]
+    assert archive["file_bytes"] == (folder / "model.huff").stat().st_size
+    assert archive["drop_on_held_out"] <= 0
+    assert f"{archive['file_bytes']:,} bytes, {archive['drop_on_held_out']:+.2f} points lost on held-out" in output
+    assert summary["accuracy"]["decoded"] == summary["accuracy"]["compressed"] and "identical: yes" in output
+    decoded = load_archive(folder / "model.huff")
+    assert decoded.get_submodule("stage_1.0.conv_a").out_channels == 12
+    assert differing_tensors(load_network(folder / "model_compact.pt", flag="--load-path").network, decoded) == []
+    assert archive["file_bytes"] < pruned.stat().st_size / 8
+
+
+def test_the_step_that_is_kept_is_the_coarsest_that_was_found_within_the_drop(in_levels):
+    folder, output = in_levels
+    steps = re.findall(r"step (\S+): ([\d,]+) bytes, ([+-][\d.]+) points lost", output)
+    within = [(float(step), int(size.replace(",", ""))) for step, size, drop in steps if float(drop) <= 0]
+    assert len(within) < len(steps)
+    assert json.loads((folder / "summary.json").read_text())["archive"]["file_bytes"] == max(within)[1]
+
+
+def test_an_archive_of_the_second_codec_is_scored_and_inspected(in_levels, run_script):
+    folder, _ = in_levels
+    names = ("model.huff", "model_compact.pt")
+    scores = [run_script("quantize_encode", "--evaluate", "--load-path", str(folder / name), *SCORING_FLAGS) for name in names]
+    assert scores[0].status == 0 and scores[0].output == scores[1].output
+    inspected = run_script("quantize_encode", "--inspect", str(folder / "model.huff"))
+    assert inspected.status == 0 and str((folder / "model.huff").stat().st_size) in inspected.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--max-bytes", "100"), r"--max-bytes 100: the least that an archive of this network takes is \d+"),
+        (("--max-bytes", "0"), "--max-bytes"),
+        (("--max-drop", "-1"), "--max-drop"),
+        (("--max-drop", "1", "--max-bytes", "5000"), "--max-drop 1.*only without --max-bytes"),
+        (("--quan-bits", "4"), "--quan-bits 4: only without --codec trellis"),
+        (("--n-epochs", "1"), "--n-epochs 1: only without --codec trellis"),
+        (("--codec", "huffman", "--max-drop", "1"), "--max-drop 1.*only with --codec trellis"),
+        (("--codec", "zip"), "--codec"),
+    ],
+)
+def test_bounds_that_the_second_codec_cannot_meet(words, message, pruned, run_script, tmp_path):
+    ended = run_script(
+        "quantize_encode", "--load-path", str(pruned), *TRELLIS_FLAGS, "--save-dir", str(tmp_path / "saves"), *words
+    )
+    assert ended.status == 2 and ended.errors.count("\n") == 1
+    assert re.search(message, ended.errors)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_the_second_codec_writes_nothing(pruned, run_script, tmp_path):
+    ended = run_script(
+        "quantize_encode", "--load-path", str(pruned), *TRELLIS_FLAGS, "--dry-run", "--save-dir", str(tmp_path / "s")
+    )
+    assert ended.status == 0 and "at most 0.3 points lost" in ended.output
+    assert not list(tmp_path.iterdir())

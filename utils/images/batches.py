@@ -127,9 +127,22 @@ class ImageData:
         The same ones in every process, all of them.
         """
         drawn = torch.randperm(len(self.dataset.train.labels), generator=generator(self.seed, "plain"))[:count]
+        return [images for images, _ in self._plain(drawn)]
+
+    def held_out_batches(self, count: int, *, seen: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """At most `count` training images with their labels, drawn by the seed from all but the rows `seen` (N,).
+
+        As they are tested, not augmented; in batches on the device. The same ones in every process, all of them.
+        """
+        others = torch.ones(len(self.dataset.train.labels), dtype=torch.bool)
+        others[seen.cpu()] = False
+        rows = others.nonzero().flatten()
+        return self._plain(rows[torch.randperm(len(rows), generator=generator(self.seed, "held out"))[:count]])
+
+    def _plain(self, drawn: Tensor) -> list[tuple[Tensor, Tensor]]:
         split = self._plain_split(drawn.sort().values)
-        rows = list(torch.arange(len(drawn)).split(self.batch_size))
-        return [images for images, *_ in split.batches(rows, [0] * len(rows), seed=0)]
+        rows = list(torch.arange(len(drawn)).split(self.batch_size)) if len(drawn) else []
+        return [(images, labels) for images, labels, _ in split.batches(rows, [0] * len(rows), seed=0)]
 
     def _plain_split(self, rows: Tensor) -> "_DeviceSplit | _StreamedSplit":
         train = self.dataset.train
