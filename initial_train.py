@@ -115,6 +115,7 @@ def given_network(session: Session, file: NetworkFile, *, origin: str) -> Networ
     from dataclasses import replace
 
     from models.graph import ChannelGraph
+    from models.graph.kinds import unusual_axes
     from models.narrow import Selection
     from models.network_file import check_training, example_images, transferred
     from prune.compact import check_pruned_zeros
@@ -128,7 +129,7 @@ def given_network(session: Session, file: NetworkFile, *, origin: str) -> Networ
     check_classes(file.num_classes, session.data, origin=origin, remark=file.remark)
     if file.kept and not file.compact:
         with naming(origin):
-            check_pruned_zeros(file.network.state_dict(), file.kept)
+            check_pruned_zeros(file.network.state_dict(), file.kept, axes=unusual_axes(file.network))
             example = example_images(file.network, images)
             selection = Selection.from_json(ChannelGraph(file.network, example), file.kept)
             file = replace(file, network=selection.shrink(), compact=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.batch_norm import UnevenBatchNorm2d
 from models.difference import ResultDifference
 from models.graph import ChannelGraph, Channels, Plan
+from models.graph.kinds import CONVOLUTIONS, outputs_first
 from models.narrow import NarrowNetwork, Selection
 from utils.errors import UserError, shown
 from utils.modes import evaluating
@@ -92,7 +93,7 @@ def _drop_unread(model: nn.Module, plan: Plan, live: dict[str, list[int]]) -> No
 def _live_filters(conv: nn.Module, given: Channels | None) -> Tensor:
     """(F,) bool: filters that can give something else than zero for an input with only the `given` channels."""
     reads = _stored(given, conv.in_channels, conv.weight).view(conv.groups, 1, -1, 1)
-    weight = conv.weight.detach().reshape(conv.groups, conv.out_channels // conv.groups, reads.shape[2], -1)
+    weight = outputs_first(conv, conv.weight.detach()).reshape(conv.groups, conv.out_channels // conv.groups, reads.shape[2], -1)
     live = (weight * reads).ne(0).any(3).any(2).flatten()
     return live if conv.bias is None else live | conv.bias.ne(0)
 
@@ -130,7 +131,6 @@ def _stored(given: Channels | None, full: int, like: Tensor | None) -> Tensor:
     return reads
 
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, UnevenBatchNorm2d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _LIVE = {
@@ -158,14 +158,18 @@ def relative_difference(dense: nn.Module, smaller: nn.Module, images: Iterable[T
     return difference.relative
 
 
-def check_pruned_zeros(state: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> None:
-    """Raises UserError where a layer has a weight or bias that is not exactly zero outside of its `kept` channels."""
+def check_pruned_zeros(
+    state: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]], *, axes: Mapping[str, int] | None = None
+) -> None:
+    """Raises UserError where a layer has a weight or bias that is not exactly zero outside of its `kept` channels.
+
+    `axes` says of which weights the outputs are not on the first axis (`models.graph.kinds.unusual_axes`).
+    """
     for name, channels in kept.items():
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in state:
-                largest = (
-                    float(_pruned_entries(state[key], name, channels).abs().amax()) if len(channels) < len(state[key]) else 0
-                )
+                tensor = state[key].transpose(0, (axes or {}).get(key, 0))
+                largest = float(_pruned_entries(tensor, name, channels).abs().amax()) if len(channels) < len(tensor) else 0
                 if largest != 0:
                     raise UserError(f"{key}: pruned channels must be exactly 0, the largest entry left there is {largest:.3g}")
 

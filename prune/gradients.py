@@ -26,7 +26,7 @@ def mean_gradients(
     loss: Loss | None = None,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Tensor]:
-    """Gradient of the mean `loss` over the images of `batches`, by layer name, in the shape of the conv weights.
+    """Gradient of the mean `loss` over the images of `batches`, by layer name, in the shape of the weights, filters first.
 
     `batches` gives (images, labels) on the model's device, or inputs of any kind that `called` takes and what `loss(results,
     targets)`, a mean over the batch, compares with what the network gives: the cross-entropy of its logits. The gradients
@@ -56,7 +56,7 @@ def mean_gradients(
         raise ParameterError("samp_batches", None, "not one training batch to take the gradient over: give 1 or more")
     torch._foreach_div_(sums, images_seen)
     _check_finite(layers, sums)
-    return {layer.name: gradient for layer, gradient in zip(layers, sums, strict=True)}
+    return {layer.name: layer.filters_first(gradient) for layer, gradient in zip(layers, sums, strict=True)}
 
 
 def _batch_gradients(
@@ -109,8 +109,9 @@ def importances(
             own = batch_size(images)
             gradients = [gradient * own for gradient in gradients]
             count = own if all_reduce is None else _reduce(gradients, own, all_reduce)
-            for total, variable, gradient in zip(sums, variables, gradients, strict=True):
-                total += (variable.detach().double() * gradient / count).square().flatten(1).sum(1)
+            for layer, total, variable, gradient in zip(layers, sums, variables, gradients, strict=True):
+                squares = (variable.detach().double() * gradient / count).square()
+                total += (squares if gates else layer.filters_first(squares)).flatten(1).sum(1)
             batches_seen += 1
     if not batches_seen:
         raise ParameterError("samp_batches", None, "not one training batch to take the gradient over: give 1 or more")

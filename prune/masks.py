@@ -82,6 +82,13 @@ def check_criterion(layers: Sequence[PrunableLayer], ratios: Ratios, *, criterio
                 f"no batch norm with a weight reads {', '.join(without)} alone: "
                 "exclude what has none, or choose another criterion",
             )
+    if CRITERIA[criterion].needs_maps:
+        others = [layer.name for layer in losing_layers(layers, ratios, multiple=multiple) if not layer.has_images]
+        others = [layer.name for layer in layers if layer.name in others and not layer.is_linear]
+        if others:
+            raise ParameterError(
+                "criterion", criterion, f"scores maps of two axes, {', '.join(others)} has others: exclude it, or choose another"
+            )
     if CRITERIA[criterion].needs_maps and any(layer.is_linear for layer in layers):
         raise ParameterError("linear", None, f"not with {criterion}, which scores feature maps: a hidden unit has none")
 
@@ -154,7 +161,7 @@ def score_filters(
     """
     scores = {}
     for layer in layers:
-        read = {"weight": layer.module.weight, "bn_weight": layer.bn_weight}
+        read = {"weight": layer.weight, "bn_weight": layer.bn_weight}
         sampled = {"grad": gradients, "importance": importance, "feature_maps": feature_maps, "group_squares": group_squares}
         read |= {name: (of or {}).get(layer.name) for name, of in sampled.items()}
         rows = torch.tensor(sorted((left or {}).get(layer.name, range(layer.filters))), dtype=torch.int64)

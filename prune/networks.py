@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from models import build_model
 from models.copies import copied
+from models.graph.kinds import unusual_axes
 from models.network_file import NetworkFile, as_dense, load_network, transferred
 from prune.compact import check_pruned_zeros
 from prune.settings import NetworkSettings
@@ -25,7 +26,7 @@ def read_checked(flag: str, path: str, model: str | None) -> NetworkFile:
     file = load_network(path, flag=flag, model=model, model_flag=flag.replace("path", "model"))
     if not file.compact:
         with naming(f"{flag} {path}"):
-            check_pruned_zeros(file.network.state_dict(), file.kept)
+            check_pruned_zeros(file.network.state_dict(), file.kept, axes=unusual_axes(file.network))
     return file
 
 

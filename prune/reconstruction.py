@@ -127,7 +127,8 @@ def _dense_rows(small: nn.Module, name: str) -> Tensor | None:
         return None
     tensor, rows = small.stored(f"{name}.weight")
     outputs = groups_of(layer) * weight_matrix(layer).shape[1]
-    complete = len(small.widened(f"{name}.weight", tensor)) == len(tensor)
+    axis = small.output_axis(f"{name}.weight")
+    complete = small.widened(f"{name}.weight", tensor).shape[axis] == tensor.shape[axis]
     return None if complete or len(rows) != outputs else torch.tensor(rows, device=tensor.device)
 
 

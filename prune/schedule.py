@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.batch_norm import quicken_batch_norms
 from models.copies import copied
 from models.graph import ChannelGraph
+from models.graph.kinds import axis_of
 from models.narrow import NarrowNetwork, Selection
 from models.narrow.proof import check_equal_training
 from models.narrow.selection import tensor_of
@@ -65,7 +66,7 @@ class HardPruning(PruningSchedule):
         super().prune(selection)
         self._zeros = _Zeros()
         for key, rows in selection.zero_rows().items():
-            self._zeros.add(tensor_of(self.model, key), rows)
+            self._zeros.add(tensor_of(self.model, key), rows, axis=axis_of(self.model, key))
         self.clear_pruned()
 
     def clear_pruned(self) -> None:
@@ -131,7 +132,7 @@ class PhysicalPruning(PruningSchedule):
         self.selection = selection
         self._pruned = selection.zero_rows()
         for key, rows in self._pruned.items():
-            _clear(tensor_of(self.model, key), rows)
+            _clear(tensor_of(self.model, key), rows, axis=axis_of(self.model, key))
         self._network = selection.shrink()
         quicken_batch_norms(self._network)
         self._zeros = _Zeros()
@@ -139,7 +140,8 @@ class PhysicalPruning(PruningSchedule):
             stored = self._network.stored(key)
             if stored is not None:
                 tensor, rows = stored
-                self._zeros.add(tensor, torch.isin(torch.tensor(rows), pruned).nonzero().flatten())
+                places = torch.isin(torch.tensor(rows), pruned).nonzero().flatten()
+                self._zeros.add(tensor, places, axis=axis_of(self.model, key))
 
     def prove(self, images: Tensor) -> None:
         """Raises UserError unless the small network evaluates and trains as the masked one does, on `images` (N, C, H, W)."""
@@ -199,10 +201,10 @@ class _Zeros:
         self._tensors: list[Tensor] = []
         self._masks: list[Tensor] = []
 
-    def add(self, tensor: Tensor, rows: Tensor) -> None:
+    def add(self, tensor: Tensor, rows: Tensor, *, axis: int) -> None:
         if len(rows):
             self._tensors.append(tensor)
-            self._masks.append(torch.ones_like(tensor).index_fill_(0, rows.to(tensor.device), 0))
+            self._masks.append(torch.ones_like(tensor).index_fill_(axis, rows.to(tensor.device), 0))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -236,7 +238,7 @@ class SoftPruning(PruningSchedule):
     def _clear_chosen(self) -> None:
         self._just_cleared = True
         for key, rows in self.selection.zero_rows(norms=False).items():
-            _clear(tensor_of(self.model, key), rows)
+            _clear(tensor_of(self.model, key), rows, axis=axis_of(self.model, key))
 
     def after_step(self) -> None:
         self._just_cleared = False
@@ -259,7 +261,7 @@ class SoftPruning(PruningSchedule):
             for key, rows in selection.zero_rows().items():
                 tensor = tensor_of(self.model, key)
                 saved.append((tensor, tensor.detach().clone()))
-                _clear(tensor, rows)
+                _clear(tensor, rows, axis=axis_of(self.model, key))
             yield selection
         finally:
             with torch.no_grad():
@@ -281,5 +283,5 @@ def check_soft_state(state: Mapping[str, Any], *, folder: str | os.PathLike) -> 
 
 
 @torch.no_grad()
-def _clear(tensor: Tensor, rows: Tensor) -> None:
-    tensor.index_fill_(0, rows.to(tensor.device), 0)
+def _clear(tensor: Tensor, rows: Tensor, *, axis: int) -> None:
+    tensor.index_fill_(axis, rows.to(tensor.device), 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.graph.channels import LayerCut
+from models.graph.kinds import WEIGHED, kind_of
 from models.graph.plan import output_channels
 from utils.modes import evaluating
 from utils.profile import profile_network
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from models.graph.channel_graph import ChannelGraph
 
 Widths = Mapping[str, tuple[int, int]]  # by layer: input and output channels
-COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,21 @@ def _layer(layer: nn.Module, cut: LayerCut, positions: int) -> _Layer:
     return _Layer(window, positions, sum(value.dim() > 0 for value in vectors))
 
 
+def _positions(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> int:
+    """A transposed convolution multiplies each pixel that it reads with its weight, the others each that they give."""
+    if kind_of(layer).transposed:
+        return given[0].numel() // layer.in_channels
+    return output.numel() // output_channels(layer)
+
+
 def positions_of_layers(model: nn.Module, *inputs: Tensor) -> dict[str, int]:
     """How often each convolution and linear layer multiplies its weight with something, for one input, such as an image."""
     positions: dict[str, int] = {}
 
     def count(name: str) -> Callable[..., None]:
-        return lambda layer, _, output: positions.update({name: output.numel() // output_channels(layer)})
+        return lambda layer, given, output: positions.update({name: _positions(layer, given, output)})
 
-    hooks = [layer.register_forward_hook(count(name)) for name, layer in model.named_modules() if isinstance(layer, COUNTED)]
+    hooks = [layer.register_forward_hook(count(name)) for name, layer in model.named_modules() if isinstance(layer, WEIGHED)]
     try:
         with evaluating(model), torch.no_grad():
             model(*inputs)

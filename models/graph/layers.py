@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from models.graph.roles import BATCH_NORMS
+from models.graph.kinds import CONVOLUTIONS, kind_of, output_axis, outputs_first
+from models.graph.roles import PLAIN_NORMS
 from utils.errors import UserError
 
 if TYPE_CHECKING:
     from models.graph.channel_graph import ChannelGraph
+
+
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +25,7 @@ class PrunableLayer:
     """
 
     name: str
-    module: nn.Conv2d | nn.Linear
+    module: nn.Module
     norm_name: str | None = None
     norm: nn.Module | None = None
     follows: str | None = None
@@ -33,6 +37,20 @@ class PrunableLayer:
     @property
     def is_linear(self) -> bool:
         return isinstance(self.module, nn.Linear)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether each filter gives maps of two axes."""
+        return kind_of(self.module).axes == 2
+
+    @property
+    def weight(self) -> Tensor:
+        """A view of the weight with the filters first: (F, inputs a group, *kernel)."""
+        return self.filters_first(self.module.weight)
+
+    def filters_first(self, tensor: Tensor) -> Tensor:
+        """The same of a tensor in the shape of the weight, such as its gradient."""
+        return outputs_first(self.module, tensor)
 
     @property
     def groups(self) -> int:
@@ -47,7 +65,7 @@ class PrunableLayer:
     @property
     def bn_weight(self) -> Tensor | None:
         """The weight (F,) of the batch norm, where there is one."""
-        return None if isinstance(self.norm, nn.GroupNorm) else getattr(self.norm, "weight", None)
+        return None if isinstance(self.norm, (nn.GroupNorm, *INSTANCE_NORMS)) else getattr(self.norm, "weight", None)
 
     def own_parameters(self) -> dict[str, Tensor]:
         """Weight and, where there is one, bias, by their keys in the network's state dict."""
@@ -84,7 +102,7 @@ class SharedNorm:
 def shared_norms(model: nn.Module, layers: Sequence[PrunableLayer]) -> list[SharedNorm]:
     """The batch and group norms of `model` that belong to none of `layers`."""
     owned = {layer.norm_name for layer in layers}
-    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, (*BATCH_NORMS, nn.GroupNorm))]
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, (*PLAIN_NORMS, nn.GroupNorm))]
     return [SharedNorm(name, norm) for name, norm in norms if name not in owned]
 
 
@@ -99,18 +117,25 @@ def _existing(name: str | None, layer: nn.Module | None, *tensors: str) -> dict[
 
 
 def prunable_layers(graph: "ChannelGraph", *, linear: bool = False) -> list[PrunableLayer]:
-    """Every `nn.Conv2d` of the network but one that classifies, in `named_modules()` order: the order of proportions.
+    """Every convolution of the network but one that classifies, in `named_modules()` order: the order of proportions.
 
+    Of 1-D, 3-D and transposed ones those of more than one filter, not in groups where they are transposed and not depthwise.
     With `linear` also every linear layer whose outputs are hidden units of an MLP. A batch or group norm belongs to a layer if
     it reads its output directly, and neither of them is used twice. Raises UserError for a network that has nothing to prune.
     """
     classifiers, hidden = graph.classifying_layers, graph.hidden_layers if linear else ()
     layers = []
     for name, module in graph.network.named_modules():
-        if name in hidden or (isinstance(module, nn.Conv2d) and name not in classifiers):
+        if name in hidden or (_is_prunable(module) and name not in classifiers):
             norm_name = graph.norm_pairs.get(name)
             norm = graph.network.get_submodule(norm_name) if norm_name else None
             layers.append(PrunableLayer(name, module, norm_name, norm, follows=graph.depthwise_producers.get(name)))
     if not layers:
         raise UserError(f"{type(graph.network).__name__} has no layer to prune")
     return layers
+
+
+def _is_prunable(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return True
+    return isinstance(layer, CONVOLUTIONS) and layer.out_channels > 1 and output_axis(layer) is not None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from models.graph.channels import Channels, Plan, all_channels, members_of_layer
+from models.graph.kinds import CONVOLUTIONS, WEIGHED, kind_of
 from models.graph.out_of_place import place_in_code
 from models.graph.plan import output_channels
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from models.graph.channel_graph import ChannelGraph
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-WEIGHED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+NORMS = {  # of a convolution, by the axes of its images
+    axes: (getattr(nn, f"BatchNorm{axes}d"), nn.SyncBatchNorm, getattr(nn, f"InstanceNorm{axes}d")) for axes in (1, 2, 3)
+}
+PLAIN_NORMS = tuple({norm: None for norms in NORMS.values() for norm in norms})
 CHANNEL_COUNTS = (("in_channels", "out_channels"), ("in_features", "out_features"))
 
 
@@ -47,9 +51,11 @@ def norm_pairs(graph: "ChannelGraph") -> dict[str, str]:
 def _is_pair(layer: nn.Module, norm: nn.Module) -> bool:
     if isinstance(layer, nn.Linear):
         return isinstance(norm, nn.BatchNorm1d)
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, CONVOLUTIONS):
         return False
-    return isinstance(norm, BATCH_NORMS) or (isinstance(norm, nn.GroupNorm) and layer.groups == 1 < norm.num_groups)
+    if isinstance(norm, NORMS[kind_of(layer).axes]):
+        return norm.affine or norm.track_running_stats or isinstance(norm, BATCH_NORMS)  # an instance norm with tensors
+    return isinstance(norm, nn.GroupNorm) and layer.groups == 1 < norm.num_groups
 
 
 def _are(model: nn.Module, name: str, kinds: type | tuple[type, ...]) -> bool:
@@ -65,13 +71,13 @@ def depthwise_producers(graph: "ChannelGraph") -> dict[str, str]:
     plan, model, producers = graph.plan(all_outputs), graph.network, {}
     for node, step in plan.steps.items():
         layer = model.get_submodule(node.target) if step.cut is not None else None
-        if not isinstance(layer, nn.Conv2d) or not 1 < layer.groups == layer.in_channels == layer.out_channels:
+        if not isinstance(layer, CONVOLUTIONS) or not 1 < layer.groups == layer.in_channels == layer.out_channels:
             continue
         given = plan.steps[node.all_input_nodes[0]].out
         name = given.members[0][0] if isinstance(given, Channels) and given.members[0] else None
         if name is not None and given.members == members_of_layer(name, layer.in_channels):
             producers[node.target] = name
-    return {name: source for name, source in producers.items() if isinstance(model.get_submodule(source), nn.Conv2d)}
+    return {name: source for name, source in producers.items() if isinstance(model.get_submodule(source), CONVOLUTIONS)}
 
 
 def classifying_layers(graph: "ChannelGraph") -> frozenset[str]:

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LINEAR_LAYERS = (*CONVS, *TRANSPOSED, nn.Linear)
+from models.graph.kinds import KINDS, WEIGHED
+
+TRANSPOSED = tuple(kind.module for kind in KINDS if kind.transposed)
+LINEAR_LAYERS = WEIGHED
 CHUNK_BYTES = 64 << 20  # of the rows that exist at a time
 
 

@@ -33,6 +33,7 @@ from models.graph import (
     whole_layers,
 )
 from models.graph.function import SCOPES, GraphFunction, scopes_of
+from models.graph.kinds import output_axis, unusual_axes
 from models.graph.rules.shapes import sizes_of
 from models.narrow.relayout import AddInto, Relayout, Relayouts
 from models.narrow.reuse import reuse_memory
@@ -84,6 +85,7 @@ class _DenseFacts:
     metadata: Any  # versions of the modules, which `load_state_dict` asks for
     homes: dict[str, str]  # where a tensor goes by several names: the name that the narrow network may have it under
     idle: frozenset[str]  # tensors that no method reads
+    axes: dict[str, int]  # of the weights whose outputs are not on the first axis
     modes: dict[bool, dict[str, bool]]  # mode -> modules that train(mode) leaves in another one
 
 
@@ -201,14 +203,18 @@ class NarrowNetwork(nn.Module):
         return self.__parts.owner.get_submodule(target) if target else self
 
     def stored(self, key: str) -> tuple[Tensor, list[int]] | None:
-        """The tensor that holds what is left of the dense tensor `key`, and the dense rows in it; None if nothing is left."""
+        """The tensor that holds what is left of the dense tensor `key`, and the dense outputs in it; None if nothing is left."""
         own = self.state_dict(keep_vars=True).get(self.__home(key))
         if own is None:
             return None
-        entries = self.__parts.entries.get(self.__home(key))
+        entries, axis = self.__parts.entries.get(self.__home(key)), self.output_axis(key)
         if entries is not None:
-            return own, entries[0].flatten().tolist()
-        return own, list(range(len(own))) if own.dim() else []
+            return own, entries[axis].flatten().tolist()
+        return own, list(range(own.shape[axis])) if own.dim() else []
+
+    def output_axis(self, key: str) -> int:
+        """The axis of the tensor `key` along which the outputs of its layer lie: 1 for the weight of a transposed convolution."""
+        return self.__parts.facts.axes.get(key, 0)
 
     def __home(self, key: str) -> str:
         return self.__parts.facts.homes.get(key, key)
@@ -310,6 +316,7 @@ def _facts_of(model: nn.Module, plans: Iterable[Plan]) -> _DenseFacts:
         metadata=copy.deepcopy(getattr(state, "_metadata", None)),
         homes={key: read[id(value)] for key, value in state.items() if read.get(id(value), key) != key},
         idle=frozenset(key for key, value in state.items() if id(value) not in read),
+        axes=unusual_axes(model),
         modes={mode: deviating_modes(model, mode) for mode in (False, True)},
     )
 
@@ -395,7 +402,8 @@ def _cut_layer(layer: nn.Module, cut: LayerCut) -> dict[str, Entries]:
     weight_entries = (rows,)
     if cut.columns is not None:
         columns = torch.tensor(cut.columns)  # (groups, inputs)
-        weight_entries = (rows[:, None], columns.repeat_interleave(len(rows) // len(columns), 0) if len(columns) > 1 else columns)
+        columns_of_rows = columns.repeat_interleave(len(rows) // len(columns), 0) if len(columns) > 1 else columns
+        weight_entries = (columns.T, rows) if output_axis(layer) == 1 else (rows[:, None], columns_of_rows)
         _state(layer, in_channels=columns.numel(), in_features=columns.numel(), groups=len(columns))
     for key, value in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
         taken = value.detach()[weight_entries if key == "weight" else (rows,)] if value.dim() else value  # or a count of batches

@@ -193,7 +193,7 @@ def _gradients(masked: nn.Module, small: NarrowNetwork, pruned: Mapping[str, Ten
         gradient = _gradient(parameter).clone()
         own = small.widened(key, None if stored is None else stored[0].grad).to(gradient, copy=True)
         for each in (gradient, own) if key in pruned else ():
-            each.index_fill_(0, pruned[key].to(each.device), 0)
+            each.index_fill_(small.output_axis(key), pruned[key].to(each.device), 0)
         yield key, gradient, own
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.graph import ChannelGraph, output_channels
+from models.graph.kinds import axis_of
 from models.narrow.network import NarrowNetwork, narrow_network
 from utils.errors import UserError, shown
 
@@ -88,11 +89,11 @@ class Selection:
         masked = copy.deepcopy(own.graph.network)
         for key, rows in own.zero_rows().items():
             tensor = tensor_of(masked, key)
-            tensor.index_fill_(0, rows.to(tensor.device), 0)
+            tensor.index_fill_(axis_of(masked, key), rows.to(tensor.device), 0)
         return masked
 
     def zero_rows(self, *, norms: bool = True) -> dict[str, Tensor]:
-        """The rows that are 0 in the masked network, int64 on the CPU, by the keys of its state dict.
+        """The outputs that are 0 in the masked network, int64 on the CPU, by the keys of its state dict, see `axis_of`.
 
         Those of layers and, with `norms`, of norms: without weight and bias a norm gives `-mean / std` for a map of zeros in
         evaluation, so that its mean is 0 there.

@@ -8,13 +8,16 @@ from torch import nn
 from models.batch_norm import UnevenBatchNorm2d
 from models.graph.call import Call, numbered, opaque, rule, through, unshared
 from models.graph.channels import Channels, LayerCut, Members, Step, all_channels, members_of_layer
+from models.graph.kinds import output_axis
 
 
-@rule(*numbered("Conv"))
+@rule(*numbered("Conv", "ConvTranspose"))
 @unshared
 def conv(call: Call) -> Step:
     layer, given = call.module, call.channels(call.source)
     rank = layer.weight.dim()
+    if output_axis(layer) is None:
+        return replace(opaque(call), why_whole="it is transposed, in groups of several channels")
     if given is None:
         given = Channels(layer.in_channels, all_channels(layer.in_channels), 1, rank)
     if given.flat or (given.axis, given.full) != (1, layer.in_channels):
@@ -31,7 +34,7 @@ def conv(call: Call) -> Step:
     )
 
 
-def _meetings_of_groups(name: str, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Members) -> list[tuple[Members, Members]]:
+def _meetings_of_groups(name: str, conv: nn.Module, inputs: Members) -> list[tuple[Members, Members]]:
     """What goes together so that all groups of a convolution keep one size: entry by entry, the filters and inputs of each.
 
     The filters of a depthwise convolution go with the one channel that they read.
@@ -132,7 +135,9 @@ def instance_norm(call: Call) -> Step:
 def _by_channel(call: Call) -> Step:
     given = call.channels(call.source)
     is_map = given is not None and not given.flat and (given.axis, given.full) == (1, call.module.num_features)
-    return through(call) if is_map else opaque(call)
+    if not is_map:
+        return opaque(call)
+    return call.step(given, cut=LayerCut(given.stored)) if given.stored else through(call)
 
 
 @rule(nn.GroupNorm)
