@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from models import NAMES, check_model
+from prune.flags import add_sparsity_flags, sparsity_of
 from utils import cli
 from utils.errors import UserError, naming
 from utils.runs.found import SHIPPED
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from models.network_file import NetworkFile
+    from prune.settings import Sparsity
+    from utils.training.objective import Objective
     from utils.training.session import Session
 
 SCRIPT = "initial_train.py"
@@ -41,6 +44,7 @@ def get_args_parser() -> cli.Parser:
         parser, lr=0.01, n_epochs=200, schedule=(1, 60, 120, 160), lr_drops=(10, 0.2, 0.2, 0.2),
         fine_tunes=lambda args: args.pretrained or args.load_path is not None,
     )  # fmt: skip
+    add_sparsity_flags(parser)
     cli.add_averaging_flags(parser)
     cli.add_run_flags(parser, log_name="initial_train.txt")
     parser.checks["model"] = check_model
@@ -55,7 +59,6 @@ def get_args_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> None:
     from models import published_normalisation
     from models.network_file import load_network
-    from utils.training.objective import CrossEntropyObjective, cross_entropy_formula
     from utils.training.recalibration import check_recalibration
     from utils.training.session import Session
 
@@ -76,11 +79,12 @@ def main(args: argparse.Namespace) -> None:
         file = given_network(session, given, origin=f"--load-path {args.load_path}")
     check_recalibration(file.network, session.plan.recalibrate_bn_batches)
     if args.dry_run:
-        return session.print_plan({"network": file.network}, [f"loss: {cross_entropy_formula(args.label_smoothing)}"])
+        loss = objective_of(session, file.network, sparsity_of(args)).formula()
+        return session.print_plan({"network": file.network}, [f"loss: {loss}"])
 
     run = session.open({"--load-path": file.network if given is not None else None})
     network = session.place(file.network)
-    objective = CrossEntropyObjective(network, label_smoothing=args.label_smoothing)
+    objective = objective_of(session, network, sparsity_of(args))
     describe = partial(describe_trained, file=file, config=session.settings.flags)
     result = session.train(objective, network=network, describe=describe)
     if session.world.is_main:
@@ -138,6 +142,19 @@ def given_network(session: Session, file: NetworkFile, *, origin: str) -> Networ
         with naming(origin):
             check_training(file, file.network, session.data.example)
     return replace(file, images=images)
+
+
+def objective_of(session: Session, network: nn.Module, sparsity: Sparsity | None) -> Objective:
+    """The cross-entropy, with a penalty beside it where channels are to become small."""
+    from utils.training.objective import CrossEntropyObjective
+
+    objective = CrossEntropyObjective(network, label_smoothing=session.settings.training.label_smoothing)
+    if sparsity is None:
+        return objective
+
+    from prune.sparsity import SparseObjective
+
+    return SparseObjective(objective, network, sparsity, example=session.data.example)
 
 
 def describe_trained(

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prune.criteria import CRITERIA, GM_DISTANCES, add_own_criterion, aliases, criteria_with
-from prune.settings import ALLOCATIONS, SENSITIVITY_SUFFIX, TRAIN_FORMS, NetworkSettings, PruningSettings, parse_budget
+from prune.settings import (
+    ALLOCATIONS,
+    SENSITIVITY_SUFFIX,
+    SPARSITIES,
+    TRAIN_FORMS,
+    NetworkSettings,
+    PruningSettings,
+    Sparsity,
+    parse_budget,
+)
 from utils import cli
 from utils.errors import naming
 from utils.python_file import names_function
@@ -208,3 +217,22 @@ def _say_what_counts(parser: cli.Parser) -> None:
         where=lambda args: not args.soft_prune and (prunes(args) or args.s_path or args.s_copy_t),
         only="where filters are pruned for good, without --soft-prune",
     )
+
+
+def add_sparsity_flags(parser: cli.Parser) -> None:
+    """What makes channels small in training, before a pruning."""
+    group = parser.add_argument_group("sparsity")
+    group.add_argument("--sparsity", choices=SPARSITIES,
+                       help="make channels small for a later pruning: bn is Network Slimming, group DepGraph")  # fmt: skip
+    usual = ", ".join(f"{kind} {strength:g}" for kind, strength in SPARSITIES.items())
+    group.add_argument("--sparsity-strength", type=cli.positive_float, metavar="S",
+                       help=f"what the penalty is multiplied with (default: {usual})")  # fmt: skip
+    parser.counts_only("sparsity_strength", where=lambda args: args.sparsity is not None, only="with --sparsity")
+    cli.counts_in_training(parser, *cli.names_of(group))
+
+
+def sparsity_of(args: argparse.Namespace) -> Sparsity | None:
+    """The penalty that the flags ask for, if any."""
+    if args.sparsity is None:
+        return None
+    return Sparsity(args.sparsity, args.sparsity_strength or SPARSITIES[args.sparsity])

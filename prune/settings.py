@@ -13,6 +13,8 @@ ALLOCATIONS = ("uniform", "global")
 TRAIN_FORMS = ("auto", "compact", "masked")
 SOFT_CRITERIA = ("filter-a", "filter-l2", "filter-gm")
 SENSITIVITY_SUFFIX = ".json"
+BN_SPARSITY = "bn"
+SPARSITIES = {BN_SPARSITY: 1e-4, "group": 5e-4}  # with the strengths of their official codes
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,14 @@ def parse_budget(text: str) -> Budget:
     if not 0 < value < 1:
         raise UserError(f"{shown(text, 60)}: the share of the dense network must be above 0 and below 1")
     return Budget(kind, value)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """A penalty, one of `SPARSITIES`, that makes channels small in training, and what it is multiplied with."""
+
+    kind: str
+    strength: float
 
 
 @dataclass(frozen=True)
