@@ -80,5 +80,19 @@ def train_step(
     with autocast(batch.images.device, amp):
         loss, logits, terms = step(batch.images, batch.labels, batch.indices)
     (loss if batch.weight == 1 else loss * batch.weight).backward()
+    _complete_momentum(optimizer)
     optimizer.step()
     return loss.detach(), logits, terms
+
+
+def _complete_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Momentum 0, which a first step begins from, where a parameter has its first gradient later than others.
+
+    The fused step takes a buffer for all of them or for none.
+    """
+    for group in optimizer.param_groups:
+        learning = [parameter for parameter in group["params"] if parameter.grad is not None] if group.get("momentum") else []
+        without = [each for each in learning if optimizer.state.get(each, {}).get("momentum_buffer") is None]
+        if len(without) < len(learning):
+            for parameter in without:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -13,7 +13,7 @@ from torch import nn
 
 from utils.checkpoints import load_checkpoint
 from utils.errors import NonFiniteLoss, UserError
-from utils.images.batches import ImageData
+from utils.images.batches import Batch, ImageData
 from utils.images.dataset import Dataset, SmallImages
 from utils.runs.folder import BEST, LAST
 from utils.runs.metrics_file import read_metrics
@@ -23,7 +23,7 @@ from utils.training.learning_rate import LearningRate
 from utils.training.objective import CrossEntropyObjective
 from utils.training.pruning import Pruning
 from utils.training.reporting import EpochReport, gain_lines
-from utils.training.step import sgd
+from utils.training.step import sgd, train_step
 from utils.training.trainer import Trainer, TrainingPlan
 from utils.world import World
 
@@ -320,6 +320,27 @@ def test_momentum_is_nesterovs_unless_there_is_none():
     parameters = [nn.Parameter(torch.zeros(2))]
     assert sgd(parameters, lr=0.1, momentum=0.9, weight_decay=0).defaults["nesterov"]
     assert not sgd(parameters, lr=0.1, momentum=0, weight_decay=0).defaults["nesterov"]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_parameter_may_have_its_first_gradient_later_than_others(momentum):
+    torch.manual_seed(0)
+    parameters, plain = ([nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
+    optimizer = sgd(parameters, lr=0.1, momentum=momentum, weight_decay=1e-4)
+    reference = torch.optim.SGD(plain, lr=0.1, momentum=momentum, weight_decay=1e-4, nesterov=momentum > 0, foreach=False)
+    for step in range(3):
+        batch = Batch(torch.randn(2, 3), torch.zeros(2), 1)
+
+        def loss_of(first, second, images, is_late=step > 0):
+            loss = (images * first).square().sum() + ((images * second).sum() if is_late else 0)
+            return loss, images, {}
+
+        reference.zero_grad()
+        loss_of(*plain, batch.images)[0].backward()
+        reference.step()
+        train_step(lambda images, *_, loss_of=loss_of: loss_of(*parameters, images), batch, optimizer=optimizer)
+    for own, expected in zip(parameters, plain, strict=True):
+        torch.testing.assert_close(own, expected)
 
 
 def test_metrics_are_json_that_everyone_reads(run):
