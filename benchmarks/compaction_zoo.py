@@ -1,7 +1,7 @@
-"""What compaction leaves of networks that it knows nothing about: the table of docs/compaction.md, beside torch_pruning's.
+"""What compaction leaves of networks that it knows nothing about: docs/tables/compaction_zoo.csv, beside torch_pruning's.
 
     python -m benchmarks.compaction_zoo             # the networks that the output has not got yet
-    python -m benchmarks.compaction_zoo --table     # the tables of the page, from the output
+    python -m benchmarks.compaction_zoo --table     # write that file from the output
 
 Every classification network of torchvision and small ones of every family of timm, with random weights. Each convolution and
 each hidden linear layer keeps 0.6 of its filters by L1 norm, as `pruning.py --prune-mode filter-a --prune-rates 0.6
@@ -14,6 +14,8 @@ that a run which was cut off goes on where it was.
 """
 
 import argparse
+import csv
+import io
 import json
 import multiprocessing
 import re
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from benchmarks.common import RESULTS, table
+from benchmarks.common import RESULTS
 from models.graph import ChannelGraph
 from models.narrow import Selection
 from prune.compact import compact, relative_difference
@@ -36,6 +38,7 @@ from prune.masks import choose_filters
 from prune.schedule import HardPruning
 from utils import cli
 from utils.errors import UserError
+from utils.files import write_atomic
 from utils.profile import profile_network
 from utils.runs.environment import git_sha
 
@@ -46,6 +49,7 @@ SIDES_PIXELS = (64, 96, 128, 160, 192, 224, 240, 256, 288, 384, 448)  # the firs
 MOST_PARAMETERS = 150e6  # for torch_pruning, which needs gradients besides
 TIMM_NETWORKS = Path(__file__).with_name("compaction_zoo_timm.txt")
 OUTPUT = RESULTS / "compaction_zoo.jsonl"
+TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "compaction_zoo.csv"
 
 
 def get_args_parser() -> cli.Parser:
@@ -55,14 +59,14 @@ def get_args_parser() -> cli.Parser:
     parser.add_argument("--limit", type=cli.positive_int, metavar="N", help="measure at most N networks, then stop")
     parser.add_argument("--time-limit", type=cli.positive_int, default=60, metavar="SECONDS", help="for one network and method")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON lines go")
-    parser.add_argument("--table", action="store_true", help="print the tables of what the output has, and measure nothing")
+    parser.add_argument("--table", action="store_true", help="write the table of what the output has, and measure nothing")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     done = read_rows(args.output)
     if args.table:
-        return print_tables(list(done.values()))
+        return write_table(list(done.values()))
     names = args.networks or all_networks()
     missing = [(name, method) for method in args.methods for name in names if method not in done.get(name, {})]
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -219,11 +223,18 @@ METHODS = {"ours": measure_ours, "torch_pruning": measure_torch_pruning}
 # ---- tables ------------------------------------------------------------------------------------------------------------
 
 
-def print_tables(rows: Sequence[dict[str, Any]]) -> None:
+def write_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Writes TABLE, a line a network that both methods were tried on, and prints a summary for each source."""
+    rows = sorted((row for row in rows if METHODS.keys() <= row.keys()), key=lambda row: row["network"])
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(_shown(rows[0])), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(_shown, rows))
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(TABLE, text.getvalue().encode())
     for source in ("torchvision", "timm"):
-        own = [row for row in rows if row["network"].startswith(source) and METHODS.keys() <= row.keys()]
-        if own:
-            print(f"{summary(own)}\n\n{table([_shown(row) for row in sorted(own, key=lambda row: row['network'])])}\n")
+        if own := [row for row in rows if row["network"].startswith(source)]:
+            print(f"{source}: {summary(own)}")
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
@@ -236,16 +247,20 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _short(share: float | None) -> str:
+    return "" if share is None else f"{share:.4g}"
+
+
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     ours, other = row["ours"], row["torch_pruning"]
     reason = ours["reason"].replace("|", "/").replace("\n", " ").replace("which is not supported", "").rstrip(", ")
     return {
-        "network": row["network"].partition("/")[2],
+        "network": row["network"],
         "image": ours.get("side"),
-        "parameters": ours["parameters"] if ours["works"] else "WRONG" if ours.get("wrong") else "-",
-        "MACs": ours.get("macs"),
-        "torch_pruning: parameters": other.get("parameters", "fails" if other["works"] is False else "not measured"),
-        "its MACs": other.get("macs"),
+        "parameters": _short(ours["parameters"]) if ours["works"] else "WRONG" if ours.get("wrong") else "-",
+        "MACs": _short(ours.get("macs")),
+        "torch_pruning: parameters": _short(other.get("parameters")) or ("fails" if other["works"] is False else "not measured"),
+        "its MACs": _short(other.get("macs")),
         "refused because": reason,
     }
 

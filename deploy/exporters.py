@@ -68,7 +68,7 @@ class Export:
 def export_onnx(dense: nn.Module, small: NarrowNetwork, images: Tensor, *, provenance: Provenance, output: Path) -> Export:
     """ONNX, run by onnxruntime.
 
-    Where sums of different channels need a new layout, there are two forms of the same function (docs/compaction.md): both are
+    Where sums of different channels need a new layout, there are two forms of the same function (docs/architecture.md): both are
     measured, and the faster one is written.
     """
     forms = forms_of(dense, small, images)

@@ -1,4 +1,4 @@
-"""Writes the table of published settings in docs/methods.md from utils/cli/recipes.json.
+"""Writes the table of published settings in docs/flags.md from utils/cli/recipes.json.
 
 python docs/write_settings.py
 """
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.cli.recipes import Recipe, recipes
 from utils.files import write_atomic
 
-PAGE = Path(__file__).with_name("methods.md")
+PAGE = Path(__file__).with_name("flags.md")
 BEGIN, END = "<!-- written by docs/write_settings.py -->\n", "<!-- end -->\n"
 SHARED = "cifar100"  # whose flags most others have
 
@@ -20,7 +20,7 @@ SHARED = "cifar100"  # whose flags most others have
 def settings_table() -> str:
     """The table of all recipes in Markdown: name, data, networks, flags, source."""
     rows = [_row(recipe) for recipe in recipes().values()]
-    return "| `--recipe` | student by teacher, data | flags | source |\n|---|---|---|---|\n" + "".join(rows)
+    return "| recipe | student by teacher, data | flags | source |\n|---|---|---|---|\n" + "".join(rows)
 
 
 def _row(recipe: Recipe) -> str:

@@ -2,7 +2,7 @@
 
 Every weight tensor whose values repeat enough for it to pay is stored as a codebook and one canonical Huffman code; all
 other tensors are stored as they are. Names and shapes are not stored: they follow from the architecture's name and the
-channels that are kept. The byte layout is described in docs/archive_format.md.
+channels that are kept. The byte layout is described in docs/formats.md.
 """
 
 import os

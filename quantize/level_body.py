@@ -1,6 +1,6 @@
 """The inside of an archive whose weights are levels of steps (format 3): tensors to sections and back.
 
-docs/archive_format.md describes the bytes. Everything that a reader takes from the file is a whole number; what they stand for
+docs/formats.md describes the bytes. Everything that a reader takes from the file is a whole number; what they stand for
 follows by multiplications that every machine rounds alike.
 """
 

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the run_*.sh scripts share. A script lists runs with add_run, trains those listed with run_all, and ends with finish; one
 # that sets STUDY=FILE.jsonl.gz has in it, at any time, all runs that have ended.
-# docs/experiments.md explains the environment variables that start_script reads.
+# docs/running_studies.md explains the environment variables that start_script reads.
 
 # start_script ARGUMENT...: reads the environment, and the arguments to pass on into PASSED and SHARED
 start_script() {

@@ -1,6 +1,7 @@
 """README and docs/ against the code: every flag, every command, every file that they name, and the examples that they show."""
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -110,8 +111,30 @@ def test_the_readme_is_short_and_names_every_page():
     assert {name for name in DOCS if f"docs/{name}" not in README} == set()
 
 
+def lines_of(name):
+    return [json.loads(line) for line in (ROOT / "benchmarks" / "results" / name).read_text().splitlines()]
+
+
+def test_figures_of_the_readme_are_those_that_were_measured():
+    """The headline of the fine-tuned network is held by test_report."""
+    text = " ".join(README.split())
+    (row,) = (
+        row
+        for row in lines_of("pruning_without_training.jsonl")
+        if (row["criterion"], row["size"], row["layout"]) == ("filter-a", "macs=0.5", "coupled")
+    )
+    assert f"keeps **{row['top1']['reconstructed']:.1f} %** of its {row['teacher_top1']:.1f} % top-1" in text
+    assert f"squares on {row['images']} images; plain pruning leaves {row['top1']['plain']:.1f} %" in text
+    rows = json.loads((ROOT / "benchmarks" / "results" / "budgets.json").read_text())["rows"]
+    times = {row["task"]: row["time"] for row in rows if (row["network"], row["budget"]) == ("resnet56", "MACs, coupled, by 8")}
+    assert f"runs in **{times['forward, batch 64']:.2f}** of the time in PyTorch" in text
+    assert f"and **{times['onnxruntime, batch 64']:.2f}** in onnxruntime" in text
+    single = f"{times['forward, batch 1']:.2f} and {times['onnxruntime, batch 1']:.2f}"
+    assert f"a single image in {single}" in text
+
+
 def test_variables_of_the_environment_are_those_of_the_scripts():
-    tables = DOCS["experiments.md"] + DOCS["clusters.md"]
+    tables = DOCS["running_studies.md"]
     explained = set(re.findall(r"`([A-Z_]+)`", "".join(re.findall(r"^\| (`[A-Z_`, ]+) \|", tables, re.MULTILINE))))
     code = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.sh"))
     assert explained == set(re.findall(r"\b([A-Z_]+)=\$\{\1:-", code)) | {"PYTHON"}

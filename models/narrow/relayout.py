@@ -69,7 +69,7 @@ class MaskedRelayout(nn.Module):
 class AddInto(nn.Module):
     """A sum whose sides store different channels: `part` is added into its places in `whole`, which is widened first if need be.
 
-    On a CPU that is the fastest of the forms tried (docs/compaction.md); compilers and ONNX get a sum of gathers instead,
+    On a CPU that is the fastest of the forms tried (docs/architecture.md); compilers and ONNX get a sum of gathers instead,
     which they fuse, and which has a plain kernel everywhere.
     """
 

@@ -69,7 +69,7 @@ def add_data_flags(parser: Parser) -> None:
                        "else 224; where a network is only tested, its own)")  # fmt: skip
     group.add_argument("--test-share", type=share_value, metavar="SHARE",
                        help="so much of each class is for testing, in a folder of class folders without a split")  # fmt: skip
-    group.add_argument("--skip-broken", action="store_true", help="go on without images that cannot be read")
+    group.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     parser.counts_only("test_share", "skip_broken", where=lambda args: args.dataset in FOLDER_DATASETS,
                        only=f"with --dataset {'|'.join(sorted(FOLDER_DATASETS))}")  # fmt: skip
     group.add_argument("--limit-batches", type=positive_int, help="at most so many batches an epoch, in training and in testing")
@@ -139,7 +139,7 @@ def add_recipe_flag(parser: Parser) -> None:
     """A name for the flags of a publication; `parse_flags` fills them in."""
     names = [name for name, recipe in recipes().items() if parser.prog in recipe.scripts]
     parser.add_argument("--recipe", choices=names, metavar="NAME",
-                        help="train as a paper did, by the flags of docs/methods.md; any flag beside it wins")  # fmt: skip
+                        help="train as a paper did, by the flags in docs/flags.md; any flag beside it wins")  # fmt: skip
     counts_in_training(parser, "recipe")
 
 
@@ -164,13 +164,13 @@ def add_run_flags(parser: Parser, *, log_name: str) -> None:
     group.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     group.add_argument("--compile", action="store_true", help="torch.compile the training step")
     group.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes (CUDA)")
-    group.add_argument("--resume", type=run_path, metavar="RUN", help="go on with the run in this folder; needs no other flag")
+    group.add_argument("--resume", type=run_path, metavar="RUN", help="resume the run in this folder; needs no other flag")
     group.add_argument(
-        "--accept-data", action="store_true", help="with --resume, go on with other images than the run began with"
+        "--accept-data", action="store_true", help="with --resume, accept other images than those the run began with"
     )
     parser.counts_only("accept_data", where=lambda args: args.resume is not None, only="with --resume")
     group.add_argument(
-        "--auto-resume", action="store_true", help="begin the run of --run-name, go on with it, or leave it alone if complete"
+        "--auto-resume", action="store_true", help="start the run of --run-name, resume it, or leave it alone if complete"
     )
     group.add_argument(
         "--checkpoint-interval", type=positive_int, default=1, metavar="EPOCHS", help="epochs between saved states"

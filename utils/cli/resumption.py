@@ -46,7 +46,7 @@ def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> argparse.N
         folder = args.resume
         saved, args = _resumed_flags(parser, folder, given)
         if _is_complete(Path(folder), saved, args) and not args.dry_run and not args.evaluate:
-            print(f"{folder}: complete, nothing was changed; --n-epochs with more than {saved.n_epochs} goes on with it")
+            print(f"{folder}: complete, nothing was changed; --n-epochs above {saved.n_epochs} continues it")
             raise SystemExit(0)
     defaults = parser.parse_args([])
     for flags in (args, defaults):

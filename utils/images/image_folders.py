@@ -318,7 +318,7 @@ class _Reader:
 
     def _leave_out(self, errors: Sequence[BrokenImage], paths: Sequence[str]) -> None:
         if errors and not self.wanted.skip_broken:
-            remedy = "" if len(errors) == 1 else "; --skip-broken goes on without them"
+            remedy = "" if len(errors) == 1 else "; --skip-broken leaves them out"
             raise UserError(f"--data-dir: {describe_broken(errors)}{remedy}")
         self.broken += paths
 

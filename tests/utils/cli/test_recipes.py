@@ -93,6 +93,6 @@ def test_the_table_of_the_documents_is_that_of_the_file():
     spec = importlib.util.spec_from_file_location("write_settings", ROOT / "docs" / "write_settings.py")
     writer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(writer)
-    page = (ROOT / "docs" / "methods.md").read_text()
+    page = (ROOT / "docs" / "flags.md").read_text()
     assert writer.page_with_table(page) == page, "run python docs/write_settings.py"
     assert writer.settings_table() in page
