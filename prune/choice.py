@@ -21,6 +21,7 @@ from prune.criteria import CRITERIA
 from prune.feature_maps import mean_of_maps
 from prune.gradients import Loss, importances, mean_gradients
 from prune.masks import Ratios, check_criterion, choose_filters, score_filters
+from prune.removal import removal_order
 from prune.settings import Budget
 from utils.distributed import sum_over_processes
 from utils.errors import ParameterError
@@ -257,7 +258,7 @@ class FilterChoice:
         """What the criterion asks for beyond a layer's own weights, most of which takes a pass over training images."""
         criterion = CRITERIA[self.criterion]
         passed = {"layers": self.layers, "all_reduce": sum_over_processes}
-        gradients = importance = maps = None
+        gradients = importance = maps = order = None
         if criterion.needs_gradient:
             gradients = mean_gradients(self.network, self._batches(), loss=self.loss, **passed)
         if criterion.importance_of is not None:
@@ -265,8 +266,11 @@ class FilterChoice:
             importance = importances(self.network, self._batches(), of=of, loss=self.loss, **passed)
         if criterion.needs_maps:
             maps = mean_of_maps(self.graph, self._batches(), of_maps=criterion.of_maps, **passed)
+        if criterion.needs_order:
+            order = removal_order(self.graph, self._groups, self._batches(), **passed)
         squares = squares_of_filters(self.graph, self._groups, self.layers) if criterion.needs_group else None
-        return {"gradients": gradients, "importance": importance, "feature_maps": maps, "group_squares": squares}
+        sampled = {"gradients": gradients, "importance": importance, "feature_maps": maps}
+        return {**sampled, "group_squares": squares, "removal_order": order}
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         return ((batch.images, batch.labels) for batch in islice(self.data.train_batches("scoring"), self.samp_batches))

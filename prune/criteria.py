@@ -2,9 +2,10 @@
 
 A new criterion is one function under `@criterion("filter-...", title="...")`; nothing else changes. It is known by that name
 and by a shorter `alias`, which is what follows `filter-` unless another is given. It takes the weight and, by name, what it
-needs of `grad`, `importance`, `bn_weight`, `feature_maps`, `group_squares`, `gamma`, `generator` and `gm_distance`, and returns
-(F,) scores. It is called without autograd and in float64: its scores are rounded to float32 afterwards, so that the same weights
-rank alike on every device. `feature_maps` is a mean over images: the decorator says of what, as it does of `importance`.
+needs of `grad`, `importance`, `removal_order`, `bn_weight`, `feature_maps`, `group_squares`, `gamma`, `generator` and
+`gm_distance`, and returns (F,) scores. It is called without autograd and in float64: its scores are rounded to float32
+afterwards, so that the same weights rank alike on every device. `feature_maps` is a mean over images: the decorator says of
+what, as it does of `importance`.
 
 What is registered is known without torch, which a function that needs more than the methods of tensors imports itself.
 """
@@ -54,7 +55,7 @@ class Criterion:
         """What it looks at, in words."""
         if self.inputs & {"grad", "importance"}:
             return "labelled images"
-        if self.needs_maps:
+        if self.needs_maps or self.needs_order:
             return "images"
         return "batch norm" if "bn_weight" in self.inputs else "the weights" if "generator" not in self.inputs else "nothing"
 
@@ -65,7 +66,7 @@ class Criterion:
     @property
     def looks_at_images(self) -> bool:
         """Whether its scores take a pass over training images."""
-        return bool(self.inputs & {"grad", "importance", "feature_maps"})
+        return bool(self.inputs & {"grad", "importance", "feature_maps", "removal_order"})
 
     @property
     def needs_group(self) -> bool:
@@ -75,6 +76,11 @@ class Criterion:
     @property
     def needs_maps(self) -> bool:
         return "feature_maps" in self.inputs
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether it ranks by `prune.removal`."""
+        return "removal_order" in self.inputs
 
     def __call__(
         self,
@@ -88,12 +94,15 @@ class Criterion:
         feature_maps: Tensor | None = None,
         importance: Tensor | None = None,
         group_squares: Tensor | None = None,
+        removal_order: Tensor | None = None,
     ) -> Tensor:
         """Scores (F,) of the filters of `weight` (F, C, kH, kW), on its device, in its dtype but at least float32.
 
         `grad` has the shape of `weight`; `bn_weight`, that of the batch norm which reads the filters, `feature_maps`,
-        `importance` and `group_squares` are (F,). Raises UserError where one is needed and not given, and unless the scores are F
-        finite numbers: what else a new criterion may return would prune something all the same.
+        `importance`, `group_squares` and `removal_order` are (F,).
+
+        Raises UserError where one is needed and not given, and unless the scores are F finite numbers: what else a new
+        criterion may return would prune something all the same.
         """
         if self.needs_gradient and (grad is None or grad.shape != weight.shape):
             given = "none" if grad is None else f"one of shape {tuple(grad.shape)}"
@@ -106,12 +115,15 @@ class Criterion:
             raise UserError(f"{self.name} needs the importance of each filter, ({len(weight)},)")
         if "group_squares" in self.inputs and (group_squares is None or group_squares.shape != (len(weight),)):
             raise UserError(f"{self.name} needs the squares of the group of each filter, ({len(weight)},)")
+        if self.needs_order and (removal_order is None or removal_order.shape != (len(weight),)):
+            raise UserError(f"{self.name} needs the place of each filter in the order of removal, ({len(weight)},)")
         available = {
             "grad": None if grad is None else grad.double(),
             "bn_weight": None if bn_weight is None else bn_weight.double(),
             "feature_maps": None if feature_maps is None else feature_maps.double(),
             "importance": None if importance is None else importance.double(),
             "group_squares": None if group_squares is None else group_squares.double(),
+            "removal_order": None if removal_order is None else removal_order.double(),
             "gamma": gamma,
             "generator": generator,
             "gm_distance": gm_distance,
@@ -140,7 +152,9 @@ class Criterion:
 
 CRITERIA: dict[str, Criterion] = {}
 PREFIX = "filter-"
-_INPUTS = frozenset(("grad", "importance", "bn_weight", "feature_maps", "group_squares", "gamma", "generator", "gm_distance"))
+_INPUTS = frozenset(
+    ("grad", "importance", "bn_weight", "feature_maps", "group_squares", "removal_order", "gamma", "generator", "gm_distance")
+)
 
 
 def criteria_with(*inputs: str) -> list[str]:
@@ -331,6 +345,12 @@ def mean_independence(weight: Tensor, *, feature_maps: Tensor) -> Tensor:
     The mean over images of what the nuclear norm of all maps of the layer loses without the filter's.
     """
     return feature_maps
+
+
+@criterion("filter-error", title="Least-squares error")
+def least_squares_error(weight: Tensor, *, removal_order: Tensor) -> Tensor:
+    """Luo et al., "ThiNet", ICCV 2017, exactly: the place in the order of least loss at readers mended each time."""
+    return removal_order
 
 
 def _minmax(scores: Tensor) -> Tensor:

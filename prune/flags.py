@@ -33,7 +33,7 @@ CALLED = {  # what functions call what these flags give
     "images": "reconstruct",
 }
 READ_BY_CRITERIA = {  # flag: what a criterion asks for
-    "samp_batches": ("grad", "importance", "feature_maps"),
+    "samp_batches": ("grad", "importance", "feature_maps", "removal_order"),
     "gamma": ("gamma",),
     "gm_distance": ("gm_distance",),
 }

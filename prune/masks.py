@@ -101,6 +101,7 @@ def choose_filters(
     gradients: Mapping[str, Tensor] | None = None,
     importance: Mapping[str, Tensor] | None = None,
     feature_maps: Mapping[str, Tensor] | None = None,
+    removal_order: Mapping[str, Tensor] | None = None,
     group_squares: Mapping[str, Tensor] | None = None,
     multiple: int = 1,
     gamma: float = 0.5,
@@ -122,6 +123,7 @@ def choose_filters(
     scored = layers if "generator" in CRITERIA[criterion].inputs else losing
     options = {"gamma": gamma, "gm_distance": gm_distance, "generator": generator}
     sampled = {"gradients": gradients, "importance": importance, "feature_maps": feature_maps, "group_squares": group_squares}
+    sampled["removal_order"] = removal_order
     scores = score_filters(scored, criterion=criterion, **sampled, **options)
     kept = {
         layer.name: _highest(layer, scores[layer.name], ratios[layer.name], multiple=multiple)
@@ -150,6 +152,7 @@ def score_filters(
     gradients: Mapping[str, Tensor] | None = None,
     importance: Mapping[str, Tensor] | None = None,
     feature_maps: Mapping[str, Tensor] | None = None,
+    removal_order: Mapping[str, Tensor] | None = None,
     group_squares: Mapping[str, Tensor] | None = None,
     left: Mapping[str, Sequence[int]] | None = None,
     **options: Any,
@@ -163,6 +166,7 @@ def score_filters(
     for layer in layers:
         read = {"weight": layer.weight, "bn_weight": layer.bn_weight}
         sampled = {"grad": gradients, "importance": importance, "feature_maps": feature_maps, "group_squares": group_squares}
+        sampled["removal_order"] = removal_order
         read |= {name: (of or {}).get(layer.name) for name, of in sampled.items()}
         rows = torch.tensor(sorted((left or {}).get(layer.name, range(layer.filters))), dtype=torch.int64)
         with naming(layer.name):

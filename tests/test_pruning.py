@@ -44,6 +44,7 @@ METHODS = {
     "fpgm": ("--prune-mode", "filter-gm", "--train-form", "masked"),
     "nggm, hap": ("--prune-mode", "filter-nggm", "--samp-batches", "2", "--distill", "hap"),
     "hrank": ("--prune-mode", "filter-hrank", "--samp-batches", "1"),
+    "error": ("--prune-mode", "filter-error", "--samp-batches", "1"),
     "chip": ("--prune-mode", "filter-chip", "--samp-batches", "1"),
     "random, afd and at": ("--prune-mode", "filter-r", "--distill", "afd", "at", "--betas", "200", "1000"),
     "sp, soft": ("--prune-mode", "filter-gm", "--soft-prune", "--prune-interval", "2", "--distill", "sp", "--alpha", "0"),

@@ -7,6 +7,7 @@ and a parameter with a number for each channel gives those of them. The groups a
 (`models.graph`), in which every tensor says which layers give its channels and every step says which of them meet.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -77,6 +78,24 @@ def single_groups(layers: Sequence[PrunableLayer]) -> list[list[ChannelGroup]]:
             firsts = range(0, filters, layer.block)
             families.append([ChannelGroup(tuple((name, first + offset) for name, offset in members)) for first in firsts])
     return families
+
+
+def filters_read(graph: "ChannelGraph") -> dict[str, list[frozenset[Member]]]:
+    """For each layer that is called once, by its name, the filters that decide on each channel that it reads, in their order.
+
+    Filters that meet in a sum, a product or a depthwise convolution on the way decide together. A layer that reads the input, or
+    another tensor of which nothing is known, is left out; no filter at all decides on a channel that is always 0.
+    """
+    plan = plan_without(graph, frozenset())
+    sets = channel_sets(plan)
+    times = Counter(step.node.target for step in plan.steps.values() if step.cut is not None)
+    read = {}
+    for step in plan.steps.values():
+        if step.cut is not None and step.cut.columns is not None and times[step.node.target] == 1:
+            source = plan.steps[step.node.all_input_nodes[0]].out
+            if isinstance(source, Channels):
+                read[step.node.target] = [frozenset() if m is None else sets[m] for m in source.members]
+    return read
 
 
 def plan_without(graph: "ChannelGraph", removed: frozenset[Member]) -> Plan:

@@ -22,7 +22,7 @@ def numpy_geometric_median(weight, *, power=1):
 
 
 def test_every_named_method_is_registered():
-    names = ("r", "a", "l2", "gm", "nggm", "taylor", "taylor-weight", "bn", "group", "hrank", "chip")
+    names = ("r", "a", "l2", "gm", "nggm", "taylor", "taylor-weight", "bn", "group", "hrank", "chip", "error")
     assert list(CRITERIA) == [f"filter-{name}" for name in names]
 
 
@@ -33,7 +33,7 @@ def test_one_float32_score_a_filter_with_the_same_keywords(name, shape):
     generator = torch.Generator().manual_seed(1)
     each = torch.ones(len(weight))
     options = {"gamma": 0.3, "generator": generator, "gm_distance": "sqeuclidean"}
-    options |= dict.fromkeys(("bn_weight", "feature_maps", "importance", "group_squares"), each)
+    options |= dict.fromkeys(("bn_weight", "feature_maps", "importance", "group_squares", "removal_order"), each)
     scores = CRITERIA[name](weight, torch.ones(shape), **options)
     assert scores.shape == shape[:1] and scores.dtype == torch.float32
     assert not scores.requires_grad and scores.isfinite().all()
@@ -45,7 +45,7 @@ def test_half_precision_weights_are_scored_in_float32(name):
     grad = draw(6, 2, 3, 3, seed=1).bfloat16()
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     read = {"bn_weight": draw(6, seed=2).bfloat16(), "feature_maps": draw(6, seed=3).bfloat16()}
-    read["importance"] = read["group_squares"] = read["feature_maps"]
+    read["importance"] = read["group_squares"] = read["removal_order"] = read["feature_maps"]
     scores = CRITERIA[name](weight, grad, generator=generators[0], **read)
     widened = {key: tensor.float() for key, tensor in read.items()}
     assert torch.equal(scores, CRITERIA[name](weight.float(), grad.float(), generator=generators[1], **widened))
