@@ -36,9 +36,13 @@ def run_in(text: str) -> str:
 def _folder(text: str, *, ended: bool) -> Path | None:
     """The folder of the run that is meant; None where `text` names something else."""
     path = Path(text)
-    if path.name == LATEST and not path.exists():
+    try:
+        is_latest, is_run = path.name == LATEST and not path.exists(), (path / CONFIG).is_file()
+    except (OSError, ValueError):  # no path that a file system takes, which is said where the file is opened
+        return None
+    if is_latest:
         return _newest(path.parent if path.parent != Path() else Path(SAVES), ended=ended)
-    return path if (path / CONFIG).is_file() else None
+    return path if is_run else None
 
 
 def _newest(saves: Path, *, ended: bool) -> Path:
