@@ -61,7 +61,7 @@ def test_a_complete_run_is_left_alone_until_its_epochs_are_raised(trained, tmp_p
     assert "saves/run has --batch-size 16, not 128" in output(tmp_path)
     assert contents(tmp_path / RUN) == before
     assert attempt(tmp_path, [*TRAINING, "--n-epochs", "3"]) == 0
-    assert "epoch 3/3" in output(tmp_path) and "epoch 2/3" not in output(tmp_path)
+    assert " 3/3 " in output(tmp_path) and " 2/3 " not in output(tmp_path)
 
 
 @pytest.mark.parametrize(

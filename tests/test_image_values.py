@@ -154,7 +154,7 @@ def test_a_student_takes_over_what_the_teacher_has_seen(places, run, tmp_path):
     expected = load_network(places["teacher"], flag="").images
     for name in ("model_best.pt", "model_last.pt", "model_compact.pt"):
         assert load_network(tmp_path / "pruned" / name, flag="").images == expected
-    assert "mean" not in ended.output
+    assert "--mean" not in ended.output
 
 
 def test_teacher_and_student_see_the_same_images(places, run):

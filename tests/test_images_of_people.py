@@ -125,7 +125,7 @@ class TestResumed:
     def test_a_complete_run_is_left_as_it_is(self, tuned, run_script):
         before = {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()}
         ended = run_script("initial_train", "--resume", str(tuned))
-        assert ended.status == 0 and "complete, nothing was changed; --n-epochs with more than 1 goes on" in ended.output
+        assert ended.status == 0 and "complete, nothing was changed; --n-epochs above 1 continues it" in ended.output
         assert {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()} == before
 
     def test_a_network_that_was_moved_is_proved_by_its_weights(self, tuned, run_script, tmp_path):

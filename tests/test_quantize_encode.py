@@ -102,7 +102,7 @@ def test_evaluate_scores_archive_and_checkpoint_alike(finished, run_script):
         run_script("quantize_encode", "--evaluate", "--load-path", str(finished / name), *SCORING_FLAGS).output
         for name in ("model.huff", "model_compact.pt")
     ]
-    assert scores[0] == scores[1] and scores[0].splitlines()[-1].startswith("resnet8 on digits: loss ")
+    assert scores[0] == scores[1] and "\nresnet8 on digits: loss " in f"\n{scores[0]}"
     assert {path: path.stat().st_mtime_ns for path in finished.parent.rglob("*")} == before
 
 

@@ -5,6 +5,7 @@ The processes are forked from this one by the functions of benchmarks/kill_test.
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -87,7 +88,7 @@ def nth(folder: Path, name: str, count: int) -> int:
 
 def wait_for_an_epoch(folder: Path) -> None:
     deadline = time.monotonic() + 120
-    while "\nepoch 1/" not in "\n" + output(folder):
+    while not re.search("^ *1/", output(folder), re.MULTILINE):
         assert time.monotonic() < deadline, output(folder)
         time.sleep(0.02)
 

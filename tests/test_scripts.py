@@ -292,7 +292,12 @@ def test_the_sensitivity_runs_differ_from_the_usual_setting_in_one_flag():
 def test_flags_that_reach_a_teacher_are_those_that_all_entry_scripts_have():
     parsers = [importlib.import_module(name).get_args_parser() for name in ENTRY_SCRIPTS]
     common = set.intersection(*({flag for action in parser._actions for flag in action.option_strings} for parser in parsers))
-    taken = set(re.findall(r"--[a-z-]+", re.search(r"while \(\(\$#\)\); do(.*?)\*\)\n", lib(), re.DOTALL)[1])) | {"-h"}
+    taken = set(re.findall(r"--[a-z-]+", re.search(r"while \(\(\$#\)\); do(.*?)\*\)\n", lib(), re.DOTALL)[1])) | {
+        "-h",
+        "--help-all",
+        "--version",
+        "--config",
+    }
     assert set(map(cli.flag_of, methods.shared_flags())) == common - taken
 
 

@@ -26,7 +26,7 @@ from models.narrow import NarrowNetwork
 from prune.choice import FilterChoice, small_network
 from prune.masks import keep_ratios
 from utils.errors import UserError
-from utils.images.preparation import test_transform
+from utils.images import preparation
 from utils.images.spec import ImageSpec
 
 IMAGES = ImageSpec(("zebra", 'a "quoted"\nname \\', "日本"), (32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -325,4 +325,4 @@ def test_a_photo_is_prepared_as_it_was_in_testing(size, photo):
     pixels = torch.randint(256, (photo[1], photo[0], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     image = Image.fromarray(pixels.numpy())
     found = module["preprocess"](image)
-    torch.testing.assert_close(found, test_transform(size)(image)[None] / 255, rtol=0, atol=0)
+    torch.testing.assert_close(found, preparation.test_transform(size)(image)[None] / 255, rtol=0, atol=0)

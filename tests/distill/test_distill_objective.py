@@ -169,7 +169,9 @@ def test_formula_names_every_weight():
 def test_formula_shows_every_option(name, option):
     default = DISTILLERS[name].options[option].default
     build = partial(build_objective, small_network(0), small_network(1), [name], images=IMAGES, alpha=0.9, facts=FACTS)
-    other = True if default is False else max(default - 1, 1) if isinstance(default, int) else default / 2
+    other = (
+        1 if default is None else True if default is False else max(default - 1, 1) if isinstance(default, int) else default / 2
+    )
     assert build().formula() == build(options={option: default}).formula() != build(options={option: other}).formula()
 
 

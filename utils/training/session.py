@@ -174,6 +174,8 @@ class Session:
 
     def _recipe(self) -> str:
         training = self.settings.training
+        if training.n_epochs == 0:
+            return "no training"
         momentum = f"momentum {training.momentum:g}" + ("" if training.no_nesterov or not training.momentum else " (Nesterov)")
         return (
             f"SGD, {momentum}, weight decay {training.weight_decay:g}, {self.data.train_steps} steps an epoch of "

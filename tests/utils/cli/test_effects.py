@@ -80,7 +80,7 @@ def is_accepted(*words: str) -> bool:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_criterion_brings_the_rules_of_what_it_asks_for(criterion):
     inputs = CRITERIA[criterion].inputs
-    sampled = ("grad", "importance", "feature_maps")
+    sampled = ("grad", "importance", "feature_maps", "removal_order")
     readers = {"--gamma 0.5": ("gamma",), "--gm-distance euclidean": ("gm_distance",), "--samp-batches 2": sampled}
     for words, read in readers.items():
         assert is_accepted("--prune-mode", criterion, *words.split()) == (not inputs.isdisjoint(read))
