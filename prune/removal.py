@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from models.graph import ChannelGraph
-from models.graph.groups import ChannelGroup, Member, filters_read
+from models.graph.groups import ChannelGroup, Member, deciding_group, filters_read
 from models.graph.layers import PrunableLayer
 from models.graph.statistics import Moments, groups_of, is_linear_map, weight_matrix
 from models.graph.walk import Inputs
@@ -170,18 +170,12 @@ def _readers_of(
         layer = network.get_submodule(name)
         if groups_of(layer) > 1 and name in family[0].layers:
             continue  # its filters go with what they read
-        places = [_place_of(members, owner, family) for members in channels]
+        places = [deciding_group(members, owner, family) for members in channels]
         for group, own in enumerate(_chunks(places, groups_of(layer))):
             if any(place is not None for place in own):
                 readers.append(_reader(layer, moments[name], own, group=group, channels=len(family), ridge=ridge))
                 are_read.update(own)
     return readers if are_read >= {*range(len(family))} else []
-
-
-def _place_of(members: frozenset[Member], owner: Mapping[Member, int], family: Sequence[ChannelGroup]) -> int | None:
-    """The group without which a channel is 0 that all of `members` decide."""
-    place = owner.get(next(iter(members))) if members else None
-    return place if place is not None and members <= {*family[place].filters} else None
 
 
 def _chunks(places: list[int | None], groups: int) -> Iterator[list[int | None]]:

@@ -8,7 +8,7 @@ and a parameter with a number for each channel gives those of them. The groups a
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,9 +48,9 @@ def channel_groups(graph: "ChannelGraph", layers: Sequence[PrunableLayer]) -> li
     known, such as a slice. Hidden units of linear layers meet none: each is a group.
     """
     convs = [layer for layer in layers if not layer.is_linear]
-    groups, before = _groups(plan_without(graph, frozenset()), convs), None
+    groups, before = _groups(_plan_without(graph, frozenset()), convs), None
     while groups != before:
-        blocked = _members_laid_out_anew(plan_without(graph, _every_second(groups)))
+        blocked = _members_laid_out_anew(_plan_without(graph, _every_second(groups)))
         before, groups = groups, [alike for alike in groups if all(blocked.isdisjoint(group.filters) for group in alike)]
     order = {layer.name: place for place, layer in enumerate(layers)}
     groups += single_groups([layer for layer in layers if layer.is_linear])
@@ -86,8 +86,8 @@ def filters_read(graph: "ChannelGraph") -> dict[str, list[frozenset[Member]]]:
     Filters that meet in a sum, a product or a depthwise convolution on the way decide together. A layer that reads the input, or
     another tensor of which nothing is known, is left out; no filter at all decides on a channel that is always 0.
     """
-    plan = plan_without(graph, frozenset())
-    sets = channel_sets(plan)
+    plan = _plan_without(graph, frozenset())
+    sets = {member: members for members in map(frozenset, _met(plan).sets()) for member in members}
     times = Counter(step.node.target for step in plan.steps.values() if step.cut is not None)
     read = {}
     for step in plan.steps.values():
@@ -98,7 +98,16 @@ def filters_read(graph: "ChannelGraph") -> dict[str, list[frozenset[Member]]]:
     return read
 
 
-def plan_without(graph: "ChannelGraph", removed: frozenset[Member]) -> Plan:
+def deciding_group(members: frozenset[Member], place: Mapping[Member, int], groups: Sequence[ChannelGroup]) -> int | None:
+    """The number of the group without which a channel is 0 that `members` decide on: of the one that has them all, if any.
+
+    `place` says of each filter which of `groups` it is in.
+    """
+    number = place.get(next(iter(members))) if members else None
+    return number if number is not None and members <= {*groups[number].filters} else None
+
+
+def _plan_without(graph: "ChannelGraph", removed: frozenset[Member]) -> Plan:
     """The plan of the network without the `removed` filters; a batch norm has the channels that it is given."""
 
     def live_outputs(name: str, layer: nn.Module, given: Channels | None) -> Sequence[int]:
@@ -108,11 +117,6 @@ def plan_without(graph: "ChannelGraph", removed: frozenset[Member]) -> Plan:
         return [channel for channel in channels if (name, channel) not in removed] if removed else channels
 
     return graph.plan(live_outputs)
-
-
-def channel_sets(plan: Plan) -> dict[Member, frozenset[Member]]:
-    """All channels that meet, by each of them."""
-    return {member: members for members in map(frozenset, _met(plan).sets()) for member in members}
 
 
 def _met(plan: Plan) -> "_Union":
