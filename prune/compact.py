@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.batch_norm import UnevenBatchNorm2d
 from models.difference import ResultDifference
 from models.graph import ChannelGraph, Channels, Plan
-from models.graph.kinds import CONVOLUTIONS, outputs_first
+from models.graph.kinds import CONVOLUTIONS, INSTANCE_NORMS, outputs_first
 from models.narrow import NarrowNetwork, Selection
 from utils.errors import UserError, shown
 from utils.modes import evaluating
@@ -132,7 +132,6 @@ def _stored(given: Channels | None, full: int, like: Tensor | None) -> Tensor:
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, UnevenBatchNorm2d, nn.SyncBatchNorm)
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _LIVE = {
     **dict.fromkeys(CONVOLUTIONS, _live_filters),
     nn.Linear: _live_units,

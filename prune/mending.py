@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.graph.cost import positions_of_layers
-from models.graph.statistics import LINEAR_LAYERS, weight_matrix
+from models.graph.kinds import WEIGHED
+from models.graph.statistics import weight_matrix
 from models.narrow import NarrowNetwork
 from prune.reconstruction import LayerFit, reconstruct
 from prune.schedule import PruningSchedule
@@ -32,7 +33,7 @@ def images_needed(network: nn.Module, image: Tensor) -> int:
     rows = [
         ROWS_PER_UNKNOWN * weight_matrix(layers[name]).shape[2] / positions
         for name, positions in positions_of_layers(network, image).items()
-        if isinstance(layers[name], LINEAR_LAYERS)
+        if isinstance(layers[name], WEIGHED)
     ]
     return min(max(FEWEST_IMAGES, *map(round, rows)), MOST_IMAGES)
 
@@ -90,7 +91,7 @@ class Reconstruction:
         count, self.before = self._count(unpruned), evaluate(schedule.model, self.data)
         self.run.log(f"pruned, before reconstruction: top1 {self.before['top1']:.2f}, loss {self.before['loss']:.4f}")
         batches = self.data.plain_batches(count)
-        layers = sum(isinstance(module, LINEAR_LAYERS) for module in schedule.model.modules())
+        layers = sum(isinstance(module, WEIGHED) for module in schedule.model.modules())
         disable = None if self.run.world.is_main else True
         with tqdm(total=layers, desc="reconstruction", unit="layer", disable=disable, leave=False) as bar:
             fits = mend_pruned(schedule, unpruned, batches, on_layer=lambda fit: bar.update())

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from models.graph import output_channels
-from models.graph.statistics import TRANSPOSED, Moments, groups_of, set_weight_matrix, weight_matrix
+from models.graph.kinds import TRANSPOSED
+from models.graph.statistics import Moments, groups_of, set_weight_matrix, weight_matrix
 from models.graph.walk import walkable
 from quantize.folding import fold_norms
 from quantize.trellis import Factors, multiples_of, quantize_rows

@@ -24,6 +24,8 @@ KINDS = (
 )
 WEIGHED = tuple(kind.module for kind in KINDS)
 CONVOLUTIONS = tuple(kind.module for kind in KINDS if kind.axes)
+TRANSPOSED = tuple(kind.module for kind in KINDS if kind.transposed)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def kind_of(layer: nn.Module) -> LayerKind | None:

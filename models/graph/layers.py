@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from models.graph.kinds import CONVOLUTIONS, kind_of, output_axis, outputs_first
+from models.graph.kinds import CONVOLUTIONS, INSTANCE_NORMS, kind_of, output_axis, outputs_first
 from models.graph.roles import PLAIN_NORMS
 from utils.errors import UserError
 
 if TYPE_CHECKING:
     from models.graph.channel_graph import ChannelGraph
-
-
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @dataclass(frozen=True, eq=False)

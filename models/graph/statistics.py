@@ -11,19 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.graph.kinds import KINDS, WEIGHED
+from models.graph.kinds import TRANSPOSED, kind_of
 
-TRANSPOSED = tuple(kind.module for kind in KINDS if kind.transposed)
-LINEAR_LAYERS = WEIGHED
 CHUNK_BYTES = 64 << 20  # of the rows that exist at a time
 
 
 def is_linear_map(layer: nn.Module) -> bool:
     """Whether the layer computes what its class says, from a weight of its own: a convolution of any kind or `nn.Linear`."""
-    kind = next((kind for kind in LINEAR_LAYERS if isinstance(layer, kind)), None)
+    kind = kind_of(layer)
     if kind is None or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         return False
-    return type(layer).forward is kind.forward and isinstance(layer._parameters.get("weight"), nn.Parameter)
+    return type(layer).forward is kind.module.forward and isinstance(layer._parameters.get("weight"), nn.Parameter)
 
 
 def groups_of(layer: nn.Module) -> int:
