@@ -26,32 +26,30 @@ from utils.python_file import names_function
 from utils.runs.folder import BEFORE_TRAINING, BEST, COMPACT, KEPT_FILTERS, LATENCY_TABLE, SUMMARY
 from utils.runs.run import Run
 from utils.training.evaluation import check_score, evaluate
-from utils.training.metrics import Sums
+from utils.training.metrics import Sums, is_at_chance
 from utils.training.recalibration import recalibrated_batch_norm
 from utils.training.reporting import gain_lines, log_end
 
 WHOLE = "no filter is pruned, the network stays whole (--prune-rates below 1 prunes)"
-CHANCE_MARGIN = 1.2  # a network that is right at most so many times as often as guessing is scored as guessing
 
 
 def log_accuracy(
     run: Run, *, teacher: NetworkFile | None, student: NetworkFile, data: ImageData, is_copy: bool
 ) -> dict[str, Any]:
     """Scores the networks before pruning, once where the student is a copy; warns where one is no better than guessing."""
-    chance = 100 / len(data.dataset.classes)
-    scores = {}
+    classes, scores = len(data.dataset.classes), {}
     for role, file in (("teacher", teacher), ("student", student)):
         if file is None:
             continue
         known = scores.get("teacher") if is_copy else None
-        if file.num_classes != len(data.dataset.classes):
+        if file.num_classes != classes:
             run.log(f"{role} {file.model}: knows {file.num_classes} other classes, it has no accuracy on {data.dataset.name}")
             continue
         scores[role] = known or {"model": file.model, **evaluate(file.network, data)}
         check_score(scores[role], origin=f"{role} {file.model}")
         run.log(f"{role} {file.model}: top1 {scores[role]['top1']:.2f}, loss {scores[role]['loss']:.4f}")
-        if role == "teacher" and scores[role]["top1"] <= CHANCE_MARGIN * chance:
-            run.warn(f"the teacher scores at chance ({chance:.1f}) on {data.dataset.name}: is --t-path the right file?")
+        if role == "teacher" and is_at_chance(scores[role]["top1"], num_classes=classes):
+            run.warn(f"the teacher scores at chance ({100 / classes:.1f}) on {data.dataset.name}: is --t-path the right file?")
     return scores
 
 
@@ -74,7 +72,7 @@ def log_pruning(
     recalibrated = recalibrated_batch_norm(student.network, data, batches=recalibrate_bn_batches)
     with schedule.shipped() as selection, recalibrated:
         pruned = evaluate(student.network, data)
-    chance = 100 / len(data.dataset.classes)
+    classes = len(data.dataset.classes)
     reported = _reported(layers, selection)
     if all(layer.name not in selection.kept for layer in reported):
         run.log(WHOLE)
@@ -85,9 +83,9 @@ def log_pruning(
                 run.warn(f"{layer.name} has lost every filter")
     done = "pruned" if before is None else "pruned and reconstructed"
     run.log(f"{done}, before fine-tuning: top1 {pruned['top1']:.2f}, loss {pruned['loss']:.4f}")
-    trained = scores["student"]["top1"] > CHANCE_MARGIN * chance
-    if trained and pruned["top1"] <= CHANCE_MARGIN * chance:
-        run.warn(f"accuracy fell to chance ({chance:.1f}) by pruning; fine-tuning starts nearly from nothing")
+    trained = not is_at_chance(scores["student"]["top1"], num_classes=classes)
+    if trained and is_at_chance(pruned["top1"], num_classes=classes):
+        run.warn(f"accuracy fell to chance ({100 / classes:.1f}) by pruning; fine-tuning starts nearly from nothing")
     save_kept(run, layers, selection)
     reached = {"pruned": pruned} if before is None else {"pruned": before, "reconstructed": pruned}
     run.save_json(BEFORE_TRAINING, {**scores, **reached})

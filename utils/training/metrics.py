@@ -9,6 +9,12 @@ from utils.distributed import sum_over_processes
 from utils.errors import NonFiniteLoss
 
 NEVER = 2**62
+CHANCE_MARGIN = 1.2  # a network that is right at most so many times as often as guessing is scored as guessing
+
+
+def is_at_chance(top1: float, *, num_classes: int) -> bool:
+    """Whether an accuracy in percent is that of guessing one of so many classes."""
+    return top1 <= CHANCE_MARGIN * (100 / num_classes)
 
 
 def label_rank(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from utils.distributed import average_over_processes
 from utils.errors import ParameterError
 from utils.images.batches import ImageData
 from utils.seed import preserved_random_state
+from utils.training.metrics import is_at_chance
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-CHANCE_MARGIN = 1.2  # times chance, up to which an accuracy is taken for that of guessing
 
 
 def check_recalibration(network: nn.Module, batches: int | None) -> None:
@@ -32,7 +32,8 @@ def lags_behind(network: nn.Module, *, train_top1: float, test_top1: float, num_
     What was trained on is known well above chance, what is tested with these statistics is not.
     """
     chance = 100 / num_classes
-    return bool(_norms_of(network)) and test_top1 <= CHANCE_MARGIN * chance and train_top1 - chance >= (100 - chance) / 4
+    is_stuck = is_at_chance(test_top1, num_classes=num_classes)
+    return bool(_norms_of(network)) and is_stuck and train_top1 - chance >= (100 - chance) / 4
 
 
 @contextlib.contextmanager
