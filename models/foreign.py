@@ -5,7 +5,6 @@ names may begin with what wrapped the network (DataParallel, `torch.compile`, Li
 counters of other tools.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -39,10 +38,28 @@ PROBES = (11, 13)  # numbers of classes that few widths are equal to, of which t
 MAX_NESTING, MAX_WRAPPERS, SHOWN_NAME = 3, 5, 60
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Probes(NamedTuple):
+    """The shapes of a network's tensors by name, for two numbers of classes, PROBES."""
+
+    few: Shapes
+    many: Shapes
+
+    @classmethod
+    def of(cls, model: str) -> "Probes":
+        return cls(*(_shapes(model, classes) for classes in PROBES))
+
+
 class Taken(NamedTuple):
-    """The tensors of a network by its own names, and what was done to find them: None where they lay there as they are."""
+    """The tensors of a network by its own names, and what was done to find them: None where they lay there as they are.
+
+    `prefix` is what the names began with in the file.
+    """
 
     state: dict[str, Tensor]
+    prefix: str
     remark: str | None
 
 
@@ -59,9 +76,10 @@ def find_tensors(checkpoint: Mapping[str, Any]) -> tuple[Any, list[str], list[st
     return checkpoint, path, others
 
 
-def take(state: Mapping[str, Tensor], *, path: list[str], others: list[str], model: str) -> Taken:
-    """The tensors of the network `model` among those of `state`, which lay under the keys `path` of a file."""
-    expected = _expected_shapes(model)
+def take(state: Mapping[str, Tensor], *, path: list[str], others: list[str], probes: Probes) -> Taken:
+    """The tensors of the network of `probes` among those of `state`, which lay under the keys `path` of a file."""
+    # where a shape depends on the number of classes, any will do
+    expected = {name: shape if probes.many.get(name) == shape else None for name, shape in probes.few.items()}
     kept = {name: value for name, value in state.items() if name in expected or name.rpartition(".")[2] not in COUNTERS}
     prefix, inner = max(_readings(kept), key=lambda reading: _fitting(_renamed(kept, *reading), expected))
     taken = _renamed(kept, prefix, inner)
@@ -73,24 +91,18 @@ def take(state: Mapping[str, Tensor], *, path: list[str], others: list[str], mod
     left = [name for name in state if name not in kept or not name.startswith(prefix)]
     beside = [f"not {printable(', '.join([*others, *left]), SHOWN_NAME)}"] if others or left else []
     said = [*places, *names, *beside]
-    return Taken(_with_versions(taken, state, prefix), f"took {len(taken)} tensors: {', '.join(said)}" if said else None)
+    return Taken(taken, prefix, f"took {len(taken)} tensors: {', '.join(said)}" if said else None)
 
 
-def count_classes(state: Mapping[str, Tensor], *, model: str) -> int | None:
-    """The number of classes with which the network `model` has the shapes of `state`; None where none of them depends on it."""
-    few, many = (_shapes(model, classes) for classes in PROBES)
+def count_classes(state: Mapping[str, Tensor], *, probes: Probes) -> int | None:
+    """The number of classes with which the network of `probes` has the shapes of `state`; None where none depends on it."""
+    few, many = probes
     for name in few.keys() & many.keys() & state.keys():
         for axis, (low, high) in enumerate(zip(few[name], many[name], strict=False)):
             if low != high and axis < state[name].ndim:
                 each = (high - low) / (PROBES[1] - PROBES[0])
                 return round((state[name].shape[axis] - low) / each) + PROBES[0]
     return None
-
-
-def _expected_shapes(model: str) -> dict[str, tuple[int, ...] | None]:
-    """The network's names with the shapes that do not depend on the number of classes."""
-    few, many = (_shapes(model, classes) for classes in PROBES)
-    return {name: shape if many.get(name) == shape else None for name, shape in few.items()}
 
 
 def _shapes(model: str, num_classes: int) -> dict[str, tuple[int, ...]]:
@@ -139,11 +151,3 @@ def _fitting(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]
     """How many of the names are the network's, shapes included; and, where that is equal, how few others there are."""
     fits = sum(name in state and shape in (None, tuple(state[name].shape)) for name, shape in expected.items())
     return fits, fits - len(state)
-
-
-def _with_versions(taken: dict[str, Tensor], state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """With the versions of modules that the state dict carries, by their paths without `prefix`."""
-    taken, versions = OrderedDict(taken), getattr(state, "_metadata", None)
-    if versions is not None:
-        taken._metadata = OrderedDict((path.removeprefix(prefix), dict(entry)) for path, entry in versions.items())
-    return taken

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models import NAMES, build_model, build_on_meta, check_model, trusted_model
-from models.foreign import count_classes, find_tensors, take
+from models.foreign import Probes, count_classes, find_tensors, take
 from models.graph import ChannelGraph, output_channels
 from models.narrow import NarrowNetwork, Selection
 from models.narrow.proof import check_equal_training, pruned_rows
@@ -201,15 +201,15 @@ def _checked_state(state: Any, origin: str) -> dict[str, Tensor]:
     return with_versions(state, like=state)
 
 
-def with_versions(state: Mapping[str, Tensor], *, like: Any) -> dict[str, Tensor]:
-    """`state` with the versions of the modules that the state dict `like` carries.
+def with_versions(state: Mapping[str, Tensor], *, like: Any, without: str = "") -> dict[str, Tensor]:
+    """`state` with the versions of the modules that the state dict `like` carries, by their paths `without` a prefix.
 
     `load_state_dict` hands them to the modules, some of which read older versions in another way.
     """
     versions = getattr(like, "_metadata", None)
     state = OrderedDict(state)
     if isinstance(versions, Mapping) and all(_is_version(path, entry) for path, entry in versions.items()):
-        state._metadata = OrderedDict((path, dict(entry)) for path, entry in versions.items())
+        state._metadata = OrderedDict((path.removeprefix(without), dict(entry)) for path, entry in versions.items())
     return state
 
 
@@ -252,8 +252,10 @@ def _load_bare(checkpoint: Mapping[str, Any], origin: str, model: str | None, mo
         raise UserError(f"{origin}: does not say which network it holds; name it with {model_flag}")
     with naming(model_flag):
         check_model(model)
-    state, remark = take(state, path=path, others=others, model=model)
-    num_classes = count_classes(state, model=model)
+    probes = Probes.of(model)
+    taken, prefix, remark = take(state, path=path, others=others, probes=probes)
+    state = with_versions(taken, like=state, without=prefix)
+    num_classes = count_classes(state, probes=probes)
     if num_classes is None:
         num_classes = _rows_of_last_matrix(state, origin, model)
     if num_classes < 1:
