@@ -16,7 +16,7 @@ from utils.runs.run import Run, interpreter
 FEWEST_CLASSES_OF_TOP5 = 6  # of five classes every one is among the first five
 MOST_CLASSES_SHOWN = 10
 LINE_CHARACTERS = 80
-WIDTHS = {"epoch": 7, "lr": 8, "left": 7}  # of columns, in characters; 6 of all others
+WIDTHS = {"epoch": 7, "lr": 8, "left": 7, "average top1": 7, "trained top1": 7}  # of columns, in characters; 6 of all others
 
 
 class EpochReport:

@@ -77,6 +77,11 @@ def last_line(folder):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+def triples(output):
+    lines = output.splitlines()
+    return zip(lines, lines[1:], lines[2:], strict=False)
+
+
 @pytest.mark.parametrize("ships", ["average", "trained"])
 def test_both_are_scored_and_saved_and_one_is_shipped(tmp_path, run_script, ships):
     flags = ["--model", "resnet8", *TINY, "--n-epochs", "1", "--save-dir", str(tmp_path), "--run-name", "run", "--ships", ships]
@@ -93,7 +98,9 @@ def test_both_are_scored_and_saved_and_one_is_shipped(tmp_path, run_script, ship
                 assert torch.equal(value, states[kind][name]), (kind, name)
     line = last_line(folder)
     assert line["top1"] == shipped["metrics"]["top1"] and line[f"{other}_loss"] == beside["metrics"]["loss"]
-    assert f"{other} top1" in ended.output
+    above, below, row = next(lines for lines in triples(ended.output) if lines[2].lstrip().startswith("1/1 "))
+    end = above.index(other) + len(other)  # of the column
+    assert below[:end].endswith(" top1") and row[:end].endswith(f" {line[f'{other}_top1']:.2f}")
 
 
 def test_a_pruned_average_is_pruned_and_goes_on_bit_for_bit(tmp_path, run_script, trained_run):
