@@ -125,13 +125,11 @@ def fitting_data(settings: DataSettings, file: NetworkFile, *, origin: str, test
 
 def dense_and_small(file: NetworkFile, data: ImageData, *, origin: str) -> tuple[nn.Module, NarrowNetwork]:
     """The network of a file at full width, with zeros where filters are gone, and without its zero filters."""
-    from models.graph.kinds import unusual_axes
     from models.network_file import as_dense
-    from prune.compact import check_pruned_zeros, compact
+    from prune.compact import check_zeros_of, compact
 
+    check_zeros_of(file, origin=origin)
     if not file.compact:
-        with naming(origin):
-            check_pruned_zeros(file.network.state_dict(), file.kept, axes=unusual_axes(file.network))
         return file.network, compact(file.network, data.example)
     return as_dense(file).network, file.network
 

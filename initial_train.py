@@ -119,10 +119,9 @@ def given_network(session: Session, file: NetworkFile, *, origin: str) -> Networ
     from dataclasses import replace
 
     from models.graph import ChannelGraph
-    from models.graph.kinds import unusual_axes
     from models.narrow import Selection
     from models.network_file import check_training, example_images, transferred
-    from prune.compact import check_pruned_zeros
+    from prune.compact import check_zeros_of
     from utils.device import to_device
     from utils.images.loading import check_classes, check_images
 
@@ -131,9 +130,9 @@ def given_network(session: Session, file: NetworkFile, *, origin: str) -> Networ
         with naming(origin):
             file = transferred(file, num_classes=len(images.class_names))
     check_classes(file.num_classes, session.data, origin=origin, remark=file.remark)
+    check_zeros_of(file, origin=origin)
     if file.kept and not file.compact:
         with naming(origin):
-            check_pruned_zeros(file.network.state_dict(), file.kept, axes=unusual_axes(file.network))
             example = example_images(file.network, images)
             selection = Selection.from_json(ChannelGraph(file.network, example), file.kept)
             file = replace(file, network=selection.shrink(), compact=True)

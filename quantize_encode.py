@@ -164,17 +164,14 @@ def fit_for_data(session: Session, files: Mapping[str, NetworkFile]) -> tuple[Ne
     """
     from dataclasses import replace
 
-    from models.graph.kinds import unusual_axes
-    from prune.compact import check_pruned_zeros
+    from prune.compact import check_zeros_of
     from utils.device import to_device
     from utils.images.loading import check_classes, check_images
 
     data = session.load_data({origin: file.images for origin, file in files.items()})
     for origin, file in files.items():
         check_classes(file.num_classes, data, origin=origin, remark=file.remark)
-        if not file.compact:
-            with naming(origin):
-                check_pruned_zeros(file.network.state_dict(), file.kept, axes=unusual_axes(file.network))
+        check_zeros_of(file, origin=origin)
     trained = None if session.settings.run.evaluate else next(iter(files))
     for origin, file in files.items():
         check_images(to_device(file.network, session.device), data, origin=origin, trains=origin == trained)

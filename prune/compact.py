@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from models.batch_norm import UnevenBatchNorm2d
 from models.difference import ResultDifference
 from models.graph import ChannelGraph, Channels, Plan
-from models.graph.kinds import CONVOLUTIONS, INSTANCE_NORMS, outputs_first
+from models.graph.kinds import CONVOLUTIONS, INSTANCE_NORMS, outputs_first, unusual_axes
 from models.narrow import NarrowNetwork, Selection
-from utils.errors import UserError, shown
+from models.network_file import NetworkFile
+from utils.errors import UserError, naming, shown
 from utils.modes import evaluating
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
@@ -155,6 +156,13 @@ def relative_difference(dense: nn.Module, smaller: nn.Module, images: Iterable[T
             inputs = batch if isinstance(batch, tuple | list) else (batch,)
             difference.add(dense(*inputs), smaller(*inputs))
     return difference.relative
+
+
+def check_zeros_of(file: NetworkFile, *, origin: str) -> None:
+    """`check_pruned_zeros` of a file at full width; `origin` (flag and path) begins the message."""
+    if not file.compact:
+        with naming(origin):
+            check_pruned_zeros(file.network.state_dict(), file.kept, axes=unusual_axes(file.network))
 
 
 def check_pruned_zeros(

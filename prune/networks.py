@@ -5,9 +5,8 @@ from dataclasses import replace
 
 from models import build_model
 from models.copies import copied
-from models.graph.kinds import unusual_axes
 from models.network_file import NetworkFile, as_dense, load_network, transferred
-from prune.compact import check_pruned_zeros
+from prune.compact import check_zeros_of
 from prune.settings import NetworkSettings
 from utils.device import to_device
 from utils.errors import naming
@@ -24,9 +23,7 @@ def read_files(settings: NetworkSettings) -> dict[str, NetworkFile]:
 def read_checked(flag: str, path: str, model: str | None) -> NetworkFile:
     """The network of a file. Raises UserError, naming its flag, where filters that it calls pruned are not zero."""
     file = load_network(path, flag=flag, model=model, model_flag=flag.replace("path", "model"))
-    if not file.compact:
-        with naming(f"{flag} {path}"):
-            check_pruned_zeros(file.network.state_dict(), file.kept, axes=unusual_axes(file.network))
+    check_zeros_of(file, origin=f"{flag} {path}")
     return file
 
 
