@@ -163,10 +163,10 @@ def main(args: argparse.Namespace) -> None:
 
 def learns_from_maps(settings: DistillationSettings) -> bool:
     """Whether the teacher is one of feature maps alone, whatever classes it knows."""
-    from distill.registry import active_losses, compares_logits
+    from distill.registry import active_losses, logit_losses
 
     weighed = {"alpha": settings.alpha}
-    return bool(active_losses(settings.losses, **weighed)) and not compares_logits(settings.losses, **weighed)
+    return bool(active_losses(settings.losses, **weighed)) and not logit_losses(settings.losses, **weighed)
 
 
 def check_flags(args: argparse.Namespace) -> None:

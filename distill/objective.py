@@ -12,9 +12,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from distill.base import Distiller, full_precision
 from distill.registry import (
     DISTILLERS,
-    active_losses,
     check_facts,
     key_of,
+    logit_losses,
     own_entries,
     reads_maps,
     weighted_losses,
@@ -243,7 +243,7 @@ def session_teacher(
     """
     if teacher is None or list(settings.losses) == ["none"]:
         return None
-    by_logits = sorted(loss for loss in active_losses(settings.losses, alpha=settings.alpha) if not DISTILLERS[loss].reads_maps)
+    by_logits = logit_losses(settings.losses, alpha=settings.alpha)
     if teacher.transferred and by_logits == ["kd"] and list(settings.losses) != ["kd"]:
         raise ParameterError("alpha", settings.alpha, f"{_UNTAUGHT}: choose 0")
     if teacher.transferred and by_logits:

@@ -271,9 +271,9 @@ def reads_maps(names: Sequence[str], *, alpha: float) -> bool:
     return any(DISTILLERS[name].reads_maps for name in active_losses(names, alpha=alpha))
 
 
-def compares_logits(names: Sequence[str], *, alpha: float) -> bool:
-    """Whether one of these losses compares logits, so that the teacher must know the student's classes."""
-    return any(not DISTILLERS[name].reads_maps for name in active_losses(names, alpha=alpha))
+def logit_losses(names: Sequence[str], *, alpha: float) -> list[str]:
+    """Those of the losses that compare logits, in order of their names: the teacher must know the student's classes."""
+    return sorted(name for name in active_losses(names, alpha=alpha) if not DISTILLERS[name].reads_maps)
 
 
 def flags_read(names: Sequence[str]) -> list[str]:

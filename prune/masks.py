@@ -83,8 +83,8 @@ def check_criterion(layers: Sequence[PrunableLayer], ratios: Ratios, *, criterio
                 "exclude what has none, or choose another criterion",
             )
     if CRITERIA[criterion].needs_maps:
-        others = [layer.name for layer in losing_layers(layers, ratios, multiple=multiple) if not layer.has_images]
-        others = [layer.name for layer in layers if layer.name in others and not layer.is_linear]
+        losing = losing_layers(layers, ratios, multiple=multiple)
+        others = [layer.name for layer in losing if not layer.has_images and not layer.is_linear]
         if others:
             raise ParameterError(
                 "criterion", criterion, f"scores maps of two axes, {', '.join(others)} has others: exclude it, or choose another"
@@ -98,23 +98,19 @@ def choose_filters(
     ratios: Ratios,
     *,
     criterion: str,
-    gradients: Mapping[str, Tensor] | None = None,
-    importance: Mapping[str, Tensor] | None = None,
-    feature_maps: Mapping[str, Tensor] | None = None,
-    removal_order: Mapping[str, Tensor] | None = None,
-    group_squares: Mapping[str, Tensor] | None = None,
     multiple: int = 1,
     gamma: float = 0.5,
     gm_distance: str = "euclidean",
     generator: torch.Generator | None = None,
+    **sampled: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     """The filters that stay, by layer: sorted indices, int64, on the CPU.
 
     The lowest scores go; of equal scores the lower index goes first. A grouped convolution loses the same number in every
     group, or it would be no grouped convolution any more; so a depthwise one, with one filter a group, keeps all that
-    the convolution before it keeps. Filters that a group norm takes together go together, by the sum of their scores. Raises
-    UserError for an unknown criterion, one that lacks its `gradients`, `importance`, `feature_maps`, `group_squares` or a batch
-    norm, or weights that are not finite.
+    the convolution before it keeps. Filters that a group norm takes together go together, by the sum of their scores. `sampled`
+    is what the criterion reads beyond the layers, by the names of `score_filters`. Raises UserError for an unknown criterion, one
+    that lacks what it reads or a batch norm, or weights that are not finite.
     """
     if criterion not in CRITERIA:
         raise ParameterError("criterion", criterion, f"choose from {', '.join(CRITERIA)}")
@@ -122,8 +118,6 @@ def choose_filters(
     # Random scores are drawn for every layer, so that what one retains does not change the choice in the next.
     scored = layers if "generator" in CRITERIA[criterion].inputs else losing
     options = {"gamma": gamma, "gm_distance": gm_distance, "generator": generator}
-    sampled = {"gradients": gradients, "importance": importance, "feature_maps": feature_maps, "group_squares": group_squares}
-    sampled["removal_order"] = removal_order
     scores = score_filters(scored, criterion=criterion, **sampled, **options)
     kept = {
         layer.name: _highest(layer, scores[layer.name], ratios[layer.name], multiple=multiple)

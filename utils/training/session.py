@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from utils.checkpoints import digest
 from utils.cli.config_file import config_text
+from utils.cli.effects import flag_of
 from utils.cli.plan import print_plan
 from utils.device import choose_device, device_name, to_device
 from utils.distributed import join, leave
@@ -187,7 +188,7 @@ class Session:
         flags, defaults = self.settings.flags, self.settings.defaults
         kept = ("dataset", "data_dir", "test_share", "image_size")
         given = [(name, flags[name]) for name in kept if flags.get(name) is not None and flags[name] != defaults.get(name)]
-        return [script, *words, *(part for name, value in given for part in (f"--{name.replace('_', '-')}", str(value)))]
+        return [script, *words, *(part for name, value in given for part in (flag_of(name), str(value)))]
 
     def recorded(self, name: str) -> Path | None:
         """A file that the run which goes on has left in its folder, if it has."""
