@@ -234,7 +234,8 @@ def _try(entry: Criterion) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, grad = torch.randn(2, 4, 3, 3, 3, generator=generator)
     each = torch.rand(4, generator=generator)
-    entry(weight, grad, generator=generator, bn_weight=each, feature_maps=each, importance=each)
+    read = dict.fromkeys(("bn_weight", "feature_maps", "importance", "group_squares", "removal_order"), each)
+    entry(weight, grad, generator=generator, **read)
 
 
 @criterion("filter-r", title="Random", alias="random")

@@ -68,7 +68,7 @@ def test_an_own_criterion_and_an_own_loss_train_and_resume(prune, file, tmp_path
     assert edited.status == 2 and f"--prune-mode {file}:sensitivity: is not the code that {folder} began with" in edited.errors
 
 
-@pytest.mark.parametrize("name", ["largest_weight", "map_energy"])
+@pytest.mark.parametrize("name", ["largest_weight", "map_energy", "of_its_group"])
 def test_other_criteria_of_ones_own(prune, file, name):
     ended = prune("--prune-mode", f"{file}:{name}", epochs="0")
     assert ended.status == 0, ended.errors

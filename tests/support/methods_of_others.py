@@ -96,3 +96,7 @@ def kd(student: Outputs, teacher: Outputs) -> Tensor:
 
 def asks_for_time(student: Outputs, teacher: Outputs, *, clock: Tensor) -> Tensor:
     return clock
+
+
+def of_its_group(weight: Tensor, *, group_squares: Tensor, removal_order: Tensor) -> Tensor:
+    return group_squares * removal_order
