@@ -53,6 +53,8 @@ VALUES = (
     [0.0] * 17,
     [1e308],
 )
+DAMAGES = 4
+FOUR_BYTES = (b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0")  # numbers that no count is
 DAMAGED, SECTION, DESCRIPTION = KINDS = ("damaged", "section forged", "description forged")
 
 
@@ -240,7 +242,16 @@ def _changed(data: bytes, choose: random.Random) -> bytes:
     if not data:
         return choose.randbytes(choose.randint(1, 9))
     data, position = bytearray(data), choose.randrange(len(data))
-    kind = choose.randrange(5)
+    kind = choose.randrange(DAMAGES + 1)
+    if kind < DAMAGES:
+        damage(data, choose, kind=kind, position=position)
+    else:
+        data[position : position + 4] = choose.choice(FOUR_BYTES)
+    return bytes(data)
+
+
+def damage(data: bytearray, choose: random.Random, *, kind: int, position: int) -> None:
+    """One of `DAMAGES` kinds: bits flipped anywhere; from `position` on the end cut off, bytes put in, or bytes taken out."""
     if kind == 0:
         for _ in range(choose.choice((1, 1, 2, 8))):
             data[choose.randrange(len(data))] ^= 1 << choose.randrange(8)
@@ -248,11 +259,8 @@ def _changed(data: bytes, choose: random.Random) -> bytes:
         del data[position:]
     elif kind == 2:
         data[position:position] = choose.randbytes(choose.randint(1, 40))
-    elif kind == 3:
-        del data[position : position + choose.randint(1, 40)]
     else:
-        data[position : position + 4] = choose.choice((b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0"))
-    return bytes(data)
+        del data[position : position + choose.randint(1, 40)]
 
 
 if __name__ == "__main__":

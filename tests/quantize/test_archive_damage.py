@@ -13,6 +13,7 @@ from archives import IMAGES, KEPT, TEST_MODELS, edited, network_of, rehashed
 from bounded import run_bounded
 from safetensors.numpy import load, save
 
+from benchmarks.forged_archives import DAMAGES, FOUR_BYTES, damage
 from models import MODELS
 from quantize.archive import differing_tensors, load_archive, save_archive
 from quantize.compression import Compressor
@@ -60,15 +61,8 @@ def mutated(data, choose):
     header_end = 8 + int.from_bytes(data[:8], "little")
     position = choose.randrange(len(data))
     kind = choose.randrange(7)
-    if kind == 0:
-        for _ in range(choose.choice((1, 1, 2, 8))):
-            data[choose.randrange(len(data))] ^= 1 << choose.randrange(8)
-    elif kind == 1:
-        del data[position:]
-    elif kind == 2:
-        data[position:position] = choose.randbytes(choose.randint(1, 40))
-    elif kind == 3:
-        del data[position : position + choose.randint(1, 40)]
+    if kind < DAMAGES:
+        damage(data, choose, kind=kind, position=position)
     elif kind == 4:  # a byte of the header
         data[choose.randrange(header_end)] = choose.choice(b'0123456789{}[]",:\\ -etfn\0\xff')
     elif kind == 5:  # a number of the header
@@ -77,7 +71,7 @@ def mutated(data, choose):
         data[start : start + 1] = choose.choice((b"99999999999999999999", b"4294967296", b"-1", b"0", b"1e9"))
     else:  # four bytes of the body, where the counts of the layer table are among others
         start = choose.randrange(header_end, len(data) - 4)
-        data[start : start + 4] = choose.choice((b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0"))
+        data[start : start + 4] = choose.choice(FOUR_BYTES)
     return bytes(data)
 
 
