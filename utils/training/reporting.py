@@ -16,7 +16,8 @@ from utils.runs.run import Run, interpreter
 FEWEST_CLASSES_OF_TOP5 = 6  # of five classes every one is among the first five
 MOST_CLASSES_SHOWN = 10
 LINE_CHARACTERS = 80
-WIDTHS = {"epoch": 7, "lr": 8, "left": 7, "average top1": 7, "trained top1": 7}  # of columns, in characters; 6 of all others
+WIDTHS = {"epoch": 7, "lr": 8, "left": 7}  # of columns, in characters; 6 of all others
+NOT_SHIPPED = {"average_top1": "EMA top1", "trained_top1": "no EMA top1"}  # what the other network beside an average is called
 
 
 class EpochReport:
@@ -74,7 +75,7 @@ class EpochReport:
         if len(train.keys() - {"top1", "top5", "images"}) > 2:  # a sum: other terms beside the cross-entropy
             cells["CE"] = _loss(train["ce"]) if "ce" in train else ""
         cells |= {"top1": f"{train['top1']:.2f}", "test CE": _loss(test["loss"]), "test top1": f"{test['top1']:.2f}"}
-        cells |= {name.replace("_", " "): f"{value:.2f}" for name, value in test.items() if name.endswith("_top1")}
+        cells |= {heading: f"{test[name]:.2f}" for name, heading in NOT_SHIPPED.items() if name in test}
         if len(self.data.dataset.classes) >= FEWEST_CLASSES_OF_TOP5:
             cells["test top5"] = f"{test['top5']:.2f}"
         cells |= {"best": f"{best['top1']:.2f}", "img/s": f"{rate:.0f}", "s": f"{seconds:.1f}", "left": _clock(left)}

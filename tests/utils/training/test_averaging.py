@@ -99,7 +99,8 @@ def test_both_are_scored_and_saved_and_one_is_shipped(tmp_path, run_script, ship
     line = last_line(folder)
     assert line["top1"] == shipped["metrics"]["top1"] and line[f"{other}_loss"] == beside["metrics"]["loss"]
     above, below, row = next(lines for lines in triples(ended.output) if lines[2].lstrip().startswith("1/1 "))
-    end = above.index(other) + len(other)  # of the column
+    heading = {"average": " EMA", "trained": " no EMA"}[other]
+    end = above.index(heading) + len(heading)  # of the column
     assert below[:end].endswith(" top1") and row[:end].endswith(f" {line[f'{other}_top1']:.2f}")
 
 
